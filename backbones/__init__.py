@@ -1,0 +1,78 @@
+"""One-time-step spiking backbones with the Hoyer regulariser (arXiv:2212.10170). Needs torch, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import resnet, vgg
+from .activity import LayerActivity, record_activity, spike_activity
+from .base import Activation, Backbone, Classifier, FeatureInfo, SpikeFactory, Stem, load_weights
+from .hoyer import HoyerSpike, extremum, hoyer_penalties, hoyer_penalty, moments, regulariser, spike
+
+__all__ = [
+    "Backbone",
+    "Classifier",
+    "FeatureInfo",
+    "HoyerSpike",
+    "LayerActivity",
+    "SpikeFactory",
+    "create",
+    "extremum",
+    "hoyer_penalties",
+    "hoyer_penalty",
+    "load_weights",
+    "moments",
+    "names",
+    "record_activity",
+    "regulariser",
+    "spike",
+    "spike_activity",
+]
+
+
+def names() -> list[str]:
+    """All names that `create` knows."""
+    return [*vgg.DEPTHS, *resnet.BASIC, *resnet.BOTTLENECK]
+
+
+def create(
+    name: str,
+    *,
+    in_channels: int = 3,
+    activation: Activation = "hoyer",
+    stem: Stem = "imagenet",
+    width: float = 1.0,
+    weights: str | Path | Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> Backbone:
+    """A backbone: (N, in_channels, H, W) -> {"c2": ..., ..., "c5": ...}, real-valued maps, finest first.
+
+    Args:
+        name: one of `names()`.
+        in_channels: channels of the image.
+        activation: "hoyer" (the method), "relu" (the analogue twin: same topology), or "fixed" (threshold v_th
+            without the extremum: the ablation).
+        stem: "imagenet" for large images, "cifar" for 32x32.
+        width: multiplier of every channel count, rounded to multiples of 8.
+        weights: a .safetensors file or a state dict, loaded strictly by `load_weights`.
+        options: of the spike layers: extremum="layer" or "channel", momentum=0.1.
+
+    Raises:
+        ValueError: an unknown name, activation, stem or extremum, a width that is not positive, or weights
+            that do not fit.
+    """
+    if name not in names():
+        raise ValueError(f"unknown backbone {name!r} (allowed: {', '.join(names())})")
+    if stem not in ("imagenet", "cifar"):
+        raise ValueError(f"stem must be 'imagenet' or 'cifar', got {stem!r}")
+    if not width > 0:
+        raise ValueError(f"width must be positive, got {width}")
+    family = vgg.VGG if name in vgg.DEPTHS else resnet.ResNet
+    backbone = family(name, SpikeFactory(activation, **options), in_channels=in_channels, stem=stem, width=width)
+    if weights is not None:
+        load_weights(backbone, weights)
+    return backbone

@@ -1,0 +1,151 @@
+"""What every backbone promises, and the classifier built on top of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from .hoyer import HoyerSpike
+
+Activation = Literal["hoyer", "relu", "fixed"]
+Stem = Literal["imagenet", "cifar"]
+
+
+class FeatureInfo(NamedTuple):
+    """Name, channels and stride (input pixels per cell) of one feature map of a backbone."""
+
+    name: str
+    channels: int
+    stride: int
+
+
+class Backbone(nn.Module):
+    """Feature maps by name, finest first, real-valued (membrane potentials) whatever the activation.
+
+    Shape: (N, in_channels, H, W) -> {name: (N, channels, ceil or floor of H / stride, W / stride)}.
+
+    Attributes:
+        feature_info: one `FeatureInfo` for each map of the output, in its order.
+    """
+
+    feature_info: tuple[FeatureInfo, ...]
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def make_head(self, num_classes: int, dropout: float) -> nn.Module:
+        """The classification head that belongs to this family: last feature map -> logits (N, num_classes)."""
+        raise NotImplementedError
+
+
+class Classifier(nn.Module):
+    """Logits (N, num_classes) of a backbone's last feature map, by the head of the backbone's family.
+
+    Args:
+        backbone: kept as `self.backbone`, so that its weights move to a detector under the same names.
+        num_classes: number of logits.
+        dropout: probability between the layers of a VGG's head, or before a ResNet's linear layer; training only.
+
+    Shape: (N, in_channels, H, W) -> (N, num_classes).
+    """
+
+    def __init__(self, backbone: Backbone, num_classes: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = backbone.make_head(num_classes, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x)[self.backbone.feature_info[-1].name])
+
+
+class SpikeFactory:
+    """Makes the activation layers of one network: `spike(channels)` gives a `HoyerSpike` or, for the twin, a ReLU.
+
+    Args:
+        activation: "hoyer" (the method), "relu" (the analogue twin), "fixed" (threshold v_th without extremum).
+        extremum: "layer" or "channel".
+        momentum: of the extremum's running average.
+    """
+
+    def __init__(
+        self,
+        activation: Activation = "hoyer",
+        *,
+        extremum: Literal["layer", "channel"] = "layer",
+        momentum: float = 0.1,
+    ) -> None:
+        if activation not in ("hoyer", "relu", "fixed"):
+            raise ValueError(f"activation must be 'hoyer', 'relu' or 'fixed', got {activation!r}")
+        if extremum not in ("layer", "channel"):
+            raise ValueError(f"extremum must be 'layer' or 'channel', got {extremum!r}")
+        self.activation, self.per_channel, self.momentum = activation, extremum == "channel", momentum
+
+    def __call__(self, channels: int) -> nn.Module:
+        if self.activation == "relu":
+            return nn.ReLU()
+        fixed = self.activation == "fixed"
+        return HoyerSpike(channels, per_channel=self.per_channel, momentum=self.momentum, fixed=fixed)
+
+
+def scale_channels(channels: int, width: float) -> int:
+    """`channels * width` rounded to a multiple of 8, at least 8."""
+    return max(8, round(channels * width / 8) * 8)
+
+
+def conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> nn.Conv2d:
+    """Convolution without bias, padded so that a stride of 1 keeps the size; He initialisation over its fan-out."""
+    layer = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return layer
+
+
+def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor]) -> None:
+    """Loads weights into `backbone`, strictly.
+
+    Args:
+        backbone: changed in place, only if every key fits.
+        weights: a .safetensors file, or a state dict. The keys are those of a bare backbone, of a `Classifier`
+            ("backbone.*") or of a detector ("backbone.body.*"); other parts of those are left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a key is missing, unknown, or of another shape; the message names it.
+    """
+    source = "state dict" if isinstance(weights, Mapping) else str(weights)
+    state = dict(weights) if isinstance(weights, Mapping) else _read_safetensors(Path(weights))
+    for prefix in ("backbone.body.", "backbone."):
+        if any(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            break
+    wanted = backbone.state_dict()
+    problems = [f"{key!r} is missing" for key in wanted if key not in state]
+    problems += [f"{key!r} is unknown to this backbone" for key in state if key not in wanted]
+    problems += [
+        f"{key!r} has the shape {tuple(state[key].shape)}, this backbone wants {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(
+            f"{source} does not fit the backbone: {problems[0]}{more}; "
+            "name, width, stem, activation and extremum must be those that the weights were trained with"
+        )
+    backbone.load_state_dict(state)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file")
+    try:
+        from safetensors import SafetensorError  # the one thing that needs more than torch
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ImportError(f"reading {path} needs safetensors: pip install safetensors") from None
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None

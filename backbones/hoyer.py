@@ -1,0 +1,166 @@
+"""The Hoyer spike layer: one time step, binary output, a threshold that the layer's own potentials set.
+
+Datta, Liu, Beerel, "Hoyer regularizer is all you need for ultra low-latency spiking neural networks",
+arXiv:2212.10170. With the membrane potential u (what enters the layer) and the trainable threshold v_th:
+
+    z = u / |v_th|                       normalised membrane potential
+    c = clip(z, 0, 1)                    clipped potential
+    E = sum c^2 / sum c                  Hoyer extremum, in (0, 1]; carries no gradient
+    H = (sum c)^2 / sum c^2              Hoyer regulariser: 1 for one active neuron, n for n equally active ones
+    s = 1 if z >= E else 0               spike;  ds/dz := 1/2 for 0 < z < 2, else 0  (surrogate gradient)
+
+The effective threshold on u is |v_th| E <= |v_th|: the extremum lowers the threshold so that enough neurons fire
+for one time step to train, and minimising H pushes potentials away from it. Loss = task + weight * sum over layers of H.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def moments(c: Tensor, *, per_channel: bool = False) -> tuple[Tensor, Tensor]:
+    """sum c and sum c^2, in float32 or wider: in float16 a single feature map would overflow.
+
+    Args:
+        c: clipped potential, any shape; channels in dimension 1.
+        per_channel: sum over batch and space only.
+
+    Returns:
+        Two tensors of shape () or, per channel, (C,).
+    """
+    wide = c.to(torch.promote_types(c.dtype, torch.float32))
+    dims = [dim for dim in range(c.dim()) if dim != 1] if per_channel else list(range(c.dim()))
+    return wide.sum(dims), wide.square().sum(dims)
+
+
+def extremum(sum_c: Tensor, sum_c2: Tensor) -> Tensor:
+    """E = sum c^2 / sum c, in (0, 1], without gradient; 1 where nothing is active (sum c = 0)."""
+    sum_c, sum_c2 = sum_c.detach(), sum_c2.detach()
+    return torch.where(sum_c > 0, sum_c2 / torch.where(sum_c > 0, sum_c, 1.0), 1.0)
+
+
+def regulariser(sum_c: Tensor, sum_c2: Tensor) -> Tensor:
+    """H = (sum c)^2 / sum c^2 of the whole layer, shape (); 0 (and gradient 0) where nothing is active."""
+    sum_c, sum_c2 = sum_c.sum(), sum_c2.sum()
+    return sum_c.square() / torch.where(sum_c2 > 0, sum_c2, 1.0)
+
+
+def spike(z: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
+    """1 where z >= threshold, else 0, in z's dtype; backward ds/dz = 1/2 for 0 < z < 2, else 0.
+
+    The surrogate belongs to z alone: the threshold gets no gradient. The output is exactly 0 or 1, because
+    g - g is exactly 0 for every finite g.
+    """
+    hard = (z >= threshold).to(z.dtype)
+    if not (torch.is_grad_enabled() and z.requires_grad):
+        return hard
+    g = 0.5 * F.hardtanh(z, 0.0, 2.0)  # hardtanh's derivative is 0 at both ends, clamp's is 1
+    return hard + (g - g.detach())
+
+
+class HoyerSpike(nn.Module):
+    """Spikes of one layer: 0/1 in the shape and dtype of the membrane potential.
+
+    In training the extremum comes from the batch and feeds a counted running average: the n-th batch (from 0)
+    has the weight max(momentum, 1 / (n + 1)), so that the average is right from the first batch on. Evaluation uses
+    the average alone, so an image's spikes do not depend on its neighbours in the batch.
+
+    In training with gradients the layer also keeps its H, until `hoyer_penalty` takes it.
+
+    Args:
+        channels: size of dimension 1 of the potential.
+        per_channel: one extremum per channel, over batch and space, in place of one per layer. H always
+            belongs to the whole layer.
+        momentum: weight of a batch in the running average, once 1 / momentum batches have been seen.
+        fixed: E = 1 at all times, that is a plain threshold v_th: the ablation without the extremum.
+
+    Shape: (N, C, *) -> (N, C, *), also (N, C).
+
+    Attributes:
+        v_th: trainable threshold, shape (), starts at 1, used as |v_th|.
+        extremum: running average of E, float32, shape () or (C,); 1 before the first batch.
+        num_batches_tracked: batches averaged so far, int64, shape ().
+    """
+
+    def __init__(self, channels: int, *, per_channel: bool = False, momentum: float = 0.1, fixed: bool = False) -> None:
+        super().__init__()
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1], got {momentum}")
+        self.channels, self.per_channel, self.momentum, self.fixed = channels, per_channel, momentum, fixed
+        self.v_th = nn.Parameter(torch.ones(()))
+        self.register_buffer("extremum", torch.ones(channels if per_channel else ()))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+        self._penalty: Tensor | None = None  # H of the training passes since the last hoyer_penalty
+        self._neurons = 0  # neurons that H was taken over
+
+    def forward(self, u: Tensor) -> Tensor:
+        z = u / self.v_th.abs().clamp_min(1e-6).to(u.dtype)  # the bound is only to keep z finite should v_th cross 0
+        if not self.training:
+            return spike(z, self._broadcast(self.extremum, z))
+        sum_c, sum_c2 = moments(F.hardtanh(z, 0.0, 1.0), per_channel=self.per_channel)
+        if torch.is_grad_enabled():
+            penalty = regulariser(sum_c, sum_c2)
+            self._penalty = penalty if self._penalty is None else self._penalty + penalty
+            self._neurons += z.numel()
+        if self.fixed:
+            return spike(z)
+        batch_extremum = extremum(sum_c, sum_c2)
+        self._track(batch_extremum)
+        return spike(z, self._broadcast(batch_extremum, z))
+
+    @torch.no_grad()
+    def _track(self, batch_extremum: Tensor) -> None:
+        self.num_batches_tracked += 1
+        weight = (1.0 / self.num_batches_tracked).clamp_min(self.momentum)
+        average = torch.lerp(self.extremum.to(batch_extremum.dtype), batch_extremum, weight.to(batch_extremum.dtype))
+        self.extremum.copy_(average)
+
+    def _broadcast(self, value: Tensor, z: Tensor) -> Tensor:
+        value = value.to(z.dtype)
+        return value.view(-1, *[1] * (z.dim() - 2)) if self.per_channel else value
+
+    def extra_repr(self) -> str:
+        scope = "fixed" if self.fixed else "channel" if self.per_channel else "layer"
+        return f"{self.channels}, extremum={scope}, momentum={self.momentum}"
+
+
+def hoyer_penalties(model: nn.Module, reduction: Literal["sum", "mean"] = "sum") -> dict[str, Tensor]:
+    """Every spike layer's H of the last training pass by module name; taken out, so a second call raises.
+
+    Args:
+        model: any module; its `HoyerSpike` layers are found by walking it.
+        reduction: "sum" is the paper's H, taken over the whole batch tensor: it grows with batch size, resolution
+            and width (a weight of 1e-8 belongs to 128 images of 32x32). "mean" is H divided by the number of
+            neurons in the tensor: a density in (0, 1], whose weight carries over between sizes.
+
+    Raises:
+        ValueError: `reduction` is neither.
+        RuntimeError: a layer has nothing to give: no training pass since the last call, or one without gradients.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, HoyerSpike)}
+    empty = [name for name, layer in layers.items() if layer._penalty is None]
+    if empty:
+        raise RuntimeError(
+            f"no Hoyer term in spike layer {empty[0]!r} ({len(empty)} of {len(layers)} layers): "
+            "call once after each forward pass in training mode with gradients enabled"
+        )
+    penalties = {}
+    for name, layer in layers.items():
+        penalties[name] = layer._penalty if reduction == "sum" else layer._penalty / layer._neurons
+        layer._penalty, layer._neurons = None, 0
+    return penalties
+
+
+def hoyer_penalty(model: nn.Module, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
+    """Sum over all spike layers of H, shape (): the term that the loss takes times its weight.
+
+    0 for a model without spike layers (the analogue twin). See `hoyer_penalties` for the reductions and errors.
+    """
+    penalties = hoyer_penalties(model, reduction)
+    return torch.stack(list(penalties.values())).sum() if penalties else torch.zeros(())

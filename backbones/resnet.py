@@ -1,0 +1,147 @@
+"""One-time-step spiking ResNet: a real-valued residual stream, from which every convolution takes spikes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import Backbone, FeatureInfo, SpikeFactory, Stem, conv, scale_channels
+
+# Blocks per stage. A basic block is one convolution with its own shortcut, a bottleneck is three with one.
+BASIC = {"resnet18": (4, 4, 4, 4), "resnet20": (4, 4, 4, 4), "resnet34": (6, 8, 12, 6)}
+BOTTLENECK = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
+CHANNELS = (64, 128, 256, 512)
+
+
+class Shortcut(nn.Sequential):
+    """The residual stream in another shape: (max-pool ->) BN -> spike -> 1x1 convolution.
+
+    The pool is there for a stride of 2 and rounds odd sizes up, as the 3x3 convolution beside it does.
+
+    Shape: (N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int, spike: SpikeFactory) -> None:
+        pool = [nn.MaxPool2d(2, ceil_mode=True)] if stride == 2 else []
+        super().__init__(*pool, nn.BatchNorm2d(channels_in), spike(channels_in), conv(channels_in, channels, 1))
+
+
+def make_shortcut(channels_in: int, channels: int, stride: int, spike: SpikeFactory) -> nn.Module:
+    """Identity where the shape stays, else a `Shortcut`."""
+    if stride == 1 and channels_in == channels:
+        return nn.Identity()
+    return Shortcut(channels_in, channels, stride, spike)
+
+
+class BasicBlock(nn.Module):
+    """shortcut(u) + BN(conv3x3(spike(u))).
+
+    Shape: (N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride)).
+    """
+
+    expansion = 1
+
+    def __init__(self, channels_in: int, channels: int, stride: int, spike: SpikeFactory) -> None:
+        super().__init__()
+        self.shortcut = make_shortcut(channels_in, channels, stride, spike)
+        self.branch = nn.Sequential(
+            spike(channels_in), conv(channels_in, channels, 3, stride=stride), nn.BatchNorm2d(channels)
+        )
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.shortcut(u) + self.branch(u)
+
+
+class Bottleneck(nn.Module):
+    """shortcut(u) + three times BN -> spike -> conv (1x1, 3x3 with the stride, 1x1 to 4 * channels).
+
+    Shape: (N, C, H, W) -> (N, 4 C', ceil(H / stride), ceil(W / stride)).
+    """
+
+    expansion = 4
+
+    def __init__(self, channels_in: int, channels: int, stride: int, spike: SpikeFactory) -> None:
+        super().__init__()
+        self.shortcut = make_shortcut(channels_in, channels * self.expansion, stride, spike)
+        layers: list[nn.Module] = []
+        for c_in, c_out, kernel_size, conv_stride in (
+            (channels_in, channels, 1, 1),
+            (channels, channels, 3, stride),
+            (channels, channels * self.expansion, 1, 1),
+        ):
+            layers += [nn.BatchNorm2d(c_in), spike(c_in), conv(c_in, c_out, kernel_size, stride=conv_stride)]
+        self.branch = nn.Sequential(*layers)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.shortcut(u) + self.branch(u)
+
+
+class ResNet(Backbone):
+    """The residual stream at the end of each stage, c2 ... c5, real-valued.
+
+    Every convolution but the first sees spikes.
+
+    Args:
+        name: "resnet18" ... "resnet152". "resnet20" has the stages of "resnet18"; its name counts the three
+            convolutions of the "cifar" stem, with which it is meant to be used.
+        spike: makes the activation layers.
+        in_channels: channels of the image.
+        stem: "imagenet" is conv 7x7 stride 2 -> max-pool 3x3 stride 2 -> BN (strides 4, 8, 16, 32 for c2 ... c5);
+            "cifar" is three 3x3 convolutions, BN and spike between -> max-pool -> BN (strides 2, 4, 8, 16).
+        width: multiplier of all channel counts.
+
+    Shape: (N, in_channels, H, W) -> {"c2": (N, 64 width expansion, ceil(H / stride), ...), ...}; expansion is 4
+    from resnet50 on, else 1.
+    """
+
+    def __init__(
+        self, name: str, spike: SpikeFactory, *, in_channels: int = 3, stem: Stem = "imagenet", width: float = 1.0
+    ) -> None:
+        super().__init__()
+        self._spike = spike
+        block = BasicBlock if name in BASIC else Bottleneck
+        channels_in = scale_channels(CHANNELS[0], width)
+        if stem == "imagenet":
+            layers = [conv(in_channels, channels_in, 7, stride=2), nn.MaxPool2d(3, stride=2, padding=1)]
+            stride = 4
+        else:
+            layers = [conv(in_channels, channels_in, 3)]
+            for _ in range(2):
+                layers += [nn.BatchNorm2d(channels_in), spike(channels_in), conv(channels_in, channels_in, 3)]
+            layers += [nn.MaxPool2d(2, ceil_mode=True)]
+            stride = 2
+        self.stem = nn.Sequential(*layers, nn.BatchNorm2d(channels_in))
+        self.stages = nn.ModuleList()
+        info = []
+        for index, (depth, channels) in enumerate(zip((BASIC | BOTTLENECK)[name], CHANNELS, strict=True)):
+            channels = scale_channels(channels, width)
+            blocks = []
+            for position in range(depth):
+                block_stride = 2 if index > 0 and position == 0 else 1
+                blocks.append(block(channels_in, channels, block_stride, spike))
+                channels_in = channels * block.expansion
+                stride *= block_stride
+            self.stages.append(nn.Sequential(*blocks))
+            info.append(FeatureInfo(f"c{index + 2}", channels_in, stride))
+        self.feature_info = tuple(info)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.stem(x)
+        maps = {}
+        for info, stage in zip(self.feature_info, self.stages, strict=True):
+            x = stage(x)
+            maps[info.name] = x
+        return maps
+
+    def make_head(self, num_classes: int, dropout: float) -> nn.Module:
+        """Global average pool -> spike -> linear.
+
+        While training, dropout scales the spikes that it keeps by 1 / (1 - p).
+        """
+        channels = self.feature_info[-1].channels
+        return nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            self._spike(channels),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(channels, num_classes),
+        )

@@ -1,0 +1,89 @@
+"""One-time-step spiking VGG: conv -> (max-pool) -> BN -> spike, the pool before the normalisation."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import Backbone, FeatureInfo, SpikeFactory, Stem, conv, scale_channels
+
+# Convolutions per stage; a stage is what lies between two poolings. Channels double from 64 up to 512.
+DEPTHS = {
+    "vgg11": (1, 1, 2, 2, 2),
+    "vgg13": (2, 2, 2, 2, 2),
+    "vgg16": (2, 2, 3, 3, 3),
+    "vgg19": (2, 2, 4, 4, 4),
+}
+CHANNELS = (64, 128, 256, 512, 512)
+
+
+class VGG(Backbone):
+    """Membrane potentials c2 ... c5 at the end of each stage, after its pooling and BN and before its spike.
+
+    Every convolution but the first sees spikes. The last stage's own spike belongs to the classification head,
+    where it is used (a detector's neck thresholds c5 itself).
+
+    Args:
+        name: "vgg11", "vgg13", "vgg16" or "vgg19".
+        spike: makes the activation layers.
+        in_channels: channels of the image.
+        stem: "imagenet" pools after all five stages (strides 4, 8, 16, 32 for c2 ... c5); "cifar" does not pool
+            after the last (strides 4, 8, 16, 16).
+        width: multiplier of all channel counts, the head's hidden layers included.
+
+    Shape: (N, in_channels, H, W) -> {"c2": (N, 128 width, H // 4, W // 4), ...}; H and W at least the last stride.
+    """
+
+    def __init__(
+        self, name: str, spike: SpikeFactory, *, in_channels: int = 3, stem: Stem = "imagenet", width: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.stem, self.width = stem, width
+        self._spike = spike
+        self.stages = nn.ModuleList()
+        info, channels_in, stride = [], in_channels, 1
+        for index, (depth, channels) in enumerate(zip(DEPTHS[name], CHANNELS, strict=True)):
+            channels = scale_channels(channels, width)
+            pooled = stem == "imagenet" or index < len(CHANNELS) - 1
+            stride *= 2 if pooled else 1
+            layers: list[nn.Module] = []
+            for position in range(depth):
+                if index or position:
+                    layers.append(spike(channels_in))
+                layers.append(conv(channels_in, channels, 3))
+                if pooled and position == depth - 1:
+                    layers.append(nn.MaxPool2d(2))
+                layers.append(nn.BatchNorm2d(channels))
+                channels_in = channels
+            self.stages.append(nn.Sequential(*layers))
+            info.append(FeatureInfo(f"c{index + 1}", channels, stride))
+        self.feature_info = tuple(info[1:])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = {}
+        for index, stage in enumerate(self.stages):
+            x = stage(x)
+            maps[f"c{index + 1}"] = x
+        return {info.name: maps[info.name] for info in self.feature_info}
+
+    def make_head(self, num_classes: int, dropout: float) -> nn.Module:
+        """Spike -> three linear layers without bias, spikes and dropout between them.
+
+        The size is pooled to 2x2 ("cifar") or 7x7 ("imagenet") before the first spike, which leaves the nominal
+        input sizes 32 and 224 as they are. While training, dropout scales the spikes that it keeps by 1 / (1 - p):
+        the linear layers see exactly 0/1 in evaluation only, unless dropout is 0.
+        """
+        side = 2 if self.stem == "cifar" else 7
+        channels, hidden = self.feature_info[-1].channels, scale_channels(4096, self.width)
+        return nn.Sequential(
+            nn.AdaptiveAvgPool2d(side),
+            self._spike(channels),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(channels * side * side, hidden, bias=False),
+            self._spike(hidden),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden, bias=False),
+            self._spike(hidden),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_classes, bias=False),
+        )

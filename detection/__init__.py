@@ -1,0 +1,1 @@
+"""Object detection with one-time-step spiking networks, on torchvision."""

@@ -1,0 +1,49 @@
+"""What the command-line tools share: a recipe with overrides as arguments, and errors as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from detection.config import Config, Data, load_config, override
+
+
+def parse_recipe(description: str, arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+    """The config of `CONFIG [--out FOLDER] [--section.key VALUE ...]`, and the arguments that are not its keys.
+
+    `--help` documents every key, with the values of CONFIG where it is given.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        usage="%(prog)s CONFIG [--out FOLDER] [--section.key VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("config", nargs="?", help="recipe, a YAML file")
+    parser.add_argument("--out", help="folder of the new run (default: runs/NAME of the recipe)")
+    options, overrides = parser.parse_known_args(arguments)
+    wants_help = any(argument in ("-h", "--help") for argument in overrides)
+    if options.config is None and not wants_help:
+        parser.error("which recipe? The first argument is a YAML file, see configs/")
+    if wants_help:
+        parser.print_help()
+        print("\nkeys of the recipe:")
+        base = load_config(options.config) if options.config else Config(data=Data(format="synthetic"))
+        override(base, ["--help"], prog=f"{parser.prog} {options.config or 'CONFIG'}")
+    return load_config(options.config, overrides, prog=parser.prog), options
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Calls `main`; bad input ends the process with one sentence and status 2, any other error with its traceback."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

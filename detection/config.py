@@ -1,0 +1,241 @@
+"""One recipe = one YAML file = one `Config`: read, checked, overridden from the command line, written back."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+import backbones
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+class Backbone(Section):
+    """The feature extractor, `backbones.create(name, ...)`."""
+
+    name: str = Field("resnet18", description="one of `backbones.names()`: vgg11 ... resnet152")
+    width: float = Field(1.0, gt=0, description="multiplier of every channel count (rounded to multiples of 8)")
+    stem: Literal["imagenet", "cifar"] = Field("imagenet", description="first layers: for large images, or for 32x32")
+    activation: Literal["hoyer", "relu", "fixed"] = Field(
+        "hoyer", description="hoyer: the method; relu: the analogue twin; fixed: threshold v_th without extremum"
+    )
+    extremum: Literal["layer", "channel"] = Field("layer", description="scope of the Hoyer extremum")
+    momentum: float = Field(0.1, gt=0, le=1, description="weight of a batch in the extremum's running average")
+    weights: str | None = Field(None, description="pretrained weights: a .safetensors file or a run folder")
+
+    @model_validator(mode="after")
+    def _known_name(self) -> Backbone:
+        if self.name not in backbones.names():
+            raise ValueError(f"name: unknown backbone {self.name!r}{_nearest(self.name, backbones.names())}")
+        return self
+
+
+class Neck(Section):
+    """Feature pyramid between backbone and head."""
+
+    source: Literal["spikes", "membrane"] = Field(
+        "spikes", description="what the lateral convolutions see: spikes (0/1), or real-valued stage outputs"
+    )
+    levels: list[Literal["c2", "c3", "c4", "c5"]] = Field(
+        ["c3", "c4", "c5"], min_length=1, description="backbone maps that enter the pyramid, finest first"
+    )
+    extra_levels: Literal[0, 2] = Field(2, description="coarser maps added on top: 2 = p6 and p7 (RetinaNet's)")
+    out_channels: int = Field(256, gt=0, description="channels of every pyramid map")
+
+
+class Head(Section):
+    """The detection head, torchvision's."""
+
+    num_convs: int = Field(4, ge=0, le=4, description="convolutions before each prediction layer")
+    norm: Literal["none", "group"] = Field("none", description="group: GroupNorm after each of them")
+    anchor_scale: float = Field(4.0, gt=0, description="smallest anchor side of a level, in strides of that level")
+    score_threshold: float = Field(0.05, ge=0, lt=1, description="detections below it are not returned")
+    nms_threshold: float = Field(0.5, gt=0, le=1, description="IoU above which the weaker of two boxes is dropped")
+    max_detections: int = Field(100, gt=0, description="detections kept per image")
+
+
+class Model(Section):
+    """The detector: images -> normalise, resize -> backbone -> neck -> head."""
+
+    detector: Literal["retinanet"] = Field("retinanet", description="torchvision detector to build on")
+    backbone: Backbone = Backbone()
+    neck: Neck = Neck()
+    head: Head = Head()
+    min_size: list[int] = Field(
+        [800], min_length=1, description="short side in pixels; several: one is drawn per training batch, last tests"
+    )
+    max_size: int = Field(1333, gt=0, description="upper bound of the long side in pixels")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="RGB mean, images in [0, 1]")
+    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
+
+
+class Scenes(Section):
+    """Drawn scenes, for `data.format: synthetic`; the same seed gives the same files."""
+
+    num_train: int = Field(600, gt=0, description="training scenes")
+    num_val: int = Field(100, gt=0, description="validation scenes")
+    size: int = Field(128, ge=32, description="side of a scene in pixels")
+    seed: int = Field(0, ge=0, description="seed of the drawing")
+
+
+class Augment(Section):
+    """Training augmentation; every probability in [0, 1]."""
+
+    hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    vflip: float = Field(0.0, ge=0, le=1, description="probability of a vertical flip")
+    crop: float = Field(0.0, ge=0, le=1, description="probability of a random crop that keeps whole boxes")
+    color: float = Field(0.0, ge=0, le=1, description="probability of a change of brightness, contrast, saturation")
+
+
+class Data(Section):
+    """Where images and boxes come from."""
+
+    format: Literal["voc", "coco", "synthetic"] = Field("coco", description="layout of the files under root")
+    root: Path = Field(Path("data"), description="folder that the other paths start from")
+    train: list[str] = Field(
+        [], description="voc: FOLDER/SPLIT, several are joined (VOC2007/trainval); coco: one annotation file"
+    )
+    val: list[str] = Field([], description="the same for validation")
+    train_images: str = Field("", description="coco: folder of the training images")
+    val_images: str = Field("", description="coco: folder of the validation images")
+    classes: list[str] = Field([], description="class names, label 1 first; empty: all that the data declare")
+    scenes: Scenes = Scenes()
+    augment: Augment = Augment()
+    workers: int = Field(2, ge=0, description="loader processes")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Data:
+        if self.format != "synthetic":
+            for key in ("train", "val"):
+                if not getattr(self, key):
+                    raise ValueError(f"{key}: empty; data.format {self.format!r} needs it")
+        if self.format == "coco":
+            for key in ("train", "val"):
+                if len(getattr(self, key)) > 1:
+                    raise ValueError(f"{key}: {getattr(self, key)}; data.format 'coco' takes one annotation file")
+        return self
+
+
+class Hoyer(Section):
+    """The Hoyer regulariser: weight * sum over spike layers of H."""
+
+    weight: float = Field(0.0, ge=0, description="weight of the term; it belongs to the reduction")
+    reduction: Literal["sum", "mean"] = Field(
+        "mean",
+        description="sum: H as in the paper, grows with batch and resolution (1e-8 belongs to 128 images of 32x32); "
+        "mean: H / number of neurons, in (0, 1], carries over between sizes",
+    )
+
+
+class Optimizer(Section):
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with Nesterov-free momentum 0.9")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(1e-4, ge=0, description="only on tensors of two or more dimensions, so not on v_th")
+    schedule: Literal["cosine", "step"] = Field("cosine", description="cosine to zero, or steps at `milestones`")
+    milestones: list[float] = Field([0.6, 0.8, 0.9], description="step: fractions of the run where lr falls")
+    gamma: float = Field(0.2, gt=0, le=1, description="step: factor at each milestone")
+    warmup_steps: int = Field(100, ge=0, description="optimiser steps of linear warm-up")
+    clip_norm: float = Field(0.0, ge=0, description="gradients are scaled down to this norm; 0: never")
+
+
+class Train(Section):
+    """Length and size of a run."""
+
+    epochs: int = Field(12, gt=0, description="passes over the training data")
+    batch_size: int = Field(8, gt=0, description="images per step and process")
+    eval_every: int = Field(1, gt=0, description="epochs between evaluations; the last epoch is always evaluated")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision; no: float32")
+    compile: bool = Field(False, description="torch.compile the backbone")
+    tensorboard: bool = Field(False, description="write TensorBoard curves too (pip install hoyer-det[tensorboard])")
+    seed: int = Field(0, ge=0, description="seed of weights, data order and augmentation")
+
+
+class Config(Section):
+    """A training recipe. Every key can be overridden: --model.backbone.activation relu"""
+
+    model: Model = Model()
+    data: Data
+    hoyer: Hoyer = Hoyer()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, prog: str | None = None) -> Config:
+    """The recipe in `path` with command-line overrides on top.
+
+    Args:
+        path: YAML file.
+        overrides: `--section.key value` or `section.key=value`, as typed on a command line.
+        prog: program name in help texts.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not YAML, or a key or value is not allowed; the message names file, key and remedy.
+        SystemExit: an override is wrong (explained on standard error), or `--help` was among them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected sections {', '.join(Config.model_fields)}, got {type(values).__name__}")
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: " + "; ".join(_explain(error))) from None
+    return override(config, overrides, prog=prog)
+
+
+def override(config: Config, overrides: Sequence[str], *, prog: str | None = None) -> Config:
+    """`config` with `--section.key value` or `section.key=value` arguments applied; see `load_config`."""
+    arguments = [f"--{text}" if "=" in text and not text.startswith("-") else text for text in overrides]
+    return tyro.cli(
+        Config, default=config, args=arguments, prog=prog, config=(tyro.conf.FlagConversionOff,), use_underscores=True
+    )
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes every value of `config`, defaults included, as YAML that `load_config` reads back equal."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _known_keys(item["loc"][:-1])
+            yield f"unknown key {key!r}{_nearest(str(item['loc'][-1]), known)}"
+        elif item["type"] == "missing":
+            yield f"{key} is missing"
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = item["input"]
+            yield f"{key}: {message}" + ("" if isinstance(given, dict) else f" (got {given!r})")
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return (f"; did you mean {close[0]!r}?" if close else "") + f" (allowed: {', '.join(known)})"

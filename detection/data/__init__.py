@@ -1,0 +1,86 @@
+"""Annotations, images and batches for object detection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from detection.config import Data
+from detection.data.coco import read_coco
+from detection.data.records import Annotations, DetectionDataset, Record, load_image
+from detection.data.synthetic import draw_scene, draw_scenes
+from detection.data.transforms import build_transform
+from detection.data.voc import read_voc
+
+__all__ = [
+    "Annotations",
+    "DetectionDataset",
+    "Record",
+    "build_datasets",
+    "build_loader",
+    "build_transform",
+    "draw_scene",
+    "draw_scenes",
+    "load_image",
+    "read_coco",
+    "read_voc",
+]
+
+
+def build_datasets(data: Data) -> tuple[DetectionDataset, DetectionDataset]:
+    """Training data, augmented, and validation data, as stored; both with the same classes in the same order.
+
+    For `synthetic` the scenes are drawn first. See `read_voc`, `read_coco` and `draw_scenes` for the errors.
+    """
+    root = data.root
+    if data.format == "voc":
+        train = read_voc(root, data.train, data.classes)
+        val = read_voc(root, data.val, train.categories)
+    else:
+        if data.format == "synthetic":
+            draw_scenes(root, **data.scenes.model_dump())
+            sources = {name: (root / "annotations" / f"{name}.json", root / name) for name in ("train", "val")}
+        else:
+            sources = {
+                "train": (root / data.train[0], root / data.train_images),
+                "val": (root / data.val[0], root / data.val_images),
+            }
+        train = read_coco(*sources["train"], data.classes)
+        val = read_coco(*sources["val"], train.categories)
+    return DetectionDataset(train, build_transform(data.augment)), DetectionDataset(val)
+
+
+def build_loader(
+    dataset: DetectionDataset, *, batch_size: int, workers: int, shuffle: bool, seed: int
+) -> DataLoader[tuple[list[Tensor], list[dict[str, Any]]]]:
+    """Batches (images, targets), both lists, since images differ in size and in number of objects.
+
+    Args:
+        seed: of the order and, with workers, of the augmentation. Without workers the augmentation draws from the
+            process's own generator: call `torch.manual_seed`.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        num_workers=workers,
+        collate_fn=_collate,
+        generator=torch.Generator().manual_seed(seed),
+        worker_init_fn=_limit_threads,
+        persistent_workers=workers > 0,
+    )
+
+
+def _collate(items: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    images, targets = zip(*items, strict=True)
+    return list(images), list(targets)
+
+
+def _limit_threads(worker: int) -> None:
+    # One thread per worker: with a pool in each, a few workers would fight for the cores.
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)

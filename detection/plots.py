@@ -1,0 +1,381 @@
+"""Pictures of a run: its curves over the epochs, and a contact sheet of predicted and true boxes, as PNG files."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
+from torch import Tensor
+
+DPI = 100  # pixels per inch: a figure of 12 inches is 1200 pixels wide
+Curve = tuple[list[int], list[float]]
+Panel = Callable[[Axes], None]
+
+
+def plot_curves(log: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> None:
+    """Write the curves of a run: losses, average precision, spike activity and thresholds over the epochs.
+
+    A panel whose keys no epoch has (a ReLU network has no activity) is left out.
+
+    Args:
+        log: one dict per epoch: "epoch" (from 1), "loss" and "loss/NAME" for its terms. Where the epoch was
+            evaluated also "AP", "AP50", "AP75", "activity" (share of neurons that fire, in [0, 1]) and, as
+            {layer: value} from input to output, "activity_per_layer", "v_th" and "extremum".
+        path: PNG file to write, 1200 pixels wide.
+    """
+    found = (_loss_panel(log), _precision_panel(log), _activity_panel(log), _threshold_panel(log))
+    panels = [panel for panel in found if panel is not None]
+    if not panels:
+        raise ValueError(f"log: nothing to plot in {len(log)} epochs; expected keys such as 'loss', 'AP', 'activity'")
+    num_columns = min(2, len(panels))
+    num_rows = math.ceil(len(panels) / num_columns)
+    figure = Figure(figsize=(12, 4.2 * num_rows), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    grid = figure.add_gridspec(num_rows, num_columns)
+    epochs = [entry["epoch"] for entry in log]
+    for index, panel in enumerate(panels):
+        row, column = divmod(index, num_columns)
+        last_and_alone = column == 0 and index == len(panels) - 1
+        # A figure of its own, or the layer names of one panel would make the one above it narrow.
+        axes = figure.add_subfigure(grid[row, :] if last_and_alone else grid[row, column]).subplots()
+        panel(axes)
+        axes.set_xlabel("epoch")
+        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        axes.grid(color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    _write(figure, path)
+
+
+def plot_predictions(
+    images: Sequence[Tensor],
+    predictions: Sequence[Mapping[str, Tensor]],
+    targets: Sequence[Mapping[str, Tensor]],
+    class_names: Sequence[str],
+    path: str | PathLike[str],
+    *,
+    score_threshold: float = 0.3,
+    columns: int = 4,
+) -> None:
+    """Write a contact sheet: true boxes dashed in white, predicted ones solid in their class's colour, with a label.
+
+    Args:
+        images: per image (3, H, W) or (1, H, W), values in [0, 1]; sizes may differ.
+        predictions: torchvision's detections per image: "boxes" (N, 4) x1 y1 x2 y2 in pixels of the image,
+            "scores" (N,), "labels" (N,) in 1..K.
+        targets: torchvision's targets per image: "boxes" (M, 4).
+        class_names: names of the labels 1..K, so without the background.
+        path: PNG file to write.
+        score_threshold: predictions with a lower score are not drawn.
+        columns: images per row.
+    """
+    if len(images) == 0 or not len(images) == len(predictions) == len(targets):
+        raise ValueError(
+            f"expected one prediction and one target per image and at least one image, got {len(images)} images, "
+            f"{len(predictions)} predictions, {len(targets)} targets"
+        )
+    if columns < 1:
+        raise ValueError(f"columns: expected at least 1, got {columns}")
+    for index, (image, prediction) in enumerate(zip(images, predictions, strict=True)):
+        if image.dim() != 3 or image.shape[0] not in (1, 3) or not image.is_floating_point():
+            raise ValueError(
+                f"image at index {index}: expected floats of shape (3, H, W) or (1, H, W) in [0, 1], "
+                f"got {image.dtype} of shape {tuple(image.shape)}"
+            )
+        wrong = [label for label in prediction["labels"].tolist() if not 1 <= label <= len(class_names)]
+        if wrong:
+            raise ValueError(f"prediction at index {index}: found label {wrong[0]}, expected 1..{len(class_names)}")
+
+    # Every picture gets a cell of one width; a row is as high as its tallest picture needs. All lengths in inches.
+    columns = min(columns, len(images))
+    cell, gap, legend = max(3.6, 7.2 / columns), 0.08, 0.4
+    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
+    sizes = [_fit(image.shape[-1], image.shape[-2], cell, 1.25 * cell) for image in images]
+    heights = [max(sizes[index][1] for index in row) for row in rows]
+    width, height = columns * (cell + gap) + gap, legend + sum(heights) + gap * len(rows)
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    FigureCanvasAgg(figure)  # text can be measured only on a canvas
+    bottom = height - legend
+    for row, row_height in zip(rows, heights, strict=True):
+        bottom -= row_height
+        for column, index in enumerate(row):
+            w, h = sizes[index]
+            left = gap + column * (cell + gap) + (cell - w) / 2
+            lower = bottom + (row_height - h) / 2
+            axes = figure.add_axes((left / width, lower / height, w / width, h / height))
+            _draw_image(axes, images[index])
+            _draw_predictions(axes, predictions[index], class_names, score_threshold)
+            _draw_targets(axes, targets[index])
+        bottom -= gap
+    solid = Line2D([], [], color=_class_color(1), linewidth=2)
+    figure.legend(
+        [Line2D([], [], **_TARGET_STYLE), solid],
+        ["dashed = true", f"solid = predicted, colour = class, score \N{GREATER-THAN OR EQUAL TO} {score_threshold:g}"],
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=2,
+        frameon=False,
+        fontsize=10,
+        handlelength=3.5,
+    )
+    _write(figure, path)
+
+
+# Curves
+
+
+def _loss_panel(log: Sequence[Mapping[str, Any]]) -> Panel | None:
+    names = [name for name in dict.fromkeys(key for entry in log for key in entry) if name.startswith("loss/")]
+    curves = {name.removeprefix("loss/"): _curve(log, name) for name in names}
+    terms = {name: curve for name, curve in curves.items() if any(curve[1])}  # 0 throughout: nothing to see
+    total = _curve(log, "loss")
+    values = np.array([value for _, curve in (total, *terms.values()) for value in curve])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    positive = values[values > 0]
+    # A single 0 must not force the others onto a linear scale; a negative loss has to.
+    log_scale = values.min() >= 0 and len(positive) > 0 and positive.max() > 10 * positive.min()
+
+    def draw(axes: Axes) -> None:
+        for name, curve in terms.items():
+            _draw_curve(axes, curve, label=name, linewidth=1.3)
+        _draw_curve(axes, total, label="total", linewidth=2.4, color="black")
+        axes.set_title("Training loss")
+        axes.set_ylabel("loss, mean over the epoch")
+        if log_scale:
+            axes.set_yscale("log", nonpositive="mask")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        _legend_below(axes)
+
+    return draw
+
+
+def _precision_panel(log: Sequence[Mapping[str, Any]]) -> Panel | None:
+    curves = {}
+    for name in ("AP", "AP50", "AP75"):
+        epochs, values = _curve(log, name)
+        defined = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if value >= 0]  # -1: undefined
+        if defined:
+            curves[name] = ([epoch for epoch, _ in defined], [value for _, value in defined])
+    if not curves:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for name, curve in curves.items():
+            _draw_curve(axes, curve, label=name, linewidth=2.4 if name == "AP" else 1.3, marker="o", markersize=3)
+        axes.set_title("Average precision")
+        axes.set_ylabel("average precision, in [0, 1]")
+        _start_at_zero(axes)
+        _legend_below(axes)
+
+    return draw
+
+
+def _activity_panel(log: Sequence[Mapping[str, Any]]) -> Panel | None:
+    overall, layers = _curve(log, "activity"), _layer_curves(log, lambda entry: entry.get("activity_per_layer"))
+    if not overall[0] and not layers:
+        return None
+
+    def draw(axes: Axes) -> None:
+        _draw_layers(axes, layers, scale=100)
+        epochs, values = overall
+        if epochs:
+            outline = [patheffects.withStroke(linewidth=4.5, foreground="white")]
+            percent = (epochs, [100 * value for value in values])
+            _draw_curve(axes, percent, label="whole network", linewidth=2.6, color="black", path_effects=outline)
+            _legend_below(axes)
+        axes.set_title("Spike activity")
+        axes.set_ylabel("neurons that fire (%)")
+        _start_at_zero(axes)
+
+    return draw
+
+
+def _threshold_panel(log: Sequence[Mapping[str, Any]]) -> Panel | None:
+    def thresholds(entry: Mapping[str, Any]) -> dict[str, float] | None:
+        v_th, extremum = entry.get("v_th"), entry.get("extremum")
+        if not v_th or not extremum:
+            return None
+        return {layer: abs(v_th[layer]) * extremum[layer] for layer in v_th if layer in extremum}
+
+    layers = _layer_curves(log, thresholds)
+    if not layers:
+        return None
+
+    def draw(axes: Axes) -> None:
+        _draw_layers(axes, layers)
+        axes.set_title("Effective threshold")
+        axes.set_ylabel("|v_th| \N{MULTIPLICATION SIGN} extremum (membrane potential)")
+        _start_at_zero(axes)
+
+    return draw
+
+
+def _curve(log: Sequence[Mapping[str, Any]], key: str) -> Curve:
+    """Epochs that have the key, and its values there."""
+    entries = [entry for entry in log if entry.get(key) is not None]
+    return [entry["epoch"] for entry in entries], [float(entry[key]) for entry in entries]
+
+
+def _layer_curves(
+    log: Sequence[Mapping[str, Any]], of: Callable[[Mapping[str, Any]], Mapping[str, float] | None]
+) -> dict[str, Curve]:
+    """Layer -> curve, in the order of the layers' first appearance, which is the order of depth."""
+    curves: dict[str, Curve] = {}
+    for entry in log:
+        for layer, value in (of(entry) or {}).items():
+            epochs, values = curves.setdefault(layer, ([], []))
+            epochs.append(entry["epoch"])
+            values.append(float(value))
+    return curves
+
+
+def _draw_curve(axes: Axes, curve: Curve, **style: Any) -> None:
+    """A line; a dot where there is a single point, of which a line would show nothing."""
+    epochs, values = curve
+    if epochs:
+        axes.plot(epochs, values, **({"marker": "o"} if len(epochs) == 1 else {}) | style)
+
+
+def _draw_layers(axes: Axes, layers: Mapping[str, Curve], scale: float = 1) -> None:
+    """One thin line per layer, coloured by depth, with a colour bar that names the layers."""
+    if not layers:
+        return
+    # viridis without its last tenth, whose yellow is lost on white
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    for color, (epochs, values) in zip(colors, layers.values(), strict=True):
+        _draw_curve(axes, (epochs, [scale * value for value in values]), color=color, linewidth=1, markersize=4)
+    norm = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))
+    bar = axes.figure.colorbar(ScalarMappable(norm, ListedColormap(colors)), ax=axes, aspect=30, pad=0.02)
+    shown = range(0, len(layers), math.ceil(len(layers) / 24))  # more names than 24 would touch each other
+    names = _without_common_module(list(layers))
+    bar.set_ticks(list(shown), labels=[names[index] for index in shown], fontsize=7)
+    bar.ax.tick_params(length=0)
+    bar.ax.minorticks_off()
+    bar.ax.invert_yaxis()
+    bar.outline.set_visible(False)
+    bar.ax.set_title("layer", fontsize=8)
+
+
+def _without_common_module(names: Sequence[str]) -> list[str]:
+    """backbone.a.spike, backbone.b.spike -> a.spike, b.spike."""
+    paths = [name.split(".") for name in names]
+    while all(len(path) > 1 and path[0] == paths[0][0] for path in paths):
+        paths = [path[1:] for path in paths]
+    return [".".join(path) for path in paths]
+
+
+def _start_at_zero(axes: Axes) -> None:
+    """Limits from 0 to a little above the highest point, so that heights compare."""
+    axes.set_ylim(0, 1.06 * axes.dataLim.y1 or 1)
+
+
+def _legend_below(axes: Axes) -> None:
+    """Under the axis label, where it covers no line."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False, fontsize=9)
+
+
+# Boxes
+
+_TARGET_STYLE: Mapping[str, Any] = {
+    "color": "white",
+    "linewidth": 1.3,
+    "linestyle": (0, (4, 2.5)),
+    "path_effects": [patheffects.withStroke(linewidth=3, foreground="black")],
+}
+
+
+def _fit(width: float, height: float, max_width: float, max_height: float) -> tuple[float, float]:
+    """Largest size of the same proportions."""
+    scale = min(max_width / width, max_height / height)
+    return width * scale, height * scale
+
+
+def _class_color(label: int) -> tuple[float, float, float]:
+    """A saturated colour; the golden ratio keeps the hues of neighbouring labels far apart, for any number of them."""
+    return colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.9, 1.0 if label % 2 else 0.8)
+
+
+def _draw_image(axes: Axes, image: Tensor) -> None:
+    pixels = image.detach().to("cpu", torch.float32).clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()  # H, W, 3
+    height, width = pixels.shape[:2]
+    axes.imshow(pixels, extent=(0, width, height, 0), aspect="auto")  # pixel edges are integers, as in the boxes
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.set_axis_off()
+
+
+def _draw_targets(axes: Axes, target: Mapping[str, Tensor]) -> None:
+    for x1, y1, x2, y2 in target["boxes"].tolist():
+        style = {"edgecolor" if key == "color" else key: value for key, value in _TARGET_STYLE.items()}
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, zorder=3, **style))
+
+
+def _draw_predictions(
+    axes: Axes, prediction: Mapping[str, Tensor], class_names: Sequence[str], score_threshold: float
+) -> None:
+    rows = zip(*(prediction[key].tolist() for key in ("scores", "labels", "boxes")), strict=True)
+    taken: list[Bbox] = []
+    for score, label, box in sorted((row for row in rows if row[0] >= score_threshold), reverse=True):
+        color = _class_color(label)
+        x1, y1, x2, y2 = box
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=2, zorder=2))
+        red, green, blue = color
+        text = axes.text(
+            0,
+            0,
+            f"{class_names[label - 1]} {score:.2f}",
+            fontsize=7,
+            color="black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white",
+            va="bottom",
+            zorder=4 + score,  # the surest label lies on top
+            clip_on=True,
+            bbox={"facecolor": color, "edgecolor": "none", "pad": 1},
+        )
+        taken.append(_place(text, axes, box, taken))
+
+
+def _place(text: Text, axes: Axes, box: Sequence[float], taken: Sequence[Bbox]) -> Bbox:
+    """Put the label at a corner of its box, inside the picture and if it can be off the other labels.
+
+    Returns its place in pixels of the figure, where y points up.
+    """
+    pad = 1 * DPI / 72  # the label's frame is 1 point wide
+    size = text.get_window_extent()
+    width, height = size.width + 2 * pad, size.height + 2 * pad
+    (left, bottom), (right, top) = axes.transData.transform([(box[0], box[3]), (box[2], box[1])])
+    picture = axes.bbox
+    places = []
+    for y in (top, top - height, bottom - height, bottom):  # above the box, inside, below, inside
+        for x in (left, right - width):
+            x_inside = max(min(x, picture.x1 - width), picture.x0)
+            y_inside = max(min(y, picture.y1 - height), picture.y0)
+            places.append(Bbox.from_bounds(x_inside, y_inside, width, height))
+    place = min(places, key=lambda place: place.count_overlaps(taken))  # the first of the best
+    text.set_position(axes.transData.inverted().transform((place.x0 + pad, place.y0 + pad)))
+    return place
+
+
+def _write(figure: Figure, path: str | PathLike[str]) -> None:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", dpi=DPI)

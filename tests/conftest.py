@@ -1,0 +1,27 @@
+"""Fixtures shared by several test files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ARCHIVES = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """real_data("bccd", "coco128") -> the folder they are unpacked in, once per session; skips where there are none."""
+    folder = tmp_path_factory.mktemp("real_data")
+
+    def unpack(*names: str) -> Path:
+        if not (ARCHIVES / "unpack.py").is_file():
+            pytest.skip(f"no real data: {ARCHIVES} has no unpack.py")
+        command = [sys.executable, str(ARCHIVES / "unpack.py"), *names, "--to", str(folder)]
+        subprocess.run(command, check=True, capture_output=True)
+        return folder
+
+    return unpack

@@ -1,0 +1,746 @@
+"""Readers, dataset, drawn scenes, augmentation and loader."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools.coco import COCO
+
+from detection.config import Augment, Data
+from detection.data import (
+    DetectionDataset,
+    Record,
+    build_datasets,
+    build_loader,
+    build_transform,
+    draw_scene,
+    draw_scenes,
+    load_image,
+    read_coco,
+    read_voc,
+)
+from detection.data.records import Annotations
+from detection.data.synthetic import BACKGROUND_CONTRAST, CATEGORIES, MIN_VISIBLE, SCALE, SHAPE_CONTRAST, TEXTURE_RANGE
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+WIDTH, HEIGHT = 40, 30
+
+
+# --- builders -------------------------------------------------------------------------------------------------------
+
+
+def write_image(path: Path, width: int = WIDTH, height: int = HEIGHT, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def voc_object(name="cat", box=(1, 1, 10, 10), difficult=None) -> str:
+    corners = "".join(
+        f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True) if v is not None
+    )
+    extra = "" if difficult is None else f"<difficult>{difficult}</difficult>"
+    return f"<object><name>{name}</name>{extra}<bndbox>{corners}</bndbox></object>"
+
+
+def write_voc(root: Path, images: dict[str, str | list[str]], split="VOC/train", size=(WIDTH, HEIGHT)) -> Path:
+    """A VOC folder; per image its objects, or the whole text of its XML file."""
+    folder, name = root / split.rpartition("/")[0], split.rpartition("/")[2]
+    (folder / "Annotations").mkdir(parents=True, exist_ok=True)
+    (folder / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
+    (folder / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(f"{key}\n" for key in images))
+    for key, content in images.items():
+        write_image(folder / "JPEGImages" / f"{key}.jpg")
+        if not isinstance(content, str):
+            width, height = size
+            content = (
+                f"<annotation><size><width>{width}</width><height>{height}</height></size>"
+                f"{''.join(content)}</annotation>"
+            )
+        (folder / "Annotations" / f"{key}.xml").write_text(content)
+    return root
+
+
+def coco_content(boxes=((1.0, 2.0, 10.0, 8.0),)) -> dict:
+    """Two images (ids 7 and 3, the second empty), categories 18 and 5, every box a cat (18) of image 7."""
+    return {
+        "images": [
+            {"id": 7, "file_name": "a.png", "width": WIDTH, "height": HEIGHT},
+            {"id": 3, "file_name": "b.png", "width": WIDTH, "height": HEIGHT},
+        ],
+        "annotations": [
+            {"id": 11 + i, "image_id": 7, "category_id": 18, "bbox": list(box), "area": 33.25, "iscrowd": 0}
+            for i, box in enumerate(boxes)
+        ],
+        "categories": [{"id": 18, "name": "cat"}, {"id": 5, "name": "dog"}],
+    }
+
+
+def write_coco(root: Path, content: dict | str) -> tuple[Path, Path]:
+    for name in ("a.png", "b.png"):
+        write_image(root / "images" / name)
+    file = root / "instances.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return file, root / "images"
+
+
+def make_record(path: Path, boxes, labels, ignore=None) -> Record:
+    boxes = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    ignore = np.zeros(len(boxes), dtype=bool) if ignore is None else np.array(ignore)
+    area = (boxes[:, 2] - boxes[:, 0]).astype(np.float64) * (boxes[:, 3] - boxes[:, 1])
+    return Record(path, 1, WIDTH, HEIGHT, boxes, np.array(labels, dtype=np.int64), ignore, area)
+
+
+def sentence(annotations: Annotations, *parts: str) -> str:
+    """The one sentence of `dropped` that has all parts."""
+    found = [text for text in annotations.dropped if all(part in text for part in parts)]
+    assert len(found) == 1, annotations.dropped
+    return found[0]
+
+
+# --- VOC ------------------------------------------------------------------------------------------------------------
+
+
+def test_voc_boxes_labels_and_difficult(tmp_path):
+    objects = [voc_object("dog", (1, 1, 40, 30)), voc_object("cat", (5, 6, 9, 8), difficult=1)]
+    found = read_voc(write_voc(tmp_path, {"one": objects, "two": []}), ["VOC/train"])
+    assert found.categories == ("cat", "dog") and found.category_ids == (1, 2) and found.dropped == ()
+    one, two = found.records
+    assert one.boxes.dtype == np.float32 and one.labels.dtype == np.int64
+    assert one.boxes.tolist() == [[0, 0, 40, 30], [4, 5, 9, 8]]
+    assert one.labels.tolist() == [2, 1] and one.ignore.tolist() == [False, True] and one.area.tolist() == [1200, 15]
+    assert (two.boxes.shape, two.labels.shape, two.image_id) == ((0, 4), (0,), 2)
+
+
+def test_voc_joins_splits_with_stable_ids(tmp_path):
+    write_voc(tmp_path, {"b": [voc_object()], "gone": [], "a": []}, "VOC2007/train")
+    write_voc(tmp_path, {"b": [voc_object()]}, "VOC2012/train")
+    (tmp_path / "VOC2007/JPEGImages/gone.jpg").unlink()
+    found = read_voc(tmp_path, ["VOC2007/train", "VOC2012/train", "VOC2007/train"])
+    assert [(r.image_id, r.path.parent.parent.name, r.path.stem) for r in found.records] == [
+        (1, "VOC2007", "b"),
+        (3, "VOC2007", "a"),
+        (4, "VOC2012", "b"),
+    ]
+    sentence(found, "gone.jpg: no such image")
+    assert "train.txt: a is listed already" in sentence(found, "a is listed already")
+
+
+def test_voc_zero_area_boxes_are_named(tmp_path):
+    objects = [voc_object(), voc_object("cat", (7, 3, 7, 9)), voc_object("cat", (7, 9, 8, 4))]
+    found = read_voc(write_voc(tmp_path, {"one": objects}), ["VOC/train"])
+    assert len(found.records[0].boxes) == 1 and len(found.dropped) == 2
+    sentence(found, "one.xml", "object 2 (cat)", "[7, 3, 7, 9]", "no area")
+    sentence(found, "one.xml", "object 3 (cat)", "[7, 9, 8, 4]", "no area")
+
+
+def test_voc_boxes_off_the_image(tmp_path):
+    objects = [
+        voc_object("cat", (0, 0, 41, 31)),
+        voc_object("cat", (-3, 5, 10, 20)),
+        voc_object("cat", (50, 5, 60, 20)),
+    ]
+    found = read_voc(write_voc(tmp_path, {"one": objects}), ["VOC/train"])
+    assert found.records[0].boxes.tolist() == [[0, 0, 40, 30], [0, 4, 10, 20]]
+    assert len(found.dropped) == 2
+    assert sentence(found, "one.xml", "object 2", "[-3, 5, 10, 20]", "40x30").endswith("clipped")
+    assert sentence(found, "one.xml", "object 3", "lies outside of the 40x30 image").endswith("left out")
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "twelve", "", None])
+def test_voc_bad_coordinate_costs_only_its_box(tmp_path, bad):
+    objects = [voc_object(), voc_object("cat", (bad, 2, 9, 9))]
+    found = read_voc(write_voc(tmp_path, {"one": objects}), ["VOC/train"])
+    assert len(found.records[0].boxes) == 1
+    sentence(found, "one.xml", "object 2 (cat)", "not four finite numbers")
+
+
+def test_voc_bad_files_cost_only_their_image(tmp_path):
+    write_voc(tmp_path, {"good": [voc_object()], "broken": "<annotation><obj", "noxml": [], "noimage": []})
+    (tmp_path / "VOC/Annotations/noxml.xml").unlink()
+    (tmp_path / "VOC/JPEGImages/noimage.jpg").unlink()
+    found = read_voc(tmp_path, ["VOC/train"])
+    assert [r.path.stem for r in found.records] == ["good"] and len(found.dropped) == 3
+    sentence(found, "broken.xml", "not an XML file")
+    sentence(found, "noxml.xml", "no such file")
+    sentence(found, "noimage.jpg", "no such image")
+
+
+def test_voc_finds_images_under_other_names(tmp_path):
+    text = "<annotation><filename>{}</filename>" + voc_object() + "</annotation>"
+    write_voc(tmp_path, {"one": text.format("other.png"), "two": text.format("missing.jpg")})
+    folder = tmp_path / "VOC/JPEGImages"
+    (folder / "one.jpg").unlink()
+    (folder / "two.jpg").rename(folder / "two.jpeg")
+    write_image(folder / "other.png", 20, 10)
+    found = read_voc(tmp_path, ["VOC/train"])
+    assert [r.path.name for r in found.records] == ["other.png", "two.jpeg"]
+    # Neither XML has a size: the headers have.
+    assert [(r.width, r.height) for r in found.records] == [(20, 10), (WIDTH, HEIGHT)]
+
+
+def test_voc_size_zero_is_read_from_the_image(tmp_path):
+    write_voc(tmp_path, {"one": [voc_object()], "two": []}, size=(0, 0))
+    (tmp_path / "VOC/JPEGImages/two.jpg").write_bytes(b"no image")
+    found = read_voc(tmp_path, ["VOC/train"])
+    assert [(r.width, r.height) for r in found.records] == [(WIDTH, HEIGHT)]
+    sentence(found, "two.xml", "no image size")
+
+
+def test_voc_given_classes_set_the_order_and_the_limits(tmp_path):
+    objects = [voc_object("dog"), voc_object("cat"), voc_object("cow")]
+    root = write_voc(tmp_path, {"one": objects})
+    found = read_voc(root, ["VOC/train"], ["dog", "cat"])
+    assert found.categories == ("dog", "cat") and found.records[0].labels.tolist() == [1, 2]
+    assert "allowed: dog, cat" in sentence(found, "one.xml", "object 3", "'cow'")
+    with pytest.raises(ValueError, match="'dog' is given twice"):
+        read_voc(root, ["VOC/train"], ["dog", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [
+        ("", "the folder with the VOC data"),
+        ("VOC/JPEGImages", "the images of split 'VOC/train'"),
+        ("VOC/Annotations", "the XML files of split 'VOC/train'"),
+        ("VOC/ImageSets/Main/train.txt", "the image names of split 'VOC/train'"),
+    ],
+)
+def test_voc_missing_paths(tmp_path, missing, expected):
+    root = write_voc(tmp_path / "data", {"one": [voc_object()]})
+    (root / missing).rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError) as caught:
+        read_voc(root, ["VOC/train"])
+    assert str(root / missing) in str(caught.value) and expected in str(caught.value)
+
+
+def test_voc_nothing_to_train_on(tmp_path):
+    root = write_voc(tmp_path, {"one": [voc_object("cat", (3, 3, 3, 3))], "two": [voc_object(difficult=1)]})
+    with pytest.raises(ValueError, match=r"none of its 2 usable images.*1 left out.*the first: .*one\.xml"):
+        read_voc(root, ["VOC/train"])
+    with pytest.raises(ValueError, match="nothing was left out"):
+        read_voc(write_voc(tmp_path, {"three": []}, "VOC/empty"), ["VOC/empty"])
+
+
+# --- COCO -----------------------------------------------------------------------------------------------------------
+
+
+def test_coco_sparse_ids_crowd_and_empty_images(tmp_path):
+    content = coco_content([(1.5, 2, 10, 8), (0, 0, 40, 30)])
+    content["annotations"][1] |= {"category_id": 5, "iscrowd": 1, "segmentation": {"counts": [1], "size": [1, 1]}}
+    found = read_coco(*write_coco(tmp_path, content))
+    assert found.categories == ("cat", "dog") and found.category_ids == (18, 5) and found.dropped == ()
+    one, two = found.records
+    assert (one.image_id, two.image_id, len(two.boxes)) == (7, 3, 0)
+    assert one.boxes.tolist() == [[1.5, 2, 11.5, 10], [0, 0, 40, 30]]
+    assert one.labels.tolist() == [1, 2] and one.ignore.tolist() == [False, True] and one.area.tolist() == [33.25] * 2
+
+
+def test_coco_area_and_crowd_may_be_missing(tmp_path):
+    content = coco_content()
+    del content["annotations"][0]["area"], content["annotations"][0]["iscrowd"]
+    record = read_coco(*write_coco(tmp_path, content)).records[0]
+    assert record.area.tolist() == [80] and record.ignore.tolist() == [False]
+
+
+def test_coco_classes_select_and_order(tmp_path):
+    content = coco_content([(1, 2, 10, 8)] * 4)
+    content["annotations"][0]["category_id"] = 5
+    files = write_coco(tmp_path, content)
+    found = read_coco(*files, ["dog"])
+    assert found.category_ids == (5,) and found.records[0].labels.tolist() == [1]
+    assert found.dropped == (sentence(found, "instances.json", "3 objects of category 'cat'", "dog"),)
+    assert read_coco(*files, ["dog", "cat"]).records[0].labels.tolist() == [1, 2, 2, 2]
+    with pytest.raises(ValueError, match=r"instances\.json: no class 'dgo'; did you mean 'dog'\? \(allowed: cat, dog"):
+        read_coco(*files, ["dgo"])
+
+
+def test_coco_boxes_off_the_image(tmp_path):
+    boxes = [(1, 2, 3, 4), (-0.5, 2, 10, 8), (35, 2, 10, 8), (45, 2, 3, 3), (1, 1, 0, 5), (5, 5, -2, 3)]
+    found = read_coco(*write_coco(tmp_path, coco_content(boxes)))
+    assert found.records[0].boxes.tolist() == [[1, 2, 4, 6], [0, 2, 9.5, 10], [35, 2, 40, 10]]
+    assert len(found.dropped) == 4
+    sentence(found, "instances.json", "annotation 13 of a.png", "[35, 2, 10, 8]", "clipped")
+    sentence(found, "annotation 14 of a.png", "lies outside")
+    sentence(found, "annotation 15 of a.png", "no area")
+    sentence(found, "annotation 16 of a.png", "no area")
+
+
+def test_box_that_vanishes_in_float32_is_left_out(tmp_path):
+    found = read_coco(*write_coco(tmp_path, coco_content([(1, 2, 3, 4), (30, 2, 1e-9, 5)])))
+    assert len(found.records[0].boxes) == 1 and len(found.dropped) == 1
+
+
+@pytest.mark.parametrize(
+    "box", [[float("nan"), 1, 2, 3], [1, 2, float("inf"), 3], [1, 2, 3], "1234", None, ["a", 1, 2, 3]]
+)
+def test_coco_bad_box_costs_only_itself(tmp_path, box):
+    content = coco_content([(1, 2, 3, 4), (1, 2, 3, 4)])
+    content["annotations"][1]["bbox"] = box
+    found = read_coco(*write_coco(tmp_path, content))
+    assert len(found.records[0].boxes) == 1
+    sentence(found, "instances.json", "annotation 12 of a.png", "not four finite numbers")
+
+
+def test_coco_bad_entries_are_left_out(tmp_path):
+    content = coco_content([(1, 2, 3, 4)] * 6)
+    notes = content["annotations"]
+    notes[1]["id"] = 11
+    notes[2]["image_id"] = 99
+    notes[3]["category_id"] = 6
+    del notes[4]["bbox"]
+    notes[5] = "text"
+    content["images"] += [
+        {"id": 7, "file_name": "b.png", "width": WIDTH, "height": HEIGHT},
+        {"id": 8, "file_name": "gone.png", "width": WIDTH, "height": HEIGHT},
+        {"id": 9, "file_name": "b.png", "width": 0, "height": HEIGHT},
+        {"id": 10, "file_name": "b.png", "width": WIDTH},
+        {"id": "ten", "file_name": "b.png", "width": WIDTH, "height": HEIGHT},
+    ]
+    found = read_coco(*write_coco(tmp_path, content))
+    assert [r.image_id for r in found.records] == [7, 3] and len(found.records[0].boxes) == 1
+    assert len(found.dropped) == 10 and all("instances.json" in text for text in found.dropped)
+    sentence(found, "annotation 11 occurs a second time")
+    sentence(found, "annotation 13 belongs to image 99")
+    sentence(found, "annotation 14 has category 6 (allowed: 18, 5)")
+    sentence(found, "annotation at position 4 has no 'bbox'")
+    sentence(found, "annotation at position 5 is str")
+    sentence(found, "image id 7 of b.png is taken already")
+    sentence(found, "image 8", "gone.png")
+    sentence(found, "image 9 (b.png)", "0x30")
+    sentence(found, "image at position 5 has no 'height'")
+    sentence(found, "image at position 6 has 'id' 'ten', expected int")
+
+
+def test_coco_bad_files(tmp_path):
+    for text, problem in (
+        ("<xml/>", "not a JSON file"),
+        ("[]", "no list 'images'"),
+        ('{"images": [], "annotations": []}', "no list 'categories'"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "category at position 0 has no 'name'"),
+    ):
+        with pytest.raises(ValueError, match=problem) as caught:
+            read_coco(*write_coco(tmp_path, text))
+        assert "instances.json" in str(caught.value)
+    file, images = write_coco(tmp_path, coco_content())
+    with pytest.raises(FileNotFoundError, match=r"other\.json: no such file; expected a COCO instances JSON file"):
+        read_coco(tmp_path / "other.json", images)
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; expected the images of instances\.json"):
+        read_coco(file, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"instances\.json: none of its 2 usable images.*no area"):
+        read_coco(*write_coco(tmp_path, coco_content([(1, 1, 0, 0)])))
+
+
+# --- images and dataset ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "LA"])
+def test_every_image_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    Image.new("RGB", (5, 4), (204, 204, 204)).convert(mode).save(path)
+    pixels = load_image(path)
+    assert pixels.shape == (4, 5, 3) and pixels.dtype == np.uint8 and pixels.flags.writeable
+    if mode != "1":
+        assert abs(int(pixels.mean()) - 204) <= 1
+
+
+def test_palette_with_transparency_loads_without_warning(tmp_path, recwarn):
+    image = Image.new("P", (5, 4), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.save(tmp_path / "image.png", transparency=b"\x00\xff")
+    assert load_image(tmp_path / "image.png")[0, 0].tolist() == [10, 20, 30]
+    assert not recwarn.list
+
+
+def test_16_bit_grey_is_scaled(tmp_path):
+    Image.fromarray(np.array([[0, 256 * 100, 65535]], dtype=np.uint16)).save(tmp_path / "image.png")
+    assert load_image(tmp_path / "image.png")[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_exif_orientation_is_not_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.new("RGB", (8, 4)).save(tmp_path / "image.jpg", exif=exif)
+    assert load_image(tmp_path / "image.jpg").shape == (4, 8, 3)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_truncated_image_is_an_error_with_its_name(tmp_path, suffix):
+    path = write_image(tmp_path / f"cut.{suffix}", 64, 64)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=rf"cut\.{suffix}: the image does not decode: .*truncated"):
+        load_image(path)
+
+
+def test_no_image_at_all_is_an_error_with_its_name(tmp_path):
+    (tmp_path / "text.jpg").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.jpg: the image does not decode: cannot identify"):
+        load_image(tmp_path / "text.jpg")
+    with pytest.raises(ValueError, match=r"gone\.jpg: the image does not decode"):
+        load_image(tmp_path / "gone.jpg")
+
+
+def test_wrong_size_is_an_error_with_both_sizes(tmp_path):
+    path = write_image(tmp_path / "a.png", 20, 10)
+    dataset = DetectionDataset(Annotations((make_record(path, [[0, 0, 5, 5]], [1]),), ("cat",), (1,)))
+    with pytest.raises(ValueError, match=r"a\.png.* 20x10 .* 40x30"):
+        dataset[0]
+
+
+def test_items_have_torchvisions_types(tmp_path):
+    path = write_image(tmp_path / "a.png")
+    records = (
+        make_record(path, [[0, 0, 5, 5], [1, 1, 9, 9], [2, 2, 4, 4]], [2, 1, 2], [False, True, False]),
+        make_record(path, [], []),
+    )
+    for transform in (None, build_transform(Augment(hflip=1, vflip=1, crop=1, color=1))):
+        dataset = DetectionDataset(Annotations(records, ("a", "b"), (1, 2)), transform)
+        assert len(dataset) == 2
+        for index, count in ((0, 2), (1, 0)):
+            image, target = dataset[index]
+            assert image.dtype == torch.float32 and image.ndim == 3 and image.is_contiguous()
+            assert image.min() >= 0 and 0.4 < image.max() <= 1
+            assert target["boxes"].dtype == torch.float32 and target["boxes"].shape == (count, 4)
+            assert target["labels"].dtype == torch.int64 and target["labels"].tolist() == [2, 2][:count]
+            assert target["image_id"] == 1 and isinstance(target["image_id"], int)
+    assert torch.equal(
+        DetectionDataset(Annotations(records, ("a", "b"), (1, 2)))[0][0].mul(255).byte(),
+        torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1),
+    )
+    with pytest.raises(IndexError):
+        dataset[2]
+
+
+def test_ground_truth_keeps_a_coco_files_numbers(tmp_path):
+    boxes = [(0.1, 0.2, 10.3, 8.7), (3.33, 4.44, 5.55, 6.66), (35.3, 2.1, 10, 8)]
+    content = coco_content(boxes)
+    content["annotations"][1] |= {"iscrowd": 1, "category_id": 5}
+    truth = DetectionDataset(read_coco(*write_coco(tmp_path, content))).ground_truth()
+    json.dumps(truth)
+    assert [a["bbox"] for a in truth["annotations"]][:2] == [list(box) for box in boxes[:2]]
+    assert truth["annotations"][2]["bbox"] == pytest.approx([35.3, 2.1, 4.7, 8], abs=1e-12)
+    assert [(a["id"], a["category_id"], a["iscrowd"], a["area"]) for a in truth["annotations"]] == [
+        (1, 18, 0, 33.25),
+        (2, 5, 1, 33.25),
+        (3, 18, 0, 33.25),
+    ]
+    coco = COCO()
+    coco.dataset = truth
+    with redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    assert sorted(coco.getImgIds()) == [3, 7] and sorted(coco.getCatIds()) == [5, 18]
+    assert len(coco.getAnnIds(imgIds=[7])) == 3 and coco.getAnnIds(imgIds=[3]) == []
+
+
+def test_ground_truth_of_a_record_without_xywh(tmp_path):
+    record = make_record(tmp_path / "a.png", [[1.5, 2, 4, 8]], [1])
+    (note,) = DetectionDataset(Annotations((record,), ("cat",), (9,))).ground_truth()["annotations"]
+    assert note["bbox"] == [1.5, 2, 2.5, 6] and note["category_id"] == 9
+
+
+# --- augmentation ---------------------------------------------------------------------------------------------------
+
+
+def random_image(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@st.composite
+def images_with_boxes(draw):
+    width, height = draw(st.integers(8, 400)), draw(st.integers(8, 400))
+    boxes = []
+    for _ in range(draw(st.integers(0, 6))):
+        corners = []
+        for size in (width, height):
+            low = draw(st.floats(0, size - 0.5, width=32))
+            corners.append((low, draw(st.floats(min(size, low + 0.25), size))))
+        (x1, x2), (y1, y2) = corners
+        boxes.append([x1, y1, x2, y2])
+    return width, height, np.array(boxes, dtype=np.float32).reshape(-1, 4)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(images_with_boxes(), st.integers(0, 2**31))
+def test_augmented_boxes_stay_whole_with_their_labels(case, seed):
+    width, height, boxes = case
+    labels = np.arange(1, len(boxes) + 1)
+    given_boxes = boxes.copy()
+    torch.manual_seed(seed)
+    image, found, found_labels = build_transform(Augment(hflip=0.5, vflip=0.5, crop=0.7, color=0.3))(
+        random_image(height, width), boxes, labels
+    )
+    assert np.array_equal(boxes, given_boxes)
+    assert image.dtype == np.uint8 and found.dtype == np.float32 and found_labels.dtype == np.int64
+    new_height, new_width = image.shape[:2]
+    assert new_height >= height / 2 and new_width >= width / 2
+    assert found_labels.tolist() == labels.tolist()
+    assert (found[:, :2] >= 0).all() and (found[:, :2] < found[:, 2:]).all()
+    assert (found[:, 2:] <= [new_width, new_height]).all()
+    # Flips and crops move boxes and leave their sides as they are.
+    assert np.allclose(found[:, 2:] - found[:, :2], boxes[:, 2:] - boxes[:, :2], atol=2e-3)
+
+
+@pytest.mark.parametrize(("hflip", "vflip"), [(1, 0), (0, 1), (1, 1)])
+def test_flip_geometry(hflip, vflip):
+    image = random_image(37, 53)
+    boxes = np.array([[0, 0, 53, 37], [1.25, 2.5, 7.75, 9.875], [40, 30, 53, 31]], dtype=np.float32)
+    flipped, found, labels = build_transform(Augment(hflip=hflip, vflip=vflip))(image, boxes, np.array([3, 1, 2]))
+    expected, pixels = boxes.copy(), image
+    if hflip:
+        expected[:, [0, 2]], pixels = 53 - expected[:, [2, 0]], pixels[:, ::-1]
+    if vflip:
+        expected[:, [1, 3]], pixels = 37 - expected[:, [3, 1]], pixels[::-1]
+    assert np.array_equal(flipped, pixels) and labels.tolist() == [3, 1, 2]
+    assert np.allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_crop_shows_the_same_pixels_in_every_box():
+    image, boxes = random_image(60, 90), np.array([[30, 20, 50, 33], [41, 25, 60, 40]], dtype=np.float32)
+    transform = build_transform(Augment(hflip=0, crop=1))
+    torch.manual_seed(0)
+    sizes = set()
+    for _ in range(30):
+        cropped, found, _ = transform(image, boxes, np.array([1, 2]))
+        sizes.add(cropped.shape)
+        for (x1, y1, x2, y2), (u1, v1, u2, v2) in zip(boxes.astype(int), found.round().astype(int), strict=True):
+            assert np.array_equal(image[y1:y2, x1:x2], cropped[v1:v2, u1:u2])
+    assert len(sizes) > 20
+    assert build_transform(Augment(hflip=0, crop=1))(image, np.zeros((0, 4)), np.zeros(0))[0].shape != image.shape
+
+
+def test_no_augmentation_changes_nothing():
+    image, boxes = random_image(20, 30), np.array([[1, 2, 3, 4]], dtype=np.float32)
+    same, found, labels = build_transform(Augment(hflip=0))(image, boxes, np.array([5]))
+    assert np.array_equal(same, image) and np.allclose(found, boxes, atol=1e-5) and labels.tolist() == [5]
+
+
+def test_hairline_box_is_dropped_with_its_label():
+    boxes = np.array([[10, 10, 20, 20], [399.99997, 1, 400, 2]], dtype=np.float32)
+    transform = build_transform(Augment(hflip=1, vflip=1, crop=1))
+    for chosen in (slice(None), slice(1, 2)):
+        found, labels = transform(random_image(300, 400), boxes[chosen], np.array([1, 2])[chosen])[1:]
+        assert len(found) == len(labels) and found.shape[1] == 4 and (found[:, :2] < found[:, 2:]).all()
+        assert set(labels.tolist()) >= ({1} if chosen == slice(None) else set())
+
+
+def test_color_keeps_boxes_and_changes_pixels():
+    image, boxes = random_image(20, 30) // 2, np.array([[1, 2, 3, 4]], dtype=np.float32)
+    changed, found, _ = build_transform(Augment(hflip=0, color=1))(image, boxes, np.array([5]))
+    assert changed.shape == image.shape and not np.array_equal(changed, image) and np.allclose(found, boxes, atol=1e-5)
+
+
+def test_flips_are_independent_and_follow_torchs_generator():
+    image = np.zeros((4, 4, 3), dtype=np.uint8)
+    image[0, 0] = 255
+    transform = build_transform(Augment(hflip=0.5, vflip=0.5))
+
+    def draw() -> list[int]:
+        torch.manual_seed(3)
+        return [
+            int(transform(image, np.zeros((0, 4)), np.zeros(0))[0][[0, 0, -1, -1], [0, -1, 0, -1], 0].argmax())
+            for _ in range(200)
+        ]
+
+    corners = draw()
+    assert corners == draw()
+    assert (np.bincount(corners, minlength=4) > 25).all()
+
+
+def test_albumentations_is_in_one_file_and_stays_off_the_network():
+    users = [p.name for p in (REPOSITORY / "detection").rglob("*.py") if "import albumentations" in p.read_text()]
+    assert users == ["transforms.py"]
+    code = (
+        "import urllib.request as r\n"
+        "def refuse(*a, **k): raise SystemExit('network')\n"
+        "r.build_opener = r.urlopen = refuse\n"
+        "import detection.data.transforms"
+    )
+    environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, env=environment)
+
+
+# --- drawn scenes ---------------------------------------------------------------------------------------------------
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_scenes_are_the_same_bytes_twice_and_independent_of_their_number(tmp_path):
+    draw_scenes(tmp_path / "a", num_train=13, num_val=2, size=48, seed=5)
+    draw_scenes(tmp_path / "b", num_train=13, num_val=2, size=48, seed=5)
+    draw_scenes(tmp_path / "c", num_train=3, num_val=1, size=48, seed=5)
+    draw_scenes(tmp_path / "d", num_train=1, num_val=1, size=48, seed=6)
+    a, c, d = (files_of(tmp_path / name) for name in "acd")
+    assert a == files_of(tmp_path / "b")
+    assert len(a) == 17 and {"train/000001.png", "val/000002.png", "annotations/val.json"} <= set(a)
+    assert all(a[name] == data for name, data in c.items() if name.endswith(".png"))
+    assert a["train/000001.png"] != a["val/000001.png"] and a["train/000001.png"] != d["train/000001.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == list("abcd")
+
+
+def test_scenes_read_as_coco_with_some_empty_images(tmp_path):
+    draw_scenes(tmp_path / "scenes", num_train=48, num_val=3, size=64, seed=0)
+    found = read_coco(tmp_path / "scenes/annotations/train.json", tmp_path / "scenes/train")
+    assert found.dropped == () and found.categories == CATEGORIES
+    counts = [len(record.labels) for record in found.records]
+    assert counts.count(0) == 4 and set(counts) == {0, 1, 2, 3, 4, 5}
+    assert set(np.concatenate([record.labels for record in found.records])) == {1, 2, 3, 4}
+    sides = np.concatenate([(r.boxes[:, 2:] - r.boxes[:, :2]).max(axis=1) for r in found.records if len(r.boxes)])
+    assert sides.max() <= 0.45 * 64 + 1 and sides.min() >= 0.12 * 64 / 2
+    image, target = DetectionDataset(found)[0]
+    assert image.shape == (3, 64, 64) and len(target["boxes"]) == counts[0]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_scene_boxes_are_tight_visible_and_contrast(seed):
+    size = 96
+    scene = draw_scene(size, 5, np.random.default_rng(seed))
+    assert scene.image.shape == (size, size, 3) and scene.image.dtype == np.uint8
+    assert len(scene.boxes) == len(scene.labels) == len(scene.masks) >= 1
+    covered = np.zeros((SCALE * size, SCALE * size), dtype=bool)
+    background = scene.image[~scene.masks.any(axis=0).reshape(size, SCALE, size, SCALE).any(axis=(1, 3))].astype(float)
+    for box, mask, color in reversed(list(zip(scene.boxes, scene.masks, scene.colors, strict=True))):
+        rows, columns = np.nonzero(mask.any(axis=1))[0], np.nonzero(mask.any(axis=0))[0]
+        assert (box * SCALE).tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        visible = mask & ~covered
+        assert visible.sum() >= MIN_VISIBLE * mask.sum()
+        # What is wholly visible has the shape's colour, far from the background's and the other shapes'.
+        pixels = scene.image[visible.reshape(size, SCALE, size, SCALE).all(axis=(1, 3))].astype(float)
+        assert np.abs(pixels.mean(axis=0) - color).max() < 6
+        assert np.linalg.norm(background.mean(axis=0) - color) > BACKGROUND_CONTRAST - TEXTURE_RANGE
+        others = [other for other in scene.colors if other is not color and not np.array_equal(other, color)]
+        assert all(np.linalg.norm(other - color) >= SHAPE_CONTRAST for other in others)
+        covered |= mask
+
+
+def test_existing_folders_are_never_overwritten(tmp_path):
+    settings_ = {"num_train": 2, "num_val": 1, "size": 32, "seed": 0}
+    draw_scenes(tmp_path / "a", **settings_)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*")}
+    draw_scenes(tmp_path / "a", **settings_)
+    with pytest.raises(ValueError, match=r"'seed': 0.*'seed': 1.*choose another data\.root or remove"):
+        draw_scenes(tmp_path / "a", **settings_ | {"seed": 1})
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*")}
+    (tmp_path / "b").mkdir()
+    draw_scenes(tmp_path / "b", **settings_)  # an empty folder is no one's
+    for content in ("notes.txt", "annotations/train.json"):
+        root = tmp_path / content.replace("/", "-")
+        (root / content).parent.mkdir(parents=True)
+        (root / content).write_text("{}")
+        with pytest.raises(ValueError, match=r"holds something else than drawn scenes; choose another data\.root"):
+            draw_scenes(root, **settings_)
+        assert [p.name for p in root.rglob("*") if p.is_file()] == [Path(content).name]
+
+
+def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(json, "dumps", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        draw_scenes(tmp_path / "deep" / "a", num_train=2, num_val=1, size=32, seed=0)
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+# --- datasets and loader --------------------------------------------------------------------------------------------
+
+
+def scenes(root: Path, **augment) -> Data:
+    drawn = {"num_train": 12, "num_val": 2, "size": 48}
+    return Data(format="synthetic", root=root, scenes=drawn, augment=augment)
+
+
+def test_build_datasets_draws_scenes(tmp_path):
+    train, val = build_datasets(scenes(tmp_path / "scenes"))
+    assert (len(train), len(val)) == (12, 2) and train.transform is not None and val.transform is None
+    assert train.annotations.categories == val.annotations.categories == CATEGORIES
+
+
+def test_build_datasets_gives_val_the_classes_of_train(tmp_path):
+    write_voc(tmp_path, {"a": [voc_object("dog"), voc_object("cow")]}, "VOC/train")
+    write_voc(tmp_path, {"b": [voc_object("dog"), voc_object("ant")]}, "VOC/val")
+    train, val = build_datasets(Data(format="voc", root=tmp_path, train=["VOC/train"], val=["VOC/val"]))
+    assert train.annotations.categories == val.annotations.categories == ("cow", "dog")
+    assert val.annotations.records[0].labels.tolist() == [2]
+    sentence(val.annotations, "b.xml", "'ant'")
+
+    write_coco(tmp_path / "coco", coco_content())
+    data = Data(
+        format="coco",
+        root=tmp_path / "coco",
+        train=["instances.json"],
+        val=["instances.json"],
+        train_images="images",
+        val_images="images",
+        classes=["dog", "cat"],
+    )
+    train, val = build_datasets(data)
+    assert train.annotations.category_ids == val.annotations.category_ids == (5, 18)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_is_reproducible(tmp_path, workers):
+    train, _ = build_datasets(scenes(tmp_path / "scenes", hflip=0.5, vflip=0.5, crop=0.5, color=0.5))
+
+    def two_epochs(seed: int) -> list:
+        torch.manual_seed(seed)
+        loader = build_loader(train, batch_size=5, workers=workers, shuffle=True, seed=seed)
+        return [batch for _ in range(2) for batch in loader]
+
+    first, again, other = two_epochs(1), two_epochs(1), two_epochs(2)
+    assert [len(images) for images, _ in first] == [5, 5, 2] * 2
+    ids = [[target["image_id"] for _, targets in run for target in targets] for run in (first, again, other)]
+    assert ids[0] == ids[1] != ids[2]
+    assert sorted(ids[0][:12]) == sorted(ids[0][12:]) == list(range(1, 13)) and ids[0][:12] != ids[0][12:]
+    for (images, targets), (same_images, same_targets) in zip(first, again, strict=True):
+        assert isinstance(images, list) and isinstance(targets, list)
+        assert all(torch.equal(a, b) for a, b in zip(images, same_images, strict=True))
+        assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, same_targets, strict=True))
+    by_id = [
+        {t["image_id"]: i for images, targets in first[k : k + 3] for i, t in zip(images, targets, strict=True)}
+        for k in (0, 3)
+    ]
+    assert any(not torch.equal(by_id[0][key], by_id[1][key]) for key in by_id[0])
+
+
+# --- real data ------------------------------------------------------------------------------------------------------
+
+
+def test_bccd(real_data):
+    start = time.perf_counter()
+    found = read_voc(real_data("bccd") / "bccd", ["BCCD/trainval", "BCCD/test"])
+    assert time.perf_counter() - start < 10
+    assert len(found.records) == 364 and found.categories == ("Platelets", "RBC", "WBC")
+    assert sum(len(record.boxes) for record in found.records) == 4888 - 2
+    assert len(found.dropped) == 2
+    sentence(found, "BloodImage_00338.xml", "[504, 337, 504, 337]", "no area")
+    sentence(found, "BloodImage_00343.xml", "[181, 329, 181, 329]", "no area")
+    image, target = DetectionDataset(found)[0]
+    assert image.shape == (3, 480, 640) and len(target["boxes"]) == len(found.records[0].boxes)
+
+
+def test_coco128(real_data):
+    folder = real_data("coco128") / "coco128"
+    file = folder / "annotations/instances_train2017.json"
+    found = read_coco(file, folder / "train2017")
+    assert len(found.records) == 128 and len(found.categories) == 80 and found.dropped == ()
+    assert sum(int(record.ignore.sum()) for record in found.records) == 10
+    original = sorted(a["bbox"] for a in json.loads(file.read_text())["annotations"])
+    notes = DetectionDataset(found).ground_truth()["annotations"]
+    assert len(notes) == 939 and sorted(a["bbox"] for a in notes) == original
+    assert found.category_ids[-1] == 90
