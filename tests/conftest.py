@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,12 +15,15 @@ ARCHIVES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def real_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """real_data("bccd", "coco128") -> the folder they are unpacked in, once per session; skips where there are none."""
+    """real_data("bccd", "coco128") -> the folder they are unpacked in, once per session; skips where there are none (fails under REQUIRE_REAL_DATA)."""
     folder = tmp_path_factory.mktemp("real_data")
 
     def unpack(*names: str) -> Path:
         if not (ARCHIVES / "unpack.py").is_file():
-            pytest.skip(f"no real data: {ARCHIVES} has no unpack.py")
+            reason = f"no real data: {ARCHIVES} has no unpack.py"
+            if os.environ.get("REQUIRE_REAL_DATA"):
+                pytest.fail(reason)
+            pytest.skip(reason)
         command = [sys.executable, str(ARCHIVES / "unpack.py"), *names, "--to", str(folder)]
         subprocess.run(command, check=True, capture_output=True)
         return folder

@@ -210,17 +210,17 @@ def test_order_of_layers_in_a_vgg():
     with torch.device("meta"):
         backbone = create("vgg13", stem="cifar", width=WIDTH)
     first, *pooled, last = [kinds(stage) for stage in backbone.stages]
-    assert first == "conv norm spike conv pool norm".split()
-    assert pooled == ["spike conv norm spike conv pool norm".split()] * 3
-    assert last == "spike conv norm spike conv norm".split()
+    assert first == ["conv", "norm", "spike", "conv", "pool", "norm"]
+    assert pooled == [["spike", "conv", "norm", "spike", "conv", "pool", "norm"]] * 3
+    assert last == ["spike", "conv", "norm", "spike", "conv", "norm"]
 
 
 def test_order_of_layers_in_a_resnet():
     with torch.device("meta"):
         basic = create("resnet18", stem="cifar", width=WIDTH)
         bottleneck = create("resnet50", stem="imagenet", width=WIDTH)
-    assert kinds(basic.stem) == "conv norm spike conv norm spike conv pool norm".split()
-    assert kinds(bottleneck.stem) == "conv pool norm".split()
+    assert kinds(basic.stem) == ["conv", "norm", "spike", "conv", "norm", "spike", "conv", "pool", "norm"]
+    assert kinds(bottleneck.stem) == ["conv", "pool", "norm"]
     for backbone, branch, stages in (
         (basic, "spike conv norm", (4, 4, 4, 4)),
         (bottleneck, "norm spike conv " * 3, (3, 4, 6, 3)),
@@ -230,9 +230,9 @@ def test_order_of_layers_in_a_resnet():
             assert all(kinds(block.branch) == branch.split() for block in stage)
             assert all(isinstance(block.shortcut, nn.Identity) for block in stage[1:])
             if index:
-                assert kinds(stage[0].shortcut) == "pool norm spike conv".split()
+                assert kinds(stage[0].shortcut) == ["pool", "norm", "spike", "conv"]
     assert isinstance(basic.stages[0][0].shortcut, nn.Identity)
-    assert kinds(bottleneck.stages[0][0].shortcut) == "norm spike conv".split()
+    assert kinds(bottleneck.stages[0][0].shortcut) == ["norm", "spike", "conv"]
 
 
 @every_name
