@@ -10,7 +10,9 @@ arXiv:2212.10170. With the membrane potential u (what enters the layer) and the 
     s = 1 if z >= E else 0               spike;  ds/dz := 1/2 for 0 < z < 2, else 0  (surrogate gradient)
 
 The effective threshold on u is |v_th| E <= |v_th|: the extremum lowers the threshold so that enough neurons fire
-for one time step to train, and minimising H pushes potentials away from it. Loss = task + weight * sum over layers of H.
+for one time step to train, and minimising H pushes potentials away from it.
+
+    loss = task loss + weight * sum over layers of H
 """
 
 from __future__ import annotations

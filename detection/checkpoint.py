@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -87,6 +88,11 @@ class Run:
         """Appends one line to metrics.jsonl."""
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def discard_if_empty(self) -> None:
+        """Removes the folder again if no epoch was logged: a run that failed at once leaves nothing behind."""
+        if not (self.folder / "metrics.jsonl").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first.

@@ -55,16 +55,21 @@ def train_detector(config: Config, folder: str | Path, command: Sequence[str]) -
         train, batch_size=config.train.batch_size, workers=config.data.workers, shuffle=True, seed=config.train.seed
     )
     val_loader = evaluation_loader(val, config, accelerator)
-    line = fit(
-        model,
-        loader,
-        compute_losses=lambda model, batch: model(*batch),
-        evaluate=lambda model: evaluate_detector(model, val_loader, val, accelerator),
-        best_by="AP",
-        config=config,
-        run=run,
-        accelerator=accelerator,
-    )
+    try:
+        line = fit(
+            model,
+            loader,
+            compute_losses=lambda model, batch: model(*batch),
+            evaluate=lambda model: evaluate_detector(model, val_loader, val, accelerator),
+            best_by="AP",
+            config=config,
+            run=run,
+            accelerator=accelerator,
+        )
+    except BaseException:
+        if accelerator.is_main_process:
+            run.discard_if_empty()
+        raise
     accelerator.end_training()
     if accelerator.is_main_process:
         run.write_info(run.info() | {"sha256": run.checksums()})

@@ -15,7 +15,10 @@ ARCHIVES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def real_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """real_data("bccd", "coco128") -> the folder they are unpacked in, once per session; skips where there are none (fails under REQUIRE_REAL_DATA)."""
+    """real_data("bccd", "coco128") -> the folder they are unpacked in, once per session.
+
+    Skips where there are none, and fails where REQUIRE_REAL_DATA says that there should be.
+    """
     folder = tmp_path_factory.mktemp("real_data")
 
     def unpack(*names: str) -> Path:
