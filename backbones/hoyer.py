@@ -102,7 +102,7 @@ class HoyerSpike(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         z = u / self.v_th.abs().clamp_min(1e-6).to(u.dtype)  # the bound is only to keep z finite should v_th cross 0
         if not self.training:
-            return spike(z, self._broadcast(self.extremum, z))
+            return spike(z) if self.fixed else spike(z, self._broadcast(self.extremum, z))
         sum_c, sum_c2 = moments(F.hardtanh(z, 0.0, 1.0), per_channel=self.per_channel)
         if torch.is_grad_enabled():
             penalty = regulariser(sum_c, sum_c2)
