@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
@@ -163,8 +163,6 @@ def _loss_panel(log: Sequence[Mapping[str, Any]]) -> Panel | None:
         axes.set_ylabel("loss, mean over the epoch")
         if log_scale:
             axes.set_yscale("log", nonpositive="mask")
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
         _legend_below(axes)
 
     return draw
@@ -366,7 +364,7 @@ def _place(text: Text, axes: Axes, box: Sequence[float], taken: Sequence[Bbox]) 
     (left, bottom), (right, top) = axes.transData.transform([(box[0], box[3]), (box[2], box[1])])
     picture = axes.bbox
     places = []
-    for y in (top, top - height, bottom - height, bottom):  # above the box, inside, below, inside
+    for y in (top, top - height, bottom - height, bottom, top - 2 * height):  # above the box, inside, below, inside
         for x in (left, right - width):
             x_inside = max(min(x, picture.x1 - width), picture.x0)
             y_inside = max(min(y, picture.y1 - height), picture.y0)

@@ -1,79 +1,216 @@
-import copy
+"""Pictures: they are written, have a sensible size, and show what they should where they should."""
 
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from PIL import Image
+from torch import Tensor
 
 from detection.plots import plot_curves, plot_predictions
 
-
-def make_log(num_epochs: int, *, spiking: bool = True) -> list[dict]:
-    log = []
-    for epoch in range(1, num_epochs + 1):
-        line = {
-            "epoch": epoch,
-            "loss": 2 / epoch,
-            "loss/classification": 1 / epoch,
-            "AP": 0.1,
-            "AP50": 0.2,
-            "AP75": 0.1,
-        }
-        if spiking:
-            layers = {f"layer{index}": 0.1 * index for index in range(1, 6)}
-            line |= {"activity": 0.2, "activity_per_layer": layers, "v_th": layers, "extremum": layers}
-        log.append(line)
-    return log
+NAMES = ["cat", "dog", "a class with a very long name indeed"]
+TOP, LEFT = 40, 8  # pixels above the first picture (the legend) and left of it
 
 
-def pixels(path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB"))
+def epoch(number: int, *, evaluated: bool = True, spiking: bool = True, num_layers: int = 3) -> dict:
+    """One line of a run's metrics.jsonl."""
+    entry = {"epoch": number, "lr": 0.1, "loss": 2 / number, "loss/classification": 1.9 / number, "loss/hoyer": 1e-3}
+    if evaluated:
+        entry |= {"AP": 0.1 * number, "AP50": 0.15 * number, "AP75": -1.0}
+    if evaluated and spiking:
+        layers = [f"backbone.stage{i}.spike" for i in range(num_layers)]
+        entry["activity"] = 0.2
+        entry["activity_per_layer"] = {layer: 0.1 + 0.01 * i for i, layer in enumerate(layers)}
+        entry["v_th"] = dict.fromkeys(layers, -1.0)
+        entry["extremum"] = dict.fromkeys(layers, 0.5)
+        entry["hoyer_per_layer"] = dict.fromkeys(layers, 100.0)
+    return entry
 
 
-@pytest.mark.parametrize("num_epochs", [1, 40])
-def test_curves_are_1200_pixels_wide_and_a_twin_has_fewer_panels(tmp_path, num_epochs):
-    plot_curves(make_log(num_epochs), tmp_path / "spiking.png")
-    plot_curves(make_log(num_epochs, spiking=False), tmp_path / "twin.png")
-    spiking, twin = pixels(tmp_path / "spiking.png"), pixels(tmp_path / "twin.png")
-    assert spiking.shape[1] == twin.shape[1] == 1200
-    assert twin.shape[0] < spiking.shape[0]
+def read(path: Path) -> np.ndarray:
+    """(H, W, 3), 0..255; the file has to be a PNG."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")).astype(int)
 
 
-def test_an_empty_log_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing to plot in 0 epochs"):
-        plot_curves([], tmp_path / "a.png")
-    assert not (tmp_path / "a.png").exists()
+def boxes(*rows: list[float], labels: list[int] | None = None, scores: list[float] | None = None) -> dict[str, Tensor]:
+    n = len(rows)
+    return {
+        "boxes": torch.tensor(rows, dtype=torch.float32).reshape(n, 4),
+        "labels": torch.tensor([1] * n if labels is None else labels, dtype=torch.int64),
+        "scores": torch.tensor([0.9] * n if scores is None else scores),
+    }
 
 
-def test_boxes_change_the_picture_and_the_inputs_stay(tmp_path):
-    images = [torch.full((3, 60, 80), 0.5), torch.full((3, 40, 40), 0.2)]
-    targets = [{"boxes": torch.tensor([[5.0, 5, 40, 40]]), "labels": torch.tensor([1])}, no_boxes()]
-    predictions = [{**targets[0], "scores": torch.tensor([0.9])}, {**no_boxes(), "scores": torch.zeros(0)}]
-    before = copy.deepcopy((images, predictions, targets))
-    plot_predictions(images, predictions, targets, ["cell"], tmp_path / "boxes.png")
-    empty = [{**no_boxes(), "scores": torch.zeros(0)} for _ in images]
-    plot_predictions(images, empty, [no_boxes(), no_boxes()], ["cell"], tmp_path / "none.png")
-    with_boxes, without = pixels(tmp_path / "boxes.png"), pixels(tmp_path / "none.png")
-    assert with_boxes.shape == without.shape
-    assert (with_boxes != without).any(axis=2).sum() > 200
-    for now, then in zip((*predictions, *targets), (*before[1], *before[2]), strict=True):
-        assert all(torch.equal(now[key], then[key]) for key in then)
-    assert all(torch.equal(now, then) for now, then in zip(images, before[0], strict=True))
+def sheet(path: Path, images: list[Tensor], predictions: list[dict], targets: list[dict], **options) -> np.ndarray:
+    plot_predictions(images, predictions, targets, NAMES, path, **options)
+    return read(path)
 
 
-def test_a_prediction_below_the_threshold_is_not_drawn(tmp_path):
-    image, box = (
-        [torch.full((3, 60, 80), 0.5)],
-        {"boxes": torch.tensor([[5.0, 5, 40, 40]]), "labels": torch.tensor([1])},
-    )
-    for score in (0.1, 0.2):
-        plot_predictions(
-            image, [{**box, "scores": torch.tensor([score])}], [no_boxes()], ["cell"], tmp_path / f"{score}.png"
-        )
-    plot_predictions(image, [{**box, "scores": torch.tensor([0.9])}], [no_boxes()], ["cell"], tmp_path / "high.png")
-    assert (pixels(tmp_path / "0.1.png") == pixels(tmp_path / "0.2.png")).all()
-    assert (pixels(tmp_path / "0.1.png") != pixels(tmp_path / "high.png")).any()
+# Curves
 
 
-def no_boxes() -> dict[str, torch.Tensor]:
-    return {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+@pytest.mark.parametrize(
+    ("log", "rows"),
+    [
+        ([epoch(n, evaluated=n % 2 == 0) for n in range(1, 6)], 2),  # losses, precision, activity, thresholds
+        ([epoch(1)], 2),
+        ([epoch(n, num_layers=30) for n in (1, 2)], 2),
+        ([epoch(n, num_layers=1) for n in (1, 2)], 2),
+        ([epoch(n, spiking=False) for n in (1, 2)], 1),  # losses, precision
+        ([epoch(n, evaluated=False) for n in (1, 2)], 1),  # losses alone
+        ([{"epoch": 1, "activity": 0.1}], 1),
+        ([{k: v for k, v in epoch(1).items() if k != "extremum"}], 2),  # three panels: the last takes a whole row
+    ],
+)
+def test_curves_have_a_row_per_two_panels(tmp_path: Path, log: list[dict], rows: int) -> None:
+    before = copy.deepcopy(log)
+    plot_curves(log, tmp_path / "curves.png")
+    pixels = read(tmp_path / "curves.png")
+    assert pixels.shape == (420 * rows, 1200, 3)
+    for half in (pixels[-420:, :600], pixels[-420:, 600:]):  # no hole in the last row
+        assert (half < 128).all(-1).sum() > 200
+    assert log == before
+
+
+@pytest.mark.parametrize(
+    ("change", "alone"),
+    [
+        ({"loss": float("nan"), "AP": -1.0, "AP50": -1.0, "activity": 0.0, "v_th": {}}, True),
+        ({"loss": 0.0, "loss/hoyer": 0.0, "extremum": {"backbone.stage1.spike": 0.3}}, False),
+        ({"loss/classification": -1.0, "AP": 0.0, "AP50": 0.0, "activity": None}, True),
+    ],
+)
+def test_curves_with_odd_values(tmp_path: Path, change: dict, alone: bool) -> None:
+    log = [epoch(1) | change] if alone else [epoch(1), epoch(2) | change]
+    plot_curves(log, tmp_path / "curves.png")
+    assert read(tmp_path / "curves.png").shape[1] == 1200
+
+
+def test_curves_follow_their_values(tmp_path: Path) -> None:
+    plot_curves([epoch(1), epoch(2)], tmp_path / "a.png")
+    plot_curves([epoch(1), epoch(2) | {"v_th": dict.fromkeys(epoch(2)["v_th"], -1.2)}], tmp_path / "b.png")
+    plot_curves([epoch(1), epoch(2) | {"v_th": dict.fromkeys(epoch(2)["v_th"], 1.0)}], tmp_path / "sign.png")
+    a, b, sign = (read(tmp_path / f"{name}.png") for name in ("a", "b", "sign"))
+    assert (a == sign).all()  # the threshold is |v_th|
+    changed = np.argwhere((a != b).any(-1))
+    assert len(changed) and changed[:, 0].min() >= 420 and changed[:, 1].min() >= 600  # the last panel alone
+
+
+@pytest.mark.parametrize("log", [[], [{"epoch": 1, "lr": 0.1}]])
+def test_nothing_to_plot_is_an_error(tmp_path: Path, log: list[dict]) -> None:
+    with pytest.raises(ValueError, match=f"log: nothing to plot in {len(log)} epochs"):
+        plot_curves(log, tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+# Boxes
+
+
+def test_boxes_are_drawn_where_they_are(tmp_path: Path) -> None:
+    """A picture of 72 x 72 pixels is shown 10 times as large, so box edges fall on known pixels."""
+    grey = [torch.full((3, 72, 72), 0.5)]
+    empty = sheet(tmp_path / "empty.png", grey, [boxes()], [boxes()])
+    assert empty.shape == (TOP + 720 + 8, LEFT + 720 + 8, 3)
+    assert np.abs(empty[TOP : TOP + 720, LEFT : LEFT + 720] - 128).max() <= 1
+
+    predicted = sheet(tmp_path / "predicted.png", grey, [boxes([20, 30, 50, 60])], [boxes()])
+    changed = np.argwhere((predicted != empty).any(-1)) - [TOP, LEFT]
+    # line width 2 points = 2.8 pixels, half of it outside; a label of about 15 pixels above
+    assert 500 - 3 <= changed[:, 1].max() <= 500 + 3 and 200 - 3 <= changed[:, 1].min() <= 200 + 3
+    assert 600 - 3 <= changed[:, 0].max() <= 600 + 3 and 275 <= changed[:, 0].min() <= 300
+    edge = predicted[TOP + 600, LEFT + 210 : LEFT + 490]
+    assert (edge == edge[0]).all() and np.ptp(edge[0]) > 100  # solid, and in a colour
+    assert (predicted[TOP + 450, LEFT + 350] == empty[TOP + 450, LEFT + 350]).all()  # not filled
+
+    true = sheet(tmp_path / "true.png", grey, [boxes()], [boxes([20, 30, 50, 60])])
+    changed = np.argwhere((true != empty).any(-1)) - [TOP, LEFT]
+    assert (np.abs(changed.min(0) - [300, 200]) <= 3).all() and (np.abs(changed.max(0) - [600, 500]) <= 3).all()
+    edge = true[TOP + 600, LEFT + 210 : LEFT + 490].mean(-1)
+    assert edge.max() > 220 and edge.min() < 140  # dashes of white, with gaps
+    assert np.ptp(true[TOP : TOP + 720, LEFT : LEFT + 720], axis=-1).max() <= 2  # black, white and grey only
+
+
+def test_classes_have_their_own_colours(tmp_path: Path) -> None:
+    grey = [torch.full((3, 72, 72), 0.5)]
+    colors = set()
+    for label in (1, 2, 3):
+        pixels = sheet(tmp_path / "class.png", grey, [boxes([20, 30, 50, 60], labels=[label])], [boxes()])
+        colors.add(tuple(pixels[TOP + 600, LEFT + 350]))
+    assert len(colors) == 3
+
+
+def test_low_scores_are_left_out(tmp_path: Path) -> None:
+    grey = [torch.full((3, 40, 60), 0.5)]
+    empty = sheet(tmp_path / "empty.png", grey, [boxes()], [boxes()], score_threshold=0.5)
+    low = sheet(tmp_path / "low.png", grey, [boxes([5, 5, 30, 30], scores=[0.49])], [boxes()], score_threshold=0.5)
+    at = sheet(tmp_path / "at.png", grey, [boxes([5, 5, 30, 30], scores=[0.5])], [boxes()], score_threshold=0.5)
+    assert (low == empty).all()
+    assert (at != empty).any()
+
+
+@pytest.mark.parametrize(
+    "box", [[0, 0, 10, 10], [62, 0, 72, 10], [62, 62, 72, 72], [0, 62, 10, 72], [0, 0, 72, 72], [30, 0, 31, 72]]
+)
+def test_labels_stay_inside_the_picture(tmp_path: Path, box: list[float]) -> None:
+    """The margins around the picture are untouched, and the whole label is there wherever the box is."""
+    grey = [torch.full((3, 72, 72), 0.5)]
+    empty = sheet(tmp_path / "empty.png", grey, [boxes()], [boxes()])
+    drawn = sheet(tmp_path / "drawn.png", grey, [boxes(box, labels=[3])], [boxes(box)])
+    outside = np.ones(empty.shape[:2], dtype=bool)
+    picture = (slice(TOP, TOP + 720), slice(LEFT, LEFT + 720))
+    outside[picture] = False
+    assert (drawn[outside] == empty[outside]).all()
+    colored = np.ptp(drawn[picture], axis=-1) > 100
+    assert np.ptp(np.flatnonzero(colored.sum(0) >= 5)) > 190  # a label of 40 characters in 7 points
+
+
+def test_sizes_channels_and_columns(tmp_path: Path) -> None:
+    """Wide, tall, tiny and grey pictures on one sheet; boxes of one do not spill into another."""
+    torch.manual_seed(0)
+    images = [torch.rand(3, 30, 90), torch.rand(3, 200, 20), torch.rand(1, 8, 8), torch.rand(3, 64, 64).double()]
+    predictions = [boxes(), boxes([2, 3, 15, 150], labels=[3]), boxes([1, 1, 6, 6], labels=[2]), boxes()]
+    targets = [boxes([5, 5, 50, 25]), boxes(), boxes(), boxes([1, 1, 60, 60], [3, 3, 9, 9])]
+    targets = [{"boxes": target["boxes"]} for target in targets]
+    arguments = (images, predictions, targets)
+    before = copy.deepcopy(arguments)
+    widths = {columns: sheet(tmp_path / "sheet.png", *arguments, columns=columns).shape[1] for columns in (1, 2, 3, 9)}
+    assert widths == {1: 736, 2: 744, 3: 3 * 368 + 8, 9: 4 * 368 + 8}
+    for now, then in zip(arguments, before, strict=True):
+        for a, b in zip(now, then, strict=True):
+            pairs = [(a, b)] if isinstance(a, Tensor) else [(a[key], b[key]) for key in b]
+            assert all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    path, image = tmp_path / "bad.png", torch.zeros(3, 8, 8)
+    with pytest.raises(ValueError, match="got 0 images, 0 predictions, 0 targets"):
+        plot_predictions([], [], [], NAMES, path)
+    with pytest.raises(ValueError, match="got 1 images, 2 predictions, 1 targets"):
+        plot_predictions([image], [boxes(), boxes()], [boxes()], NAMES, path)
+    with pytest.raises(ValueError, match=r"image at index 1: .* got torch\.float32 of shape \(8, 8\)"):
+        plot_predictions([image, image[0]], [boxes()] * 2, [boxes()] * 2, NAMES, path)
+    with pytest.raises(ValueError, match=r"image at index 0: .* got torch\.uint8 of shape \(3, 8, 8\)"):
+        plot_predictions([image.byte()], [boxes()], [boxes()], NAMES, path)
+    with pytest.raises(ValueError, match=r"prediction at index 0: found label 4, expected 1\.\.3"):
+        plot_predictions([image], [boxes([1, 1, 4, 4], labels=[4])], [boxes()], NAMES, path)
+    with pytest.raises(ValueError, match="columns: expected at least 1, got 0"):
+        plot_predictions([image], [boxes()], [boxes()], NAMES, path, columns=0)
+    assert not path.exists()
+
+
+def test_global_state_of_matplotlib_is_left_alone(tmp_path: Path) -> None:
+    """No settings changed, and no figure left in pyplot's list, where it would stay in memory."""
+    before = matplotlib.rcParams.copy()
+    plot_curves([epoch(1, evaluated=False)], tmp_path / "curves.png")
+    sheet(tmp_path / "sheet.png", [torch.zeros(3, 8, 8)], [boxes()], [boxes()])
+    assert matplotlib.rcParams.copy() == before
+    assert pyplot.get_fignums() == []
