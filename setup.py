@@ -30,7 +30,8 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard"],
-        "dev": ["hypothesis", "pytest", "ruff", "tensorboard"],
+        "fast": ["faster-coco-eval>=1.6"],
+        "dev": ["faster-coco-eval>=1.6", "hypothesis", "pytest", "ruff", "tensorboard"],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

@@ -17,7 +17,7 @@ for one time step to train, and minimising H pushes potentials away from it.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +120,10 @@ class HoyerSpike(nn.Module):
         weight = (1.0 / self.num_batches_tracked).clamp_min(self.momentum)
         average = torch.lerp(self.extremum.to(batch_extremum.dtype), batch_extremum, weight.to(batch_extremum.dtype))
         self.extremum.copy_(average)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The pending H hangs on the graph of its pass, which cannot be copied: copies and pickles start without.
+        return self.__dict__ | {"_penalty": None, "_neurons": 0}
 
     def _broadcast(self, value: Tensor, z: Tensor) -> Tensor:
         value = value.to(z.dtype)

@@ -9,20 +9,24 @@ from collections.abc import Callable, Sequence
 from detection.config import Config, Data, load_config, override
 
 
-def parse_recipe(description: str, arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
-    """The config of `CONFIG [--out FOLDER] [--section.key VALUE ...]`, and the arguments that are not its keys.
-
-    `--help` documents every key, with the values of CONFIG where it is given.
-    """
+def recipe_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of `CONFIG [--section.key VALUE ...]` to which a tool adds options of its own."""
     parser = argparse.ArgumentParser(
         description=description,
-        usage="%(prog)s CONFIG [--out FOLDER] [--section.key VALUE ...]",
+        usage="%(prog)s CONFIG [options] [--section.key VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
     )
     parser.add_argument("config", nargs="?", help="recipe, a YAML file")
-    parser.add_argument("--out", help="folder of the new run (default: runs/NAME of the recipe)")
+    return parser
+
+
+def parse_recipe(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+    """The config of a command line, overrides applied, and the tool's own options.
+
+    `--help` documents every key, with the values of CONFIG where it is given.
+    """
     options, overrides = parser.parse_known_args(arguments)
     wants_help = any(argument in ("-h", "--help") for argument in overrides)
     if options.config is None and not wants_help:
@@ -39,7 +43,7 @@ def run_tool(main: Callable[[], None]) -> None:
     """Calls `main`; bad input ends the process with one sentence and status 2, any other error with its traceback."""
     try:
         main()
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:

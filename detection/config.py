@@ -17,7 +17,9 @@ import backbones
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are checked on assignment too."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), hide_input_in_errors=True
+    )
 
 
 class Backbone(Section):
@@ -46,19 +48,43 @@ class Neck(Section):
     source: Literal["spikes", "membrane"] = Field(
         "spikes", description="what the lateral convolutions see: spikes (0/1), or real-valued stage outputs"
     )
-    levels: list[Literal["c2", "c3", "c4", "c5"]] = Field(
-        ["c3", "c4", "c5"], min_length=1, description="backbone maps that enter the pyramid, finest first"
+    levels: list[Literal["c2", "c3", "c4", "c5"]] | None = Field(
+        None,
+        min_length=1,
+        description="backbone maps that enter, finest first; None: c2 to c5 for fasterrcnn, else c3 to c5",
     )
-    extra_levels: Literal[0, 2] = Field(2, description="coarser maps added on top: 2 = p6 and p7 (RetinaNet's)")
-    out_channels: int = Field(256, gt=0, description="channels of every pyramid map")
+    extra_levels: int | None = Field(
+        None,
+        ge=0,
+        le=4,
+        description="coarser maps added on top, each of half the size; None: 1 for fasterrcnn (by pooling, and no more "
+        "than that), 2 for retinanet and fcos, 3 for ssd (by convolutions)",
+    )
+    out_channels: int = Field(256, gt=0, description="channels of every pyramid map; ssd: of the extra maps")
+    spiking: bool = Field(
+        False, description="spikes in front of the pyramid's output convolutions and extra maps too (not ssd)"
+    )
 
 
 class Head(Section):
     """The detection head, torchvision's."""
 
-    num_convs: int = Field(4, ge=0, le=4, description="convolutions before each prediction layer")
-    norm: Literal["none", "group"] = Field("none", description="group: GroupNorm after each of them")
-    anchor_scale: float = Field(4.0, gt=0, description="smallest anchor side of a level, in strides of that level")
+    spiking: bool = Field(
+        False, description="spikes in front of every convolution of the head, prediction included (retinanet, fcos)"
+    )
+    num_convs: int = Field(4, ge=0, le=8, description="convolutions before each prediction layer (retinanet, fcos)")
+    norm: Literal["none", "group"] | None = Field(
+        None,
+        description="group: GroupNorm after each of them; None: as published, none for retinanet and group for fcos. A "
+        "spiking head has a BatchNorm per level in front of every spike instead",
+    )
+    anchor_scale: float | None = Field(
+        None,
+        gt=0,
+        description="smallest anchor side of a level in strides of that level; None: 8 for fasterrcnn, 4 for retinanet "
+        "(fcos and ssd have rules of their own)",
+    )
+    representation_size: int = Field(1024, gt=0, description="features of the box head's linear layers (fasterrcnn)")
     score_threshold: float = Field(0.05, ge=0, lt=1, description="detections below it are not returned")
     nms_threshold: float = Field(0.5, gt=0, le=1, description="IoU above which the weaker of two boxes is dropped")
     max_detections: int = Field(100, gt=0, description="detections kept per image")
@@ -67,16 +93,38 @@ class Head(Section):
 class Model(Section):
     """The detector: images -> normalise, resize -> backbone -> neck -> head."""
 
-    detector: Literal["retinanet"] = Field("retinanet", description="torchvision detector to build on")
+    detector: Literal["fasterrcnn", "retinanet", "fcos", "ssd"] = Field(
+        "retinanet", description="torchvision detector to build on"
+    )
     backbone: Backbone = Backbone()
     neck: Neck = Neck()
     head: Head = Head()
     min_size: list[int] = Field(
-        [800], min_length=1, description="short side in pixels; several: one is drawn per training batch, last tests"
+        [800], min_length=1, description="short side in pixels; several: one is drawn per training image, last tests"
     )
     max_size: int = Field(1333, gt=0, description="upper bound of the long side in pixels")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="RGB mean, images in [0, 1]")
     std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
+
+    @model_validator(mode="after")
+    def _fits_the_detector(self) -> Model:
+        name, neck, head = self.detector, self.neck, self.head
+        if head.spiking and name not in ("retinanet", "fcos"):
+            raise ValueError(f"head.spiking: retinanet and fcos have a spiking head, {name} has none")
+        if head.anchor_scale is not None and name not in ("fasterrcnn", "retinanet"):
+            raise ValueError(f"head.anchor_scale: for fasterrcnn and retinanet; {name} sets its boxes by itself")
+        if name == "fasterrcnn" and (neck.extra_levels or 0) > 1:
+            raise ValueError(f"neck.extra_levels: fasterrcnn takes 0 or 1, got {neck.extra_levels}")
+        if name == "ssd" and neck.spiking:
+            raise ValueError(
+                "neck.spiking: ssd has no pyramid; neck.source 'spikes' makes all that its head sees spikes"
+            )
+        if name == "ssd" and self.min_size != [self.max_size]:
+            raise ValueError(
+                f"min_size: ssd resizes every image to a square, so min_size must be [max_size]; "
+                f"got {self.min_size} and max_size {self.max_size}"
+            )
+        return self
 
 
 class Scenes(Section):
@@ -94,6 +142,19 @@ class Augment(Section):
     hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     vflip: float = Field(0.0, ge=0, le=1, description="probability of a vertical flip")
     crop: float = Field(0.0, ge=0, le=1, description="probability of a random crop that keeps whole boxes")
+    iou_crop: float = Field(0.0, ge=0, le=1, description="probability of SSD's random crop, which may cut boxes")
+    scale: float = Field(
+        0.0, ge=0, le=1, description="probability of scale jitter: the image shrunk or enlarged within its own frame"
+    )
+    scale_range: tuple[float, float] = Field((0.5, 1.5), description="least and greatest factor of the scale jitter")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Augment:
+        low, high = self.scale_range
+        if not 0 < low <= high:
+            raise ValueError(f"scale_range: expected 0 < least <= greatest, got {low:g} {high:g}")
+        return self
+
     color: float = Field(0.0, ge=0, le=1, description="probability of a change of brightness, contrast, saturation")
 
 
@@ -111,6 +172,14 @@ class Data(Section):
     classes: list[str] = Field([], description="class names, label 1 first; empty: all that the data declare")
     scenes: Scenes = Scenes()
     augment: Augment = Augment()
+    verify: Literal["header", "full"] = Field(
+        "header",
+        description="how images are checked before training: header and end of file, or decoded completely; what fails "
+        "is left out and named",
+    )
+    aspect_groups: int = Field(
+        3, ge=0, description="batches hold images of similar shape: so many bins on either side of a square; 0: off"
+    )
     workers: int = Field(2, ge=0, description="loader processes")
 
     @model_validator(mode="after")
@@ -162,6 +231,15 @@ class Train(Section):
     seed: int = Field(0, ge=0, description="seed of weights, data order and augmentation")
 
 
+class Evaluation(Section):
+    """Average precision."""
+
+    backend: Literal["pycocotools", "faster-coco-eval"] = Field(
+        "pycocotools",
+        description="who counts COCO's numbers; faster-coco-eval (pip install hoyer-det[fast]) for large sets",
+    )
+
+
 class Config(Section):
     """A training recipe. Every key can be overridden: --model.backbone.activation relu"""
 
@@ -170,6 +248,7 @@ class Config(Section):
     hoyer: Hoyer = Hoyer()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
+    evaluation: Evaluation = Evaluation()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, prog: str | None = None) -> Config:

@@ -6,12 +6,16 @@ from torch import nn
 
 import backbones
 from detection.config import Config
-from detection.models.neck import BackboneWithNeck, SpikingFPN
+from detection.models.fasterrcnn import build_fasterrcnn
+from detection.models.fcos import build_fcos
+from detection.models.neck import BackboneWithNeck, SpikingFPN, SpikingMaps, check_levels
 from detection.models.retinanet import build_retinanet
+from detection.models.ssd import build_ssd
 
-__all__ = ["BackboneWithNeck", "SpikingFPN", "build_detector"]
+__all__ = ["BackboneWithNeck", "SpikingFPN", "SpikingMaps", "build_detector"]
 
-BUILDERS = {"retinanet": build_retinanet}
+BUILDERS = {"fasterrcnn": build_fasterrcnn, "retinanet": build_retinanet, "fcos": build_fcos, "ssd": build_ssd}
+NUM_EXTRA = {"fasterrcnn": 1, "retinanet": 2, "fcos": 2, "ssd": 3}
 
 
 def build_detector(config: Config) -> nn.Module:
@@ -23,11 +27,12 @@ def build_detector(config: Config) -> nn.Module:
     in 1..K, where label k is `config.data.classes[k - 1]`.
 
     Raises:
-        ValueError: `config.data.classes` is empty, or the backbone's weights do not fit.
+        ValueError: `config.data.classes` is empty, the backbone's weights do not fit, or the backbone's maps do not
+            suit the detector.
     """
     if not config.data.classes:
         raise ValueError("data.classes is empty: a detector needs the class names; reading the data fills them in")
-    settings = config.model.backbone
+    model, settings = config.model, config.model.backbone
     spike_options = {"extremum": settings.extremum, "momentum": settings.momentum}
     body = backbones.create(
         settings.name,
@@ -37,12 +42,21 @@ def build_detector(config: Config) -> nn.Module:
         weights=settings.weights,
         **spike_options,
     )
-    backbone = BackboneWithNeck(
-        body,
-        backbones.SpikeFactory(settings.activation, **spike_options),
-        levels=config.model.neck.levels,
-        out_channels=config.model.neck.out_channels,
-        source=config.model.neck.source,
-        extra_levels=config.model.neck.extra_levels,
-    )
-    return BUILDERS[config.model.detector](config.model, backbone, len(config.data.classes))
+    spike = backbones.SpikeFactory(settings.activation, **spike_options)
+    levels = model.neck.levels or (["c2", "c3", "c4", "c5"] if model.detector == "fasterrcnn" else ["c3", "c4", "c5"])
+    channels = [info.channels for info in check_levels(body, levels)]
+    num_extra = NUM_EXTRA[model.detector] if model.neck.extra_levels is None else model.neck.extra_levels
+    neck: SpikingFPN | SpikingMaps
+    if model.detector == "ssd":
+        neck = SpikingMaps(channels, model.neck.out_channels, spike, source=model.neck.source, num_extra=num_extra)
+    else:
+        neck = SpikingFPN(
+            channels,
+            model.neck.out_channels,
+            spike,
+            source=model.neck.source,
+            spiking=model.neck.spiking,
+            num_extra=num_extra,
+            extra="pool" if model.detector == "fasterrcnn" else "conv",
+        )
+    return BUILDERS[model.detector](model, BackboneWithNeck(body, neck, levels), len(config.data.classes), spike)

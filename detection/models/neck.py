@@ -1,4 +1,4 @@
-"""The feature pyramid between a spiking backbone and a torchvision head."""
+"""What lies between a spiking backbone and a torchvision head: a feature pyramid, or SSD's stack of maps."""
 
 from __future__ import annotations
 
@@ -8,26 +8,38 @@ from typing import Literal
 
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
-from backbones import Backbone, SpikeFactory
+from backbones import Backbone, FeatureInfo, SpikeFactory
+
+Source = Literal["spikes", "membrane"]
+Extra = Literal["pool", "conv"]
+
+
+def normalised_spikes(channels: int, spike: SpikeFactory) -> nn.Sequential:
+    """BN -> spike, as in the method's own shortcuts: a real-valued map becomes 0/1."""
+    return nn.Sequential(nn.BatchNorm2d(channels), spike(channels))
 
 
 class SpikingFPN(nn.Module):
-    """torchvision's feature pyramid whose lateral convolutions see spikes.
+    """torchvision's feature pyramid whose convolutions see spikes.
 
-    With source "spikes" each level is BN -> spike -> 1x1 convolution, as the method's own shortcuts are, so that the
-    maps which leave the backbone are 0/1; with "membrane" the real-valued maps enter the laterals as they are, the
-    way of the method's authors. The pyramid behind the laterals is analogue in both.
+    With source "spikes" each level is BN -> spike -> 1x1 convolution, so that the maps which leave the backbone are
+    0/1; with "membrane" the real-valued maps enter these lateral convolutions as they are, the way of the method's
+    authors. The top-down sums are real-valued, as a residual stream is. With `spiking` the 3x3 output convolutions and
+    the extra maps take spikes from them too; without, that part is torchvision's analogue pyramid.
 
     Args:
         in_channels: channels of each level, finest first.
         out_channels: channels of every pyramid map.
-        spike: makes the spike layers ("spikes" only).
+        spike: makes the spike layers.
         source: "spikes" or "membrane".
-        extra_levels: 0, or 2 for RetinaNet's p6 and p7, made from the coarsest pyramid map.
+        spiking: spikes in front of the output convolutions and the extra maps.
+        num_extra: coarser maps on top of the coarsest.
+        extra: "conv" by 3x3 convolutions of stride 2 (RetinaNet's p6 and p7), "pool" by one max-pooling, which gives
+            one map at most (Faster R-CNN's).
 
-    Shape: {name: (N, in_channels[i], H_i, W_i)} -> the same names with out_channels, then "p6" and "p7".
+    Shape: {name: (N, in_channels[i], H_i, W_i)} -> the same names, then the extra maps', all with out_channels.
     """
 
     def __init__(
@@ -36,57 +48,155 @@ class SpikingFPN(nn.Module):
         out_channels: int,
         spike: SpikeFactory,
         *,
-        source: Literal["spikes", "membrane"] = "spikes",
-        extra_levels: Literal[0, 2] = 2,
+        source: Source = "spikes",
+        spiking: bool = False,
+        num_extra: int = 2,
+        extra: Extra = "conv",
     ) -> None:
         super().__init__()
-        self.source = source
+        if extra == "pool" and num_extra > 1:
+            raise ValueError(f"extra 'pool' gives 0 or 1 map, got num_extra {num_extra}")
+        self.source, self.num_extra, self.out_channels = source, num_extra, out_channels
         self.laterals = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(channels), spike(channels)) if source == "spikes" else nn.Identity()
-            for channels in in_channels
+            normalised_spikes(channels, spike) if source == "spikes" else nn.Identity() for channels in in_channels
         )
-        extra = LastLevelP6P7(out_channels, out_channels) if extra_levels else None
-        self.fpn = FeaturePyramidNetwork(list(in_channels), out_channels, extra_blocks=extra)
+        blocks: ExtraFPNBlock | None = None
+        if num_extra:
+            convs = ExtraConvs(out_channels, num_extra, spike if spiking else None) if extra == "conv" else None
+            blocks = convs or LastLevelMaxPool()
+        self.fpn = FeaturePyramidNetwork(list(in_channels), out_channels, extra_blocks=blocks)
+        if spiking:
+            self.fpn.layer_blocks = nn.ModuleList(
+                nn.Sequential(normalised_spikes(out_channels, spike), output) for output in self.fpn.layer_blocks
+            )
 
     def forward(self, maps: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
         entering = zip(maps.items(), self.laterals, strict=True)
         return self.fpn(OrderedDict((name, lateral(x)) for (name, x), lateral in entering))
 
 
-class BackboneWithNeck(nn.Module):
-    """What torchvision's detectors call their backbone: `body` (a `Backbone`) and `neck` (a pyramid).
+class ExtraConvs(ExtraFPNBlock):
+    """Coarser pyramid maps: each a 3x3 convolution of stride 2 over the one before, the first over the coarsest map.
 
-    Shape: (N, 3, H, W) -> {name: (N, out_channels, H_i, W_i)}, finest first.
+    In front of each convolution stands BN -> spike, or, without `spike`, a ReLU from the second on, as in RetinaNet.
+
+    Shape: appends (N, channels, ceil(H / 2), ceil(W / 2)), ... to the maps, "p6", "p7", ... to the names after "c5".
+    """
+
+    def __init__(self, channels: int, num: int, spike: SpikeFactory | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for step in range(num):
+            before = normalised_spikes(channels, spike) if spike else nn.ReLU() if step else nn.Identity()
+            conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)
+            self.blocks.append(nn.Sequential(before, conv))
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        maps, coarsest = list(results), int(names[-1].removeprefix("c"))
+        for block in self.blocks:
+            maps.append(block(maps[-1]))
+        return maps, [*names, *(f"p{coarsest + step}" for step in range(1, len(self.blocks) + 1))]
+
+
+class SpikingMaps(nn.Module):
+    """SSD's maps: the backbone's and coarser ones made from the last of them, all as spikes.
+
+    Each map passes BN -> spike on its way out (source "spikes"; with "membrane" it leaves as it is). A coarser map is
+    made from the one that left before it: 1x1 convolution to half of out_channels -> BN -> spike -> 3x3 convolution
+    of stride 2.
+
+    Args:
+        in_channels: channels of each backbone map, finest first.
+        extra_channels: channels of each coarser map.
+        spike: makes the spike layers.
+        source: "spikes" or "membrane".
+        num_extra: coarser maps.
+
+    Shape: {name: (N, in_channels[i], H_i, W_i)} -> the same names and shapes, then "p6", ... after "c5", each
+    (N, extra_channels, ceil(H / 2), ceil(W / 2)) of the one before.
 
     Attributes:
-        out_channels: channels of every map, read by torchvision.
-        strides: pixels per cell of every map, finest first.
+        out_channels: channels of each map, a list, read by torchvision.
     """
 
     def __init__(
         self,
-        body: Backbone,
+        in_channels: Sequence[int],
+        extra_channels: int,
         spike: SpikeFactory,
         *,
-        levels: Sequence[str],
-        out_channels: int,
-        source: Literal["spikes", "membrane"] = "spikes",
-        extra_levels: Literal[0, 2] = 2,
+        source: Source = "spikes",
+        num_extra: int = 3,
     ) -> None:
         super().__init__()
-        info = {entry.name: entry for entry in body.feature_info}
-        unknown = [name for name in levels if name not in info]
-        if unknown or list(levels) != [name for name in info if name in levels]:
-            raise ValueError(f"neck.levels must name some of {', '.join(info)}, finest first; got {', '.join(levels)}")
-        self.levels = tuple(levels)
-        self.out_channels = out_channels
-        self.strides = tuple(info[name].stride for name in levels)
-        self.strides += tuple(self.strides[-1] * 2**step for step in range(1, extra_levels + 1))
-        self.body = body
-        self.neck = SpikingFPN(
-            [info[name].channels for name in levels], out_channels, spike, source=source, extra_levels=extra_levels
+        self.num_extra = num_extra
+        self.out_channels = [*in_channels, *[extra_channels] * num_extra]
+        self.leaving = nn.ModuleList(
+            normalised_spikes(channels, spike) if source == "spikes" else nn.Identity()
+            for channels in self.out_channels
         )
+        middle = max(1, extra_channels // 2)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, middle, 1, bias=False),
+                normalised_spikes(middle, spike),
+                nn.Conv2d(middle, extra_channels, 3, stride=2, padding=1, bias=False),
+            )
+            for channels in self.out_channels[len(in_channels) - 1 : -1]
+        )
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, maps: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
+        names, first_extra = list(maps), len(maps)
+        coarsest = int(names[-1].removeprefix("c"))
+        leaving = OrderedDict((name, layer(x)) for (name, x), layer in zip(maps.items(), self.leaving, strict=False))
+        x = leaving[names[-1]]
+        for step, (block, layer) in enumerate(zip(self.blocks, self.leaving[first_extra:], strict=True), start=1):
+            x = layer(block(x))
+            leaving[f"p{coarsest + step}"] = x
+        return leaving
+
+
+class BackboneWithNeck(nn.Module):
+    """What torchvision's detectors call their backbone: `body` (a `Backbone`) and `neck`.
+
+    Args:
+        body: gives the maps.
+        neck: a `SpikingFPN` or `SpikingMaps` made for the channels of `levels`.
+        levels: names of the body's maps that enter the neck, finest first.
+
+    Shape: (N, 3, H, W) -> {name: (N, C_i, H_i, W_i)}, finest first.
+
+    Attributes:
+        out_channels: of every map (pyramid), or a list of them (SSD), read by torchvision.
+        strides: pixels per cell of every map, finest first.
+    """
+
+    def __init__(self, body: Backbone, neck: SpikingFPN | SpikingMaps, levels: Sequence[str]) -> None:
+        super().__init__()
+        strides = [info.stride for info in check_levels(body, levels)]
+        self.levels = tuple(levels)
+        self.out_channels = neck.out_channels
+        self.strides = (*strides, *(strides[-1] * 2**step for step in range(1, neck.num_extra + 1)))
+        self.body = body
+        self.neck = neck
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         maps = self.body(x)
         return self.neck({name: maps[name] for name in self.levels})
+
+
+def check_levels(body: Backbone, levels: Sequence[str]) -> list[FeatureInfo]:
+    """The `FeatureInfo` of each level.
+
+    Raises:
+        ValueError: a level that `body` does not have, or not finest first.
+    """
+    info = {entry.name: entry for entry in body.feature_info}
+    if not levels or list(levels) != [name for name in info if name in levels]:
+        raise ValueError(f"neck.levels must name some of {', '.join(info)}, finest first; got {', '.join(levels)}")
+    return [info[name] for name in levels]
