@@ -1,18 +1,26 @@
-PYTHON ?= python
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
 
-.PHONY: install test lint demo
+.PHONY: install demo test lint
 
-install:
-	$(PYTHON) -m pip install -e '.[dev]'
+install: $(VENV)/.installed
 
-test:
-	$(PYTHON) -m pytest tests
-
-lint:
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
+# Made once, and again when the dependencies change.
+$(VENV)/.installed: setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or 3.12 is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
 
 # A detector from nothing: draws scenes, trains, evaluates. Minutes on two CPU cores.
-demo:
-	rm -rf runs/scenes_retinanet_resnet18
-	$(PYTHON) tools/train_det.py configs/scenes_retinanet_resnet18.yaml
+demo: install
+	rm -rf runs/demo
+	$(BIN)/python tools/train_det.py configs/scenes_retinanet_resnet18.yaml --out runs/demo
+
+test: install
+	$(BIN)/python -m pytest tests
+
+lint: install
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .

@@ -17,7 +17,7 @@ setup(
         "torchvision>=0.26",
         "numpy>=2",
         "accelerate>=1.10",
-        # 2.0.8 is the last release under the MIT licence; detection/data/transforms.py alone knows it.
+        # No longer maintained and its successor under the AGPL: pinned. detection/data/transforms.py alone knows it.
         "albumentations==2.0.8",
         "matplotlib>=3.9",
         "pillow>=10",

@@ -85,6 +85,11 @@ class Head(Section):
         "(fcos and ssd have rules of their own)",
     )
     representation_size: int = Field(1024, gt=0, description="features of the box head's linear layers (fasterrcnn)")
+    num_regions: int = Field(
+        512,
+        gt=0,
+        description="regions per image that the box head is trained on, objects at most a quarter (fasterrcnn)",
+    )
     score_threshold: float = Field(0.05, ge=0, lt=1, description="detections below it are not returned")
     nms_threshold: float = Field(0.5, gt=0, le=1, description="IoU above which the weaker of two boxes is dropped")
     max_detections: int = Field(100, gt=0, description="detections kept per image")
@@ -209,7 +214,7 @@ class Hoyer(Section):
 class Optimizer(Section):
     """Optimiser and learning-rate schedule."""
 
-    name: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with Nesterov-free momentum 0.9")
+    name: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum 0.9")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="only on tensors of two or more dimensions, so not on v_th")
     schedule: Literal["cosine", "step"] = Field("cosine", description="cosine to zero, or steps at `milestones`")

@@ -43,7 +43,7 @@ def fit(
 
     Args:
         model: trained in place.
-        batches: training batches; their length sets the schedule.
+        batches: training batches, all of them; several processes share them. Their number sets the schedule.
         compute_losses: (model, batch) -> scalar losses by name.
         evaluate: model -> metrics by name; called in evaluation mode every `train.eval_every` epochs and at the end.
         best_by: the metric whose highest value decides which weights are kept as "best".
@@ -55,8 +55,9 @@ def fit(
         FloatingPointError: the loss is not finite; names epoch, step, each loss and the images.
     """
     optimizer = build_optimizer(model, config.optimizer)
+    model, prepared, batches = accelerator.prepare(model, optimizer, batches)
+    # From here on a process sees its share of the batches: the schedule counts those.
     schedule = build_schedule(optimizer, config.optimizer, len(batches) * config.train.epochs)
-    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     console = Console(highlight=False, soft_wrap=True, quiet=not accelerator.is_main_process)
     best, line = -math.inf, {}
     with progress_bar(console) as progress:
@@ -67,7 +68,7 @@ def fit(
             line |= train_epoch(
                 model,
                 batches,
-                optimizer,
+                prepared,
                 schedule,
                 compute_losses=compute_losses,
                 hoyer=config.hoyer,
@@ -106,10 +107,14 @@ def train_epoch(
     where: str,
     advance: Callable[[], None],
 ) -> dict[str, Any]:
-    """One pass over the data; means over its steps: "loss", "loss/NAME", H per layer, thresholds, speed."""
+    """One pass over the data: "loss", "loss/NAME", H per layer (means over steps and processes), thresholds, speed."""
     model.train()
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
     layer_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
+
+    def mean(total: Tensor) -> float:
+        return accelerator.reduce(total / step, "mean").item()
+
     num_images, started = 0, time.perf_counter()
     for step, batch in enumerate(batches, start=1):
         losses = compute_losses(model, batch)
@@ -133,11 +138,12 @@ def train_epoch(
         num_images += len(batch[0])
         advance()
     seconds = time.perf_counter() - started
-    line: dict[str, Any] = {name: float(value) / step for name, value in sums.items()}
-    line |= {"seconds": round(seconds, 3), "images_per_second": round(num_images / seconds, 3)}
+    line: dict[str, Any] = {name: mean(value) for name, value in sums.items()}
+    speed = num_images * accelerator.num_processes / seconds
+    line |= {"seconds": round(seconds, 3), "images_per_second": round(speed, 3)}
     layers = spike_layers(accelerator.unwrap_model(model))
     if layers:
-        line["hoyer_per_layer"] = {name: float(value) / step for name, value in layer_sums.items()}
+        line["hoyer_per_layer"] = {name: mean(value) for name, value in layer_sums.items()}
         line["v_th"] = {name: abs(layer.v_th.item()) for name, layer in layers.items()}
         line["extremum"] = {name: layer.extremum.mean().item() for name, layer in layers.items()}
     return line

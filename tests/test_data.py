@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
 from detection.config import Augment, Data
 from detection.data import (
+    AspectRatioBatches,
     DetectionDataset,
     Record,
     build_datasets,
@@ -32,6 +31,8 @@ from detection.data import (
     read_coco,
     read_voc,
 )
+from detection.data import download as download_module
+from detection.data.download import download
 from detection.data.records import Annotations
 from detection.data.synthetic import BACKGROUND_CONTRAST, CATEGORIES, MIN_VISIBLE, SCALE, SHAPE_CONTRAST, TEXTURE_RANGE
 
@@ -313,14 +314,14 @@ def test_coco_bad_entries_are_left_out(tmp_path):
     ]
     found = read_coco(*write_coco(tmp_path, content))
     assert [r.image_id for r in found.records] == [7, 3] and len(found.records[0].boxes) == 1
-    assert len(found.dropped) == 10 and all("instances.json" in text for text in found.dropped)
+    assert len(found.dropped) == 10 and all(str(tmp_path) in text for text in found.dropped)
     sentence(found, "annotation 11 occurs a second time")
     sentence(found, "annotation 13 belongs to image 99")
     sentence(found, "annotation 14 has category 6 (allowed: 18, 5)")
     sentence(found, "annotation at position 4 has no 'bbox'")
     sentence(found, "annotation at position 5 is str")
     sentence(found, "image id 7 of b.png is taken already")
-    sentence(found, "image 8", "gone.png")
+    sentence(found, "gone.png: no such file")
     sentence(found, "image 9 (b.png)", "0x30")
     sentence(found, "image at position 5 has no 'height'")
     sentence(found, "image at position 6 has 'id' 'ten', expected int")
@@ -450,127 +451,6 @@ def test_ground_truth_of_a_record_without_xywh(tmp_path):
     record = make_record(tmp_path / "a.png", [[1.5, 2, 4, 8]], [1])
     (note,) = DetectionDataset(Annotations((record,), ("cat",), (9,))).ground_truth()["annotations"]
     assert note["bbox"] == [1.5, 2, 2.5, 6] and note["category_id"] == 9
-
-
-# --- augmentation ---------------------------------------------------------------------------------------------------
-
-
-def random_image(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-@st.composite
-def images_with_boxes(draw):
-    width, height = draw(st.integers(8, 400)), draw(st.integers(8, 400))
-    boxes = []
-    for _ in range(draw(st.integers(0, 6))):
-        corners = []
-        for size in (width, height):
-            low = draw(st.floats(0, size - 0.5, width=32))
-            corners.append((low, draw(st.floats(min(size, low + 0.25), size))))
-        (x1, x2), (y1, y2) = corners
-        boxes.append([x1, y1, x2, y2])
-    return width, height, np.array(boxes, dtype=np.float32).reshape(-1, 4)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(images_with_boxes(), st.integers(0, 2**31))
-def test_augmented_boxes_stay_whole_with_their_labels(case, seed):
-    width, height, boxes = case
-    labels = np.arange(1, len(boxes) + 1)
-    given_boxes = boxes.copy()
-    torch.manual_seed(seed)
-    image, found, found_labels = build_transform(Augment(hflip=0.5, vflip=0.5, crop=0.7, color=0.3))(
-        random_image(height, width), boxes, labels
-    )
-    assert np.array_equal(boxes, given_boxes)
-    assert image.dtype == np.uint8 and found.dtype == np.float32 and found_labels.dtype == np.int64
-    new_height, new_width = image.shape[:2]
-    assert new_height >= height / 2 and new_width >= width / 2
-    assert found_labels.tolist() == labels.tolist()
-    assert (found[:, :2] >= 0).all() and (found[:, :2] < found[:, 2:]).all()
-    assert (found[:, 2:] <= [new_width, new_height]).all()
-    # Flips and crops move boxes and leave their sides as they are.
-    assert np.allclose(found[:, 2:] - found[:, :2], boxes[:, 2:] - boxes[:, :2], atol=2e-3)
-
-
-@pytest.mark.parametrize(("hflip", "vflip"), [(1, 0), (0, 1), (1, 1)])
-def test_flip_geometry(hflip, vflip):
-    image = random_image(37, 53)
-    boxes = np.array([[0, 0, 53, 37], [1.25, 2.5, 7.75, 9.875], [40, 30, 53, 31]], dtype=np.float32)
-    flipped, found, labels = build_transform(Augment(hflip=hflip, vflip=vflip))(image, boxes, np.array([3, 1, 2]))
-    expected, pixels = boxes.copy(), image
-    if hflip:
-        expected[:, [0, 2]], pixels = 53 - expected[:, [2, 0]], pixels[:, ::-1]
-    if vflip:
-        expected[:, [1, 3]], pixels = 37 - expected[:, [3, 1]], pixels[::-1]
-    assert np.array_equal(flipped, pixels) and labels.tolist() == [3, 1, 2]
-    assert np.allclose(found, expected, rtol=0, atol=1e-5)
-
-
-def test_crop_shows_the_same_pixels_in_every_box():
-    image, boxes = random_image(60, 90), np.array([[30, 20, 50, 33], [41, 25, 60, 40]], dtype=np.float32)
-    transform = build_transform(Augment(hflip=0, crop=1))
-    torch.manual_seed(0)
-    sizes = set()
-    for _ in range(30):
-        cropped, found, _ = transform(image, boxes, np.array([1, 2]))
-        sizes.add(cropped.shape)
-        for (x1, y1, x2, y2), (u1, v1, u2, v2) in zip(boxes.astype(int), found.round().astype(int), strict=True):
-            assert np.array_equal(image[y1:y2, x1:x2], cropped[v1:v2, u1:u2])
-    assert len(sizes) > 20
-    assert build_transform(Augment(hflip=0, crop=1))(image, np.zeros((0, 4)), np.zeros(0))[0].shape != image.shape
-
-
-def test_no_augmentation_changes_nothing():
-    image, boxes = random_image(20, 30), np.array([[1, 2, 3, 4]], dtype=np.float32)
-    same, found, labels = build_transform(Augment(hflip=0))(image, boxes, np.array([5]))
-    assert np.array_equal(same, image) and np.allclose(found, boxes, atol=1e-5) and labels.tolist() == [5]
-
-
-def test_hairline_box_is_dropped_with_its_label():
-    boxes = np.array([[10, 10, 20, 20], [399.99997, 1, 400, 2]], dtype=np.float32)
-    transform = build_transform(Augment(hflip=1, vflip=1, crop=1))
-    for chosen in (slice(None), slice(1, 2)):
-        found, labels = transform(random_image(300, 400), boxes[chosen], np.array([1, 2])[chosen])[1:]
-        assert len(found) == len(labels) and found.shape[1] == 4 and (found[:, :2] < found[:, 2:]).all()
-        assert set(labels.tolist()) >= ({1} if chosen == slice(None) else set())
-
-
-def test_color_keeps_boxes_and_changes_pixels():
-    image, boxes = random_image(20, 30) // 2, np.array([[1, 2, 3, 4]], dtype=np.float32)
-    changed, found, _ = build_transform(Augment(hflip=0, color=1))(image, boxes, np.array([5]))
-    assert changed.shape == image.shape and not np.array_equal(changed, image) and np.allclose(found, boxes, atol=1e-5)
-
-
-def test_flips_are_independent_and_follow_torchs_generator():
-    image = np.zeros((4, 4, 3), dtype=np.uint8)
-    image[0, 0] = 255
-    transform = build_transform(Augment(hflip=0.5, vflip=0.5))
-
-    def draw() -> list[int]:
-        torch.manual_seed(3)
-        return [
-            int(transform(image, np.zeros((0, 4)), np.zeros(0))[0][[0, 0, -1, -1], [0, -1, 0, -1], 0].argmax())
-            for _ in range(200)
-        ]
-
-    corners = draw()
-    assert corners == draw()
-    assert (np.bincount(corners, minlength=4) > 25).all()
-
-
-def test_albumentations_is_in_one_file_and_stays_off_the_network():
-    users = [p.name for p in (REPOSITORY / "detection").rglob("*.py") if "import albumentations" in p.read_text()]
-    assert users == ["transforms.py"]
-    code = (
-        "import urllib.request as r\n"
-        "def refuse(*a, **k): raise SystemExit('network')\n"
-        "r.build_opener = r.urlopen = refuse\n"
-        "import detection.data.transforms"
-    )
-    environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "0"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, env=environment)
 
 
 # --- drawn scenes ---------------------------------------------------------------------------------------------------
@@ -716,6 +596,120 @@ def test_loader_is_reproducible(tmp_path, workers):
         for k in (0, 3)
     ]
     assert any(not torch.equal(by_id[0][key], by_id[1][key]) for key in by_id[0])
+
+
+def shapes_of(root: Path, sizes: list[tuple[int, int]]) -> DetectionDataset:
+    """One image of each (width, height), each with one box."""
+    records = []
+    for index, (width, height) in enumerate(sizes):
+        path = write_image(root / f"{index}.png", width, height)
+        record = make_record(path, [[0, 0, 5, 5]], [1])
+        records.append(replace(record, image_id=index, width=width, height=height))
+    return DetectionDataset(Annotations(tuple(records), ("cat",), (1,)))
+
+
+def ids_by_epoch(loader, num_epochs: int) -> list[list[list[int]]]:
+    return [[[target["image_id"] for target in targets] for _, targets in loader] for _ in range(num_epochs)]
+
+
+def test_batches_hold_images_of_similar_shape(tmp_path):
+    sizes = [(20, 40), (40, 20), (30, 30)] * 9 + [(41, 20)]
+    dataset = shapes_of(tmp_path, sizes)
+    options = {"batch_size": 4, "workers": 0, "shuffle": True, "aspect_groups": 1}
+    loader = build_loader(dataset, seed=3, **options)
+    first, second = ids_by_epoch(loader, 2)
+    for batches in (first, second):
+        assert len(batches) == len(loader) == 2 + 2 + 2 + 1  # of 9, 10 and 9: a batch of what is left
+        assert sorted(index for batch in batches for index in batch) == list(range(28))
+        for batch in batches[:6]:
+            assert max(sizes[i][0] / sizes[i][1] for i in batch) < 1.5 * min(sizes[i][0] / sizes[i][1] for i in batch)
+        ratios = [sizes[index][0] / sizes[index][1] for index in batches[6]]
+        assert ratios == sorted(ratios)
+    assert first != second
+    assert ids_by_epoch(build_loader(dataset, seed=3, **options), 2) == [first, second]
+    assert ids_by_epoch(build_loader(dataset, seed=4, **options), 1) != [first]
+
+
+def test_images_of_one_shape_come_as_without_groups(tmp_path):
+    dataset = shapes_of(tmp_path, [(20, 16)] * 11)
+    options = {"batch_size": 4, "workers": 0, "shuffle": True, "seed": 5}
+    grouped = build_loader(dataset, aspect_groups=3, **options)
+    assert ids_by_epoch(grouped, 3) == ids_by_epoch(build_loader(dataset, **options), 3)
+    plain = torch.utils.data.DataLoader(range(11), 4, shuffle=True, generator=torch.Generator().manual_seed(5))
+    assert [batch.tolist() for batch in plain] == ids_by_epoch(build_loader(dataset, aspect_groups=3, **options), 1)[0]
+
+
+def test_evaluation_keeps_the_order(tmp_path):
+    dataset = shapes_of(tmp_path, [(20, 40), (40, 20)] * 3)
+    loader = build_loader(dataset, batch_size=4, workers=0, shuffle=False, seed=0, aspect_groups=3)
+    assert ids_by_epoch(loader, 1) == [[[0, 1, 2, 3], [4, 5]]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.floats(0.1, 10), min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 4), st.integers(0, 2**31)
+)
+def test_number_of_batches_is_what_len_says(ratios, batch_size, num_groups, seed):
+    order = torch.randperm(len(ratios), generator=torch.Generator().manual_seed(seed)).tolist()
+    batches = AspectRatioBatches(order, batch_size, ratios, num_groups)
+    found = list(batches)
+    assert len(found) == len(batches)
+    assert sorted(index for batch in found for index in batch) == list(range(len(ratios)))
+    assert all(1 <= len(batch) <= batch_size for batch in found)
+
+
+# --- download -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """What would have been fetched."""
+    calls = []
+    monkeypatch.setattr(
+        download_module,
+        "VOCDetection",
+        lambda root, *, year, image_set, download: calls.append((root, year, image_set, download)),
+    )
+    monkeypatch.setattr(
+        download_module,
+        "download_and_extract_archive",
+        lambda url, root, *, remove_finished: calls.append((url, root)),
+    )
+    return calls
+
+
+def test_download_of_voc(fetched, tmp_path):
+    splits = ["VOC2007/trainval", "VOC2012/trainval"]
+    root = tmp_path / "VOCdevkit"
+    data = Data(format="voc", root=root, train=splits, val=["VOC2007/test"])
+    (root / "VOC2012/ImageSets/Main").mkdir(parents=True)
+    (root / "VOC2012/ImageSets/Main/trainval.txt").touch()
+    download(data)
+    assert fetched == [(str(tmp_path), "2007", "trainval", True), (str(tmp_path), "2007", "test", True)]
+    for wrong, message in (
+        ({"root": tmp_path / "voc"}, "end data.root in it"),
+        ({"val": ["VOC2012/test"]}, "VOC2012/test: cannot be downloaded"),
+        ({"val": ["VOC2011/val"]}, "VOC2011/val: cannot be downloaded"),
+        ({"val": ["BCCD/test"]}, "BCCD/test: cannot be downloaded"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            download(data.model_copy(update=wrong))
+
+
+def test_download_of_coco(fetched, tmp_path):
+    annotations = {name: [f"annotations/instances_{name}2017.json"] for name in ("train", "val")}
+    data = Data(root=tmp_path, train_images="train2017", val_images="val2017", **annotations)
+    (tmp_path / "val2017").mkdir()
+    download(data)
+    assert [url.rpartition("/")[2] for url, _ in fetched] == ["train2017.zip", *["annotations_trainval2017.zip"] * 2]
+    assert {root for _, root in fetched} == {str(tmp_path)}
+    with pytest.raises(ValueError, match=r"my\.json with images in 'train2017': cannot be downloaded"):
+        download(data.model_copy(update={"train": ["my.json"]}))
+
+
+def test_drawn_scenes_need_no_download(fetched):
+    download(Data(format="synthetic"))
+    assert fetched == []
 
 
 # --- real data ------------------------------------------------------------------------------------------------------

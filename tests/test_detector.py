@@ -11,7 +11,7 @@ from torch import nn
 
 import backbones
 from backbones import HoyerSpike, hoyer_penalty
-from detection.config import Config
+from detection.config import Config, load_config
 from detection.data import build_datasets
 from detection.models import BackboneWithNeck, SpikingFPN, build_detector
 
@@ -334,7 +334,8 @@ def test_a_copy_of_a_model_in_the_middle_of_a_step_is_whole():
     assert hoyer_penalty(model) > 0
 
 
-def test_pretrained_backbone_is_taken_over_bit_by_bit(tmp_path: Path):
+@pytest.mark.parametrize("name", ["last.safetensors", ""])
+def test_pretrained_backbone_is_taken_over_bit_by_bit(tmp_path: Path, name):
     from safetensors.torch import save_file
 
     classifier = backbones.Classifier(backbones.create("resnet18", width=0.125), 10)
@@ -343,11 +344,22 @@ def test_pretrained_backbone_is_taken_over_bit_by_bit(tmp_path: Path):
             nn.init.uniform_(module.v_th)
             nn.init.uniform_(module.extremum)
     save_file(classifier.state_dict(), tmp_path / "last.safetensors")
-    detector = build_detector(make_config(backbone={"weights": str(tmp_path / "last.safetensors")}))
+    detector = build_detector(make_config(backbone={"weights": str(tmp_path / name)}))
     wanted = classifier.backbone.state_dict()
     found = detector.backbone.body.state_dict()
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_recipe_builds_its_detector_and_by_one_override_its_twin(path):
+    small = ["--model.backbone.width", "0.125", "--model.neck.out_channels", "16", "--data.classes", "a", "b"]
+    spiking = build_detector(load_config(path, small))
+    twin = build_detector(load_config(path, [*small, "--model.backbone.activation", "relu"]))
+    assert sum(isinstance(module, HoyerSpike) for module in spiking.modules()) > 10
+    assert not any(isinstance(module, HoyerSpike) for module in twin.modules())
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -7,16 +7,23 @@ import sys
 from pathlib import Path
 
 from detection.checkpoint import command_line
-from detection.cli import parse_recipe, run_tool
+from detection.cli import parse_recipe, recipe_parser, run_tool
+from detection.data.download import download
 from detection.tasks import train_detector
 
 
 def main() -> None:
-    config, options = parse_recipe(__doc__, sys.argv[1:])
+    parser = recipe_parser(__doc__)
+    parser.add_argument("--out", help="folder of the new run (default: runs/NAME of the recipe)")
+    parser.add_argument("--download", action="store_true", help="fetch VOC or COCO into data.root first, if missing")
+    config, options = parse_recipe(parser, sys.argv[1:])
     folder = Path(options.out) if options.out else Path("runs") / Path(options.config).stem
+    if options.download:
+        download(config.data)
     line = train_detector(config, folder, command_line())
     numbers = [f"{key} {line[key]:.4f}" for key in ("AP", "AP50", "activity") if key in line]
     print(f"{'  '.join(numbers)}  run folder: {folder}")
+    print(f"pictures: {folder / 'curves.png'}, {folder / 'predictions.png'}")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import cv2
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from detection.config import Data
+from detection.data.batches import AspectRatioBatches
 from detection.data.coco import read_coco
 from detection.data.records import Annotations, DetectionDataset, Record, load_image
 from detection.data.synthetic import draw_scene, draw_scenes
@@ -18,6 +18,7 @@ from detection.data.voc import read_voc
 
 __all__ = [
     "Annotations",
+    "AspectRatioBatches",
     "DetectionDataset",
     "Record",
     "build_datasets",
@@ -38,8 +39,8 @@ def build_datasets(data: Data) -> tuple[DetectionDataset, DetectionDataset]:
     """
     root = data.root
     if data.format == "voc":
-        train = read_voc(root, data.train, data.classes)
-        val = read_voc(root, data.val, train.categories)
+        train = read_voc(root, data.train, data.classes, verify=data.verify)
+        val = read_voc(root, data.val, train.categories, verify=data.verify)
     else:
         if data.format == "synthetic":
             draw_scenes(root, **data.scenes.model_dump())
@@ -49,27 +50,35 @@ def build_datasets(data: Data) -> tuple[DetectionDataset, DetectionDataset]:
                 "train": (root / data.train[0], root / data.train_images),
                 "val": (root / data.val[0], root / data.val_images),
             }
-        train = read_coco(*sources["train"], data.classes)
-        val = read_coco(*sources["val"], train.categories)
+        train = read_coco(*sources["train"], data.classes, verify=data.verify)
+        val = read_coco(*sources["val"], train.categories, verify=data.verify)
     return DetectionDataset(train, build_transform(data.augment)), DetectionDataset(val)
 
 
 def build_loader(
-    dataset: DetectionDataset, *, batch_size: int, workers: int, shuffle: bool, seed: int
+    dataset: Dataset, *, batch_size: int, workers: int, shuffle: bool, seed: int, aspect_groups: int = 0
 ) -> DataLoader[tuple[list[Tensor], list[dict[str, Any]]]]:
     """Batches (images, targets), both lists, since images differ in size and in number of objects.
 
     Args:
         seed: of the order and, with workers, of the augmentation. Without workers the augmentation draws from the
             process's own generator: call `torch.manual_seed`.
+        aspect_groups: shuffled batches hold images of similar shape, see `AspectRatioBatches`; 0: any images. A
+            `DetectionDataset` is needed for it.
     """
+    generator = torch.Generator().manual_seed(seed)
+    if shuffle and aspect_groups:
+        ratios = [record.width / record.height for record in dataset.annotations.records]
+        sampler = RandomSampler(dataset, generator=generator)
+        batching: dict[str, Any] = {"batch_sampler": AspectRatioBatches(sampler, batch_size, ratios, aspect_groups)}
+    else:
+        batching = {"batch_size": batch_size, "shuffle": shuffle}
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        shuffle=shuffle,
+        **batching,
         num_workers=workers,
         collate_fn=_collate,
-        generator=torch.Generator().manual_seed(seed),
+        generator=generator,
         worker_init_fn=_limit_threads,
         persistent_workers=workers > 0,
     )
@@ -81,6 +90,6 @@ def _collate(items: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], 
 
 
 def _limit_threads(worker: int) -> None:
-    # One thread per worker: with a pool in each, a few workers would fight for the cores.
+    # One thread per worker: with a pool in each, a few workers would fight for the cores. OpenCV has none, see
+    # transforms.py.
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)

@@ -11,6 +11,7 @@ from typing import Any
 from detection.data.records import (
     Annotations,
     RawObject,
+    Verify,
     build_annotations,
     build_record,
     check_classes,
@@ -19,7 +20,9 @@ from detection.data.records import (
 )
 
 
-def read_coco(annotation_file: Path, image_folder: Path, classes: Sequence[str] = ()) -> Annotations:
+def read_coco(
+    annotation_file: Path, image_folder: Path, classes: Sequence[str] = (), *, verify: Verify = "header"
+) -> Annotations:
     """Images and boxes of a COCO instances file; images without boxes are kept, segmentations are not read.
 
     Args:
@@ -27,6 +30,7 @@ def read_coco(annotation_file: Path, image_folder: Path, classes: Sequence[str] 
         image_folder: folder that each "file_name" starts from.
         classes: names of the classes to keep, label 1 first; empty: all, in the file's order. Objects of other
             categories are left out, with one sentence per category.
+        verify: how images are checked, see `image_problem`; those that fail are left out.
 
     Raises:
         FileNotFoundError: no such annotation file or image folder.
@@ -45,7 +49,7 @@ def read_coco(annotation_file: Path, image_folder: Path, classes: Sequence[str] 
     category_ids = tuple(id_of[name] for name in categories)
     label_of = {category_id: label for label, category_id in enumerate(category_ids, start=1)}
 
-    images = _images(content["images"], annotation_file, image_folder, dropped)
+    images = _images(content["images"], annotation_file, dropped)
     # Annotations of an image that was itself left out need no sentence of their own.
     image_ids = {image["id"] for image in content["images"] if _problem(image, {"id": int}) is None}
     objects: dict[int, list[RawObject]] = defaultdict(list)
@@ -93,7 +97,7 @@ def read_coco(annotation_file: Path, image_folder: Path, classes: Sequence[str] 
         )
         for image_id, image in images.items()
     ]
-    return build_annotations(records, categories, category_ids, dropped, source=str(annotation_file))
+    return build_annotations(records, categories, category_ids, dropped, source=str(annotation_file), verify=verify)
 
 
 def _load(path: Path) -> dict[str, list[Any]]:
@@ -119,7 +123,7 @@ def _categories(items: list[Any], source: Path) -> dict[int, str]:
     return names
 
 
-def _images(items: list[Any], source: Path, folder: Path, dropped: list[str]) -> dict[int, dict[str, Any]]:
+def _images(items: list[Any], source: Path, dropped: list[str]) -> dict[int, dict[str, Any]]:
     images: dict[int, dict[str, Any]] = {}
     for position, item in enumerate(items):
         problem = _problem(item, {"id": int, "file_name": str, "width": int, "height": int})
@@ -130,8 +134,6 @@ def _images(items: list[Any], source: Path, folder: Path, dropped: list[str]) ->
         elif item["width"] < 1 or item["height"] < 1:
             size = f"{item['width']}x{item['height']}"
             dropped.append(f"{source}: image {item['id']} ({item['file_name']}) has size {size}; left out")
-        elif not (folder / item["file_name"]).is_file():
-            dropped.append(f"{source}: image {item['id']}: no file {folder / item['file_name']}; left out")
         else:
             images[item["id"]] = item
     return images

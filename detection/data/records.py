@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+
+Verify = Literal["header", "full"]
+
+# What a whole file has at its end. Some cameras write more behind it; the marker cannot occur inside of JPEG's data.
+END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+END_SEARCH = 4096  # bytes
+NUM_THREADS = 8  # that look at image files; more than cores, since files may lie on a slow disk
 
 # Tools disagree about whether pixels start at 0 or 1; boxes beyond the border by no more are clipped without a word.
 TOLERATED_EXCESS = 1.0
@@ -131,12 +140,26 @@ def build_annotations(
     dropped: Sequence[str],
     *,
     source: str,
+    verify: Verify = "header",
 ) -> Annotations:
-    """The annotations of a split.
+    """The annotations of a split; images that `image_problem` finds fault with are left out.
 
     Raises:
         ValueError: no image has a box to train on.
     """
+    # Reading and decoding release the interpreter's lock. This pool hands out many files at a time: a look at one takes
+    # less than handing it out.
+    with ThreadPool(NUM_THREADS) as pool:
+        problems = pool.starmap(
+            image_problem, [(record.path, record.width, record.height, verify) for record in records]
+        )
+    faulty = [
+        f"{record.path}: {problem}; left out"
+        for record, problem in zip(records, problems, strict=True)
+        if problem is not None
+    ]
+    records = [record for record, problem in zip(records, problems, strict=True) if problem is None]
+    dropped = [*dropped, *faulty]
     if not any((~record.ignore).any() for record in records):
         reason = (
             f"; {len(dropped)} left out or mended, the first: {dropped[0]}" if dropped else "; nothing was left out"
@@ -170,6 +193,41 @@ def require_folder(path: Path, expected: str) -> Path:
     return path
 
 
+def image_problem(path: Path, width: int, height: int, verify: Verify = "header") -> str | None:
+    """What is wrong with an image file, None if nothing is.
+
+    Args:
+        path: the file.
+        width, height: what its annotations say, in pixels.
+        verify: "header" reads the header and looks for the end of a JPEG or PNG file, well under a millisecond, and
+            decodes only where there is no end; "full" decodes every image, which finds damage in between.
+    """
+    try:
+        if not path.is_file():
+            return "a folder, not an image" if path.is_dir() else "no such file"
+        with path.open("rb") as file:
+            length = file.seek(0, os.SEEK_END)
+            if length == 0:
+                return "an empty file, 0 bytes"
+            file.seek(-min(length, END_SEARCH), os.SEEK_END)
+            end = file.read()
+            file.seek(0)
+            with Image.open(file) as image:
+                size, marker = image.size, END_MARKERS.get(image.format or "")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"no readable image header ({error})"
+    if size != (width, height):
+        return f"the image is {size[0]}x{size[1]} pixels, its annotations say {width}x{height}"
+    # Phones append whole films: an image without an end in sight may still be complete.
+    endless = marker is not None and marker not in end
+    if verify == "full" or endless:
+        try:
+            load_image(path)
+        except ValueError as error:
+            return "the image is cut off" if endless else str(error.__cause__)
+    return None
+
+
 def load_image(path: Path) -> np.ndarray:
     """RGB pixels, (H, W, 3) uint8, of an image file of any PIL mode.
 
@@ -189,7 +247,9 @@ def load_image(path: Path) -> np.ndarray:
                 image = image.convert("RGBA")  # PIL warns when a palette with transparency goes to RGB directly
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: the image does not decode: {error}") from error
+        raise ValueError(
+            f"{path}: the image does not decode: {error} (data.verify full finds such files before training)"
+        ) from error
 
 
 class DetectionDataset(Dataset):

@@ -7,6 +7,7 @@ import os
 import random
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 
@@ -18,17 +19,38 @@ from detection.data.records import Transform
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 import albumentations as A
+from albumentations.core.transforms_interface import BaseTransformInitSchema
+from albumentations.core.type_definitions import Targets
+
+# OpenCV's pool of threads does not survive a fork: a loader worker of a process that has one would wait for ever.
+cv2.setNumThreads(0)
 
 # A crop keeps at least this fraction of each side, so that a lone small object is not blown up to the whole image.
 MIN_CROP = 0.5
+
+# SSD's random crop (Liu et al., arXiv:1512.02325): the window's sides as shares of the image's, its shape, and the
+# IoU that it must have with some object, None for any; one is drawn after the other until a window is found.
+WINDOW_SIDE = (0.3, 1.0)
+WINDOW_RATIO = (0.5, 2.0)
+WINDOW_IOU = (None, 0.1, 0.3, 0.5, 0.7, 0.9)
+WINDOW_TRIES = 50
+
+MIN_VISIBLE = 0.3  # scale jitter keeps objects of which at least this share of the area is in the frame
+FRAME_COLOR = 114  # grey level around a shrunk image
 
 
 def build_transform(augment: Augment) -> Transform:
     """(image (H, W, 3) uint8, boxes (M, 4) x1 y1 x2 y2, labels (M,)) -> the same, changed at random.
 
-    Boxes come back as float32 inside the image, with their labels as int64. A crop changes the image's size: its
-    window contains every box and at least half of each side; the detector resizes anyway. Flipped and shifted
-    coordinates are exact to about W * 1e-7 pixels, since albumentations divides by the size in float32.
+    Boxes come back as float32 inside the image, with their labels as int64. Crops change the image's size; the
+    detector resizes anyway. Flipped and shifted coordinates are exact to about W * 1e-7 pixels, since albumentations
+    divides by the size in float32.
+
+    - crop: a window of at least half of each side that contains every box whole.
+    - iou_crop: SSD's window, which may cut boxes; an object stays if its centre does, and at least one stays.
+    - scale: the image shrunk or enlarged by a factor drawn evenly from `scale_range`, at a random place in a frame of
+      its own size; objects stay, cut off at the frame, if 0.3 of their area does. Where none of 50 places shows an
+      object, the image stays as it is.
 
     All randomness is drawn from torch's global generator, which `torch.manual_seed` sets and which DataLoader seeds
     in each worker.
@@ -42,6 +64,8 @@ class _Transform:
             [
                 A.HorizontalFlip(p=augment.hflip),
                 A.VerticalFlip(p=augment.vflip),
+                _ScaleJitter(augment.scale_range, p=augment.scale),
+                _IoUCrop(p=augment.iou_crop),
                 _WholeBoxCrop(p=augment.crop),
                 A.ColorJitter(
                     brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.6, 1.4), hue=(0, 0), p=augment.color
@@ -89,3 +113,101 @@ class _WholeBoxCrop(A.BBoxSafeRandomCrop):
         length = self.py_random.randint(max(math.ceil(MIN_CROP * size), last - first), size)
         start = self.py_random.randint(max(0, last - length), min(first, size - length))
         return start, start + length
+
+
+class _IoUCrop(A.BBoxSafeRandomCrop):
+    """Crops to a window that overlaps some object by a drawn IoU; objects stay if their centre is in it, clipped."""
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        height, width = params["shape"][:2]
+        boxes = np.asarray(data["bboxes"])[:, :4] * [width, height, width, height]
+        for wanted in self.py_random.sample(WINDOW_IOU, len(WINDOW_IOU)):
+            for _ in range(WINDOW_TRIES):
+                window = self._draw_window(width, height)
+                w, h = window[2:] - window[:2]
+                if not WINDOW_RATIO[0] <= w / h <= WINDOW_RATIO[1]:
+                    continue
+                if len(boxes) == 0 or (
+                    _centers_inside(boxes, window).any()
+                    and (wanted is None or _overlap(boxes, window)[1].max() >= wanted)
+                ):
+                    return {"crop_coords": tuple(window.tolist())}
+        return {"crop_coords": (0, 0, width, height)}
+
+    def _draw_window(self, width: int, height: int) -> np.ndarray:
+        w, h = (max(1, round(self.py_random.uniform(*WINDOW_SIDE) * side)) for side in (width, height))
+        left, top = self.py_random.randint(0, width - w), self.py_random.randint(0, height - h)
+        return np.array([left, top, left + w, top + h])
+
+    def apply_to_bboxes(self, bboxes: np.ndarray, crop_coords: tuple[int, ...], **params: Any) -> np.ndarray:
+        height, width = params["shape"][:2]
+        inside = _centers_inside(bboxes[:, :4] * [width, height, width, height], np.array(crop_coords))
+        return super().apply_to_bboxes(bboxes[inside], crop_coords, **params)
+
+
+class _ScaleJitter(A.DualTransform):
+    """Shrinks or enlarges the image within a frame of its own size."""
+
+    _targets = (Targets.IMAGE, Targets.BBOXES)
+
+    class InitSchema(BaseTransformInitSchema):
+        scale_range: tuple[float, float]
+
+    def __init__(self, scale_range: tuple[float, float], p: float = 1.0) -> None:
+        super().__init__(p=p)
+        self.scale_range = scale_range
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        height, width = params["shape"][:2]
+        boxes = np.asarray(data["bboxes"])
+        factor = self.py_random.uniform(*self.scale_range)
+        w, h = max(1, round(factor * width)), max(1, round(factor * height))
+        for _ in range(WINDOW_TRIES):
+            # Negative where the scaled image is larger than the frame.
+            left, top = (self.py_random.randint(min(0, slack), max(0, slack)) for slack in (width - w, height - h))
+            if len(boxes) == 0 or len(_place(boxes, (width, height), (w, h), (left, top))):
+                return {"scaled_size": (w, h), "offset": (left, top)}
+        return {"scaled_size": (width, height), "offset": (0, 0)}
+
+    def apply(
+        self, img: np.ndarray, scaled_size: tuple[int, int], offset: tuple[int, int], **params: Any
+    ) -> np.ndarray:
+        (w, h), (left, top) = scaled_size, offset
+        height, width = img.shape[:2]
+        smaller = w < width
+        scaled = cv2.resize(img, scaled_size, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+        frame = np.full_like(img, FRAME_COLOR)
+        x1, y1, x2, y2 = max(0, left), max(0, top), min(width, left + w), min(height, top + h)
+        frame[y1:y2, x1:x2] = scaled[y1 - top : y2 - top, x1 - left : x2 - left]
+        return frame
+
+    def apply_to_bboxes(
+        self, bboxes: np.ndarray, scaled_size: tuple[int, int], offset: tuple[int, int], **params: Any
+    ) -> np.ndarray:
+        height, width = params["shape"][:2]
+        return _place(bboxes, (width, height), scaled_size, offset)
+
+
+def _place(
+    boxes: np.ndarray, size: tuple[int, int], scaled_size: tuple[int, int], offset: tuple[int, int]
+) -> np.ndarray:
+    """Boxes (N, 4 or more) in shares of the image -> those that stay visible, in shares of the frame, clipped to it."""
+    moved = boxes.copy()
+    moved[:, :4] = boxes[:, :4] * np.tile(np.divide(scaled_size, size), 2) + np.tile(np.divide(offset, size), 2)
+    visible = _overlap(moved[:, :4], np.array([0, 0, 1, 1]))[0]
+    moved[:, :4] = moved[:, :4].clip(0, 1)
+    return moved[visible >= MIN_VISIBLE]
+
+
+def _centers_inside(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:
+    centers = (boxes[:, :2] + boxes[:, 2:4]) / 2
+    return ((centers > window[:2]) & (centers < window[2:])).all(axis=1)
+
+
+def _overlap(boxes: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of each box (N, 4) that lies in the window (4,), and its IoU with it; 0 for boxes without area."""
+    sides = np.minimum(boxes[:, 2:4], window[2:]) - np.maximum(boxes[:, :2], window[:2])
+    common = sides.clip(0).prod(axis=1)
+    areas = (boxes[:, 2:4] - boxes[:, :2]).prod(axis=1)
+    union = areas + (window[2:] - window[:2]).prod() - common
+    return common / np.maximum(areas, 1e-12), common / union

@@ -12,6 +12,7 @@ from detection.data.records import (
     Annotations,
     RawObject,
     Record,
+    Verify,
     build_annotations,
     build_record,
     check_classes,
@@ -23,7 +24,9 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 SUFFIXES = (".jpeg", ".JPG", ".JPEG", ".png", ".PNG", ".bmp", ".tif", ".tiff", ".webp")
 
 
-def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str] = ()) -> Annotations:
+def read_voc(
+    root: Path, splits: Sequence[str], classes: Sequence[str] = (), *, verify: Verify = "header"
+) -> Annotations:
     """Images and boxes of one or several VOC splits, joined; images without objects are kept.
 
     An image's id is its position in the joined list, counted from 1, so it does not change when another image is
@@ -33,6 +36,7 @@ def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str] = ()) -> 
         root: folder that the splits start from.
         splits: "FOLDER/NAME" is root/FOLDER/ImageSets/Main/NAME.txt, with FOLDER/JPEGImages and FOLDER/Annotations.
         classes: class names, label 1 first; empty: all names found, sorted. Objects of other classes are left out.
+        verify: how images are checked, see `image_problem`; those that fail are left out.
 
     Raises:
         FileNotFoundError: no such root, split, image folder or annotation folder.
@@ -68,14 +72,15 @@ def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str] = ()) -> 
                 continue
             path = _find_image(images, key, tree)
             if path is None:
-                dropped.append(f"{images / key}.jpg: no such image, though {source.name} describes it; left out")
+                problem = "a folder, not an image" if (images / f"{key}.jpg").is_dir() else "no such image"
+                dropped.append(f"{images / key}.jpg: {problem}, though {source.name} describes it; left out")
                 continue
             parsed.append((image_id, path, source, tree))
 
     categories = tuple(classes) or tuple(sorted({_name(item) for *_, tree in parsed for item in _objects(tree)} - {""}))
     records = [record for item in parsed if (record := _build(*item, categories, dropped)) is not None]
     where = f"{root} {', '.join(splits)}"
-    return build_annotations(records, categories, range(1, len(categories) + 1), dropped, source=where)
+    return build_annotations(records, categories, range(1, len(categories) + 1), dropped, source=where, verify=verify)
 
 
 def _build(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
 import backbones
@@ -39,7 +41,7 @@ def build_detector(config: Config) -> nn.Module:
         activation=settings.activation,
         stem=settings.stem,
         width=settings.width,
-        weights=settings.weights,
+        weights=weights_file(settings.weights),
         **spike_options,
     )
     spike = backbones.SpikeFactory(settings.activation, **spike_options)
@@ -60,3 +62,10 @@ def build_detector(config: Config) -> nn.Module:
             extra="pool" if model.detector == "fasterrcnn" else "conv",
         )
     return BUILDERS[model.detector](model, BackboneWithNeck(body, neck, levels), len(config.data.classes), spike)
+
+
+def weights_file(path: str | None) -> Path | None:
+    """The file that `model.backbone.weights` means: itself, or the last weights of a run folder."""
+    if path is None:
+        return None
+    return Path(path) / "last.safetensors" if Path(path).is_dir() else Path(path)

@@ -41,6 +41,7 @@ def build_fasterrcnn(config: Model, backbone: BackboneWithNeck, num_classes: int
         box_roi_pool=MultiScaleRoIAlign(list(backbone.levels), output_size=POOLED_SIDE, sampling_ratio=2),
         box_head=TwoMLPHead(backbone.out_channels * POOLED_SIDE**2, features),
         box_predictor=FastRCNNPredictor(features, num_classes + 1),
+        box_batch_size_per_image=config.head.num_regions,
         box_score_thresh=config.head.score_threshold,
         box_nms_thresh=config.head.nms_threshold,
         box_detections_per_img=config.head.max_detections,
