@@ -29,12 +29,27 @@ class Backbone(nn.Module):
 
     Attributes:
         feature_info: one `FeatureInfo` for each map of the output, in its order.
+        stages: the parts between the maps; the last ones end in the maps of `feature_info`.
     """
 
     feature_info: tuple[FeatureInfo, ...]
+    stages: nn.ModuleList
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    def truncate(self, name: str) -> None:
+        """Removes what comes after the map `name`: its time, its weights and its Hoyer terms are saved.
+
+        Raises:
+            ValueError: there is no such map.
+        """
+        names = [info.name for info in self.feature_info]
+        if name not in names:
+            raise ValueError(f"no map {name!r} (allowed: {', '.join(names)})")
+        num_removed = len(names) - 1 - names.index(name)
+        self.stages = self.stages[: len(self.stages) - num_removed]
+        self.feature_info = self.feature_info[: names.index(name) + 1]
 
     def make_head(self, num_classes: int, dropout: float) -> nn.Module:
         """The classification head that belongs to this family: last feature map -> logits (N, num_classes)."""

@@ -47,7 +47,7 @@ class Run:
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"{folder} exists already; name another folder with --out, or remove it first")
+            raise FileExistsError(f"{folder} exists already; name another folder, or remove it first")
         return folder
 
     @classmethod
@@ -82,7 +82,7 @@ class Run:
 
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Replaces run.json."""
-        _write_whole(self.folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
+        write_whole(self.folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl."""
@@ -175,7 +175,8 @@ def command_line() -> list[str]:
     return ["python", *sys.argv]
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces the file in one step or not at all."""
     part = path.with_suffix(path.suffix + ".part")
     part.write_bytes(content)
     os.replace(part, path)

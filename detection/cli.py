@@ -43,7 +43,7 @@ def run_tool(main: Callable[[], None]) -> None:
     """Calls `main`; bad input ends the process with one sentence and status 2, any other error with its traceback."""
     try:
         main()
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -156,7 +157,7 @@ class Augment(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Augment:
         low, high = self.scale_range
-        if not 0 < low <= high:
+        if not 0 < low <= high < math.inf:
             raise ValueError(f"scale_range: expected 0 < least <= greatest, got {low:g} {high:g}")
         return self
 

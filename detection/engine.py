@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -80,6 +81,7 @@ def fit(
             if epoch % config.train.eval_every == 0 or epoch == config.train.epochs:
                 started = time.perf_counter()
                 model.eval()
+                share_buffers(accelerator.unwrap_model(model))
                 line |= evaluate(accelerator.unwrap_model(model))
                 line["eval_seconds"] = round(time.perf_counter() - started, 3)
             if accelerator.is_main_process:
@@ -147,6 +149,13 @@ def train_epoch(
         line["v_th"] = {name: abs(layer.v_th.item()) for name, layer in layers.items()}
         line["extremum"] = {name: layer.extremum.mean().item() for name, layer in layers.items()}
     return line
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Gives every process the main one's running averages, which are saved: since the last step each has its own."""
+    for buffer in model.buffers():
+        buffer.copy_(broadcast(buffer))
 
 
 def spike_layers(model: nn.Module) -> dict[str, HoyerSpike]:

@@ -1,18 +1,27 @@
-"""The 12 numbers of COCO from a detector's boxes: pycocotools does the work."""
+"""Average precision of a detector's boxes: COCO's 12 numbers, counted by pycocotools, and that of PASCAL VOC."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import operator
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
+
+from detection.checkpoint import write_whole
+
+Backend = Literal["pycocotools", "faster-coco-eval"]
+Interpolation = Literal["area", "11-point"]
 
 METRICS = (
     "AP",
@@ -32,7 +41,7 @@ METRICS = (
 
 
 class CocoEvaluator:
-    """Average precision and recall of boxes, as pycocotools counts them.
+    """Average precision and recall of boxes, as pycocotools counts them, or faster-coco-eval with equal numbers.
 
     Every image of the ground truth is evaluated: one that `update` never saw counts as having no detections. Only
     the categories in `category_ids` are evaluated. A number is -1 where its ground truth is empty (no boxes at all,
@@ -42,27 +51,24 @@ class CocoEvaluator:
         ground_truth: COCO instances: "images" (id), "annotations" (image_id, category_id, bbox x y w h, area,
             iscrowd) and "categories" (id, name). It is not changed.
         category_ids: COCO category of label 1, 2, ..., K, that is `category_ids[label - 1]`.
+        backend: which package counts: "pycocotools" or "faster-coco-eval".
 
     Attributes:
         results: one row of COCO's result format per detection, in order of arrival: image_id, category_id,
             bbox (x, y, w, h in pixels of the original image), score. `compute` needs nothing else, so rows gathered
             from several processes may take its place. Each image's rows have to be in it once: pycocotools counts
             a row that comes twice as a second detection.
+
+    Raises:
+        ImportError: the backend's package is not installed.
     """
 
-    def __init__(self, ground_truth: Mapping[str, Any], category_ids: Sequence[int]) -> None:
+    def __init__(
+        self, ground_truth: Mapping[str, Any], category_ids: Sequence[int], backend: Backend = "pycocotools"
+    ) -> None:
+        self._coco_class, self._evaluation_class = import_backend(backend)
         self.category_ids = tuple(category_ids)
-        names = {category["id"]: category["name"] for category in ground_truth["categories"]}
-        unknown = [category_id for category_id in self.category_ids if category_id not in names]
-        if unknown or not self.category_ids:
-            raise ValueError(
-                f"category_ids {unknown or list(self.category_ids)}: expected one or more of the ground truth's "
-                f"categories {sorted(names)}"
-            )
-        self._names = [names[category_id] for category_id in self.category_ids]
-        for what, values in (("category_ids", self.category_ids), ("names of category_ids", self._names)):
-            if len(set(values)) < len(values):
-                raise ValueError(f"{what}: expected each one once, got {list(values)}")
+        self._names = _category_names(ground_truth, self.category_ids)
         self._image_ids = {image["id"] for image in ground_truth["images"]}
         # Fresh ids from 1: pycocotools takes a box with id 0 for unmatched, and merges boxes that share an id.
         annotations = [
@@ -106,9 +112,7 @@ class CocoEvaluator:
 
     def compute(self) -> dict[str, float]:
         """The 12 numbers of `METRICS` from `results`; `per_class` has its own afterwards."""
-        unknown = {row["image_id"] for row in self.results} - self._image_ids
-        if unknown:
-            raise ValueError(f"results: image ids {sorted(unknown)[:5]} are not in the ground truth")
+        _check_image_ids(self.results, self._image_ids)
         # COCO.loadRes fails on an empty list and writes into the rows it is given; for boxes it adds only these keys.
         detections = self._index(
             [
@@ -117,7 +121,7 @@ class CocoEvaluator:
             ]
         )
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(self._coco, detections, iouType="bbox")
+            evaluation = self._evaluation_class(self._coco, detections, iouType="bbox")
             evaluation.params.catIds = list(self.category_ids)
             evaluation.evaluate()
             evaluation.accumulate()
@@ -131,9 +135,17 @@ class CocoEvaluator:
             raise RuntimeError("per_class() reports the last compute(): call compute() after the last update()")
         return {name: dict(values) for name, values in self._per_class.items()}
 
+    def save_results(self, path: str | Path) -> None:
+        """Writes `results` as a COCO results file; the file is replaced in one step or not at all.
+
+        Every number is written in full, so the official tools count from it what `compute` counts. `COCO.loadRes` of
+        pycocotools does not read a file without detections.
+        """
+        write_whole(Path(path), json.dumps(self.results).encode())
+
     def _index(self, annotations: list[dict[str, Any]]) -> COCO:
-        """pycocotools' index of ground truth or detections."""
-        coco = COCO()
+        """The backend's index of ground truth or detections."""
+        coco = self._coco_class()
         coco.dataset = {
             "images": [{"id": image_id} for image_id in sorted(self._image_ids)],
             "annotations": [row for row in annotations if row["image_id"] in self._image_ids],
@@ -199,6 +211,186 @@ class CocoEvaluator:
                 "num_boxes": num_boxes[category_id],
             }
         return table
+
+
+def import_backend(backend: Backend) -> tuple[type, type]:
+    """The classes of a backend that index annotations and that count: COCO and COCOeval, or what stands for them.
+
+    Raises:
+        ImportError: the backend's package is not installed.
+        ValueError: no such backend.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if backend == "pycocotools":
+        return COCO, COCOeval
+    try:
+        import faster_coco_eval
+    except ImportError:
+        raise ImportError(
+            "evaluation.backend faster-coco-eval needs its package: pip install hoyer-det[fast]"
+        ) from None
+    return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+
+
+@dataclass(frozen=True)
+class PrecisionRecall:
+    """Precision over recall of one class: a point per detection, that one and all with higher scores taken together.
+
+    Detections on difficult boxes are left out, as they are neither right nor wrong.
+
+    Attributes:
+        scores: (N,) falling.
+        true_positives: (N,) boxes found by the first 1, 2, ..., N detections.
+        num_boxes: boxes to be found, so without difficult ones.
+    """
+
+    scores: np.ndarray
+    true_positives: np.ndarray
+    num_boxes: int
+
+    @property
+    def recall(self) -> np.ndarray:
+        """(N,) share of the boxes that are found; NaN without boxes."""
+        return self.true_positives / (self.num_boxes or np.nan)
+
+    @property
+    def precision(self) -> np.ndarray:
+        """(N,) share of the detections that are right."""
+        return self.true_positives / np.arange(1, len(self.scores) + 1)
+
+    @property
+    def envelope(self) -> np.ndarray:
+        """(N,) highest precision here or further on, so at no lower recall: precision made monotone from the right."""
+        return np.maximum.accumulate(self.precision[::-1])[::-1]
+
+
+def precision_recall(
+    ground_truth: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    category_ids: Sequence[int],
+    iou_threshold: float = 0.5,
+) -> dict[str, PrecisionRecall]:
+    """Category name -> precision over recall, counted as PASCAL VOC's development kit does.
+
+    The detections of a class are gone through over all images, highest score first, equal scores in order of arrival.
+    Each one goes to the box of its image and class that it overlaps most, the first of equals, difficult or not; it
+    never moves on to another box, as it would in COCO. With IoU = intersection / union below the threshold it is
+    wrong; on a difficult box it is left out; on a box that no detection has taken yet it is right; else it is wrong.
+
+    The development kit adds 1 to widths and heights, because its boxes are pixels counted from 1, the last one
+    included. The readers turn such a box into (xmin - 1, ymin - 1, xmax, ymax), whose width has the 1 already, so
+    both give the same IoU.
+
+    Args:
+        ground_truth: COCO instances as for `CocoEvaluator`; iscrowd = 1 says difficult.
+        results: rows of COCO's result format, such as `CocoEvaluator.results`. Rows of other categories are left out.
+        category_ids: the categories to count.
+        iou_threshold: in (0, 1].
+    """
+    if not 0 < iou_threshold <= 1:
+        raise ValueError(f"iou_threshold: expected a number in (0, 1], got {iou_threshold}")
+    names = _category_names(ground_truth, category_ids)
+    image_ids = {image["id"] for image in ground_truth["images"]}
+    _check_image_ids(results, image_ids)
+    boxes: dict[int, dict[int, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
+    for annotation in ground_truth["annotations"]:
+        if annotation["image_id"] in image_ids:
+            row = [*annotation["bbox"], annotation.get("iscrowd", 0)]
+            boxes[annotation["category_id"]][annotation["image_id"]].append(row)
+    found: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in results:
+        found[row["category_id"]].append(row)
+    return {
+        name: _match(boxes[category_id], found[category_id], iou_threshold)
+        for name, category_id in zip(names, category_ids, strict=True)
+    }
+
+
+def average_precision(curve: PrecisionRecall, interpolation: Interpolation) -> float:
+    """PASCAL VOC's average precision in [0, 1]; 0 if nothing is found, -1 if there is nothing to find.
+
+    With p(r) the highest precision at recall >= r: "area" (from 2010 on) is the integral of p over r in [0, 1],
+    "11-point" (until 2009) the mean of p(r) over r = 0, 0.1, ..., 1.
+    """
+    if interpolation not in get_args(Interpolation):
+        raise ValueError(f"interpolation: expected one of {', '.join(get_args(Interpolation))}, got {interpolation!r}")
+    if curve.num_boxes == 0:
+        return -1.0
+    if interpolation == "area":
+        right = np.diff(curve.true_positives, prepend=0) > 0  # recall rises by 1 / num_boxes at each of them
+        return float(curve.envelope[right].sum() / curve.num_boxes)
+    # Whether true_positives / num_boxes >= k / 10 is asked in integers: 3 of 10 boxes are 0.3, but 3 * 0.1 > 0.3.
+    first = np.searchsorted(10 * curve.true_positives, curve.num_boxes * np.arange(11))
+    return float(np.append(curve.envelope, 0.0)[first].mean())  # precision 0 at a recall that is never reached
+
+
+def mean_average_precision(curves: Mapping[str, PrecisionRecall], interpolation: Interpolation) -> float:
+    """Mean of `average_precision` over the classes that have boxes; -1 if none has."""
+    return _mean_defined(np.array([average_precision(curve, interpolation) for curve in curves.values()]))
+
+
+def _match(
+    boxes: Mapping[int, Sequence[Sequence[float]]], rows: Sequence[Mapping[str, Any]], iou_threshold: float
+) -> PrecisionRecall:
+    """The curve of one class from its boxes (x, y, w, h, difficult) by image id and its result rows."""
+    scores = np.array([row["score"] for row in rows], dtype=np.float64)
+    order = np.argsort(-scores, kind="stable")
+    scores = scores[order]
+    of_image: dict[int, list[int]] = defaultdict(list)
+    for position, index in enumerate(order.tolist()):
+        of_image[rows[index]["image_id"]].append(position)
+
+    taken = np.full(len(rows), -1)  # the box that each detection goes to, numbered over all images; -1: none
+    difficult: list[bool] = []
+    for image_id, truth in boxes.items():
+        positions = of_image.get(image_id)
+        if positions:
+            detections = np.array([rows[index]["bbox"] for index in order[positions]], dtype=np.float64)
+            overlaps = _iou(detections, np.array([box[:4] for box in truth], dtype=np.float64))
+            best = overlaps.argmax(1)
+            enough = overlaps.max(1) >= iou_threshold
+            taken[positions] = np.where(enough, len(difficult) + best, -1)
+        difficult += [bool(box[4]) for box in truth]
+
+    on_box = np.flatnonzero(taken >= 0)
+    ignored = np.zeros(len(rows), dtype=bool)
+    ignored[on_box] = np.array(difficult, dtype=bool)[taken[on_box]]
+    right = np.zeros(len(rows), dtype=bool)
+    right[on_box[np.unique(taken[on_box], return_index=True)[1]]] = True  # of each box's detections the first
+    return PrecisionRecall(scores[~ignored], np.cumsum(right[~ignored]), len(difficult) - sum(difficult))
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N, M) intersection over union of (N, 4) and (M, 4) x y w h; 0 where both boxes have no area."""
+    # Every length is taken from corners: with w * h for an area, rounding would make the IoU of equal boxes miss 1.
+    low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum((a[:, :2] + a[:, 2:])[:, None], b[:, :2] + b[:, 2:])
+    intersection = np.maximum(high - low, 0).prod(-1)
+    area_a, area_b = (((box[:, :2] + box[:, 2:]) - box[:, :2]).prod(-1) for box in (a, b))
+    union = area_a[:, None] + area_b - intersection
+    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+
+
+def _category_names(ground_truth: Mapping[str, Any], category_ids: Sequence[int]) -> list[str]:
+    """Names of the categories, which have to be in the ground truth and to differ."""
+    names = {category["id"]: category["name"] for category in ground_truth["categories"]}
+    unknown = [category_id for category_id in category_ids if category_id not in names]
+    if unknown or not category_ids:
+        raise ValueError(
+            f"category_ids {unknown or list(category_ids)}: expected one or more of the ground truth's "
+            f"categories {sorted(names)}"
+        )
+    chosen = [names[category_id] for category_id in category_ids]
+    for what, values in (("category_ids", category_ids), ("names of category_ids", chosen)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{what}: expected each one once, got {list(values)}")
+    return chosen
+
+
+def _check_image_ids(results: Sequence[Mapping[str, Any]], image_ids: set[int]) -> None:
+    unknown = {row["image_id"] for row in results} - image_ids
+    if unknown:
+        raise ValueError(f"results: image ids {sorted(unknown)[:5]} are not in the ground truth")
 
 
 def _mean_defined(values: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves over the epochs, and a contact sheet of predicted and true boxes, as PNG files."""
+"""Pictures of a run as PNG files: curves over the epochs, precision over recall, predicted and true boxes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from torch import Tensor
+
+from detection.evaluation import PrecisionRecall, average_precision, mean_average_precision
 
 DPI = 100  # pixels per inch: a figure of 12 inches is 1200 pixels wide
 Curve = tuple[list[int], list[float]]
@@ -138,6 +141,74 @@ def plot_predictions(
     )
     _write(figure, path)
 
+
+def plot_precision_recall(curves: Mapping[str, PrecisionRecall], path: str | PathLike[str]) -> None:
+    """Write precision over recall, a line per class, under which the area is the average precision in the legend.
+
+    A line shows the highest precision at its recall or a higher one. The legend starts with the highest average
+    precision; classes without boxes are left out.
+
+    Args:
+        curves: class name -> its curve.
+        path: PNG file to write, 1000 pixels wide.
+    """
+    values = {name: average_precision(curve, "area") for name, curve in curves.items() if curve.num_boxes > 0}
+    if not values:
+        raise ValueError(f"curves: nothing to plot, none of {len(curves)} classes has boxes")
+    names = sorted(values, key=lambda name: -values[name])
+    labels = [f"{name}  {values[name]:.3f}" for name in names]
+
+    # All lengths in inches. The legend has as many columns as fit beside each other.
+    width, axes_height, top, bottom, left, right, line = 10, 5.6, 0.5, 0.75, 0.75, 0.25, 0.162
+    column = 0.55 + max(TextPath((0, 0), label, size=8).get_extents().width for label in labels) / 72
+    columns = min(len(names), max(1, int((width - 0.2) / column)))
+    height = top + axes_height + bottom + line * math.ceil(len(names) / columns) + 0.1
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    axes = figure.add_axes(
+        (left / width, 1 - (top + axes_height) / height, 1 - (left + right) / width, axes_height / height)
+    )
+    styles = [(dashes, color) for dashes in _DASHES for color in matplotlib.colormaps["tab10"].colors]
+    for index, (name, label) in enumerate(zip(names, labels, strict=True)):
+        curve = curves[name]
+        dashes, color = styles[index % len(styles)]
+        # Down to 0 where the recall ends; from 0 on as high as where it starts.
+        recall = [0.0, *curve.recall, curve.recall[-1] if len(curve.recall) else 0.0]
+        precision = [*curve.envelope[:1], *curve.envelope, 0.0] if len(curve.recall) else [0.0, 0.0]
+        axes.plot(recall, precision, drawstyle="steps-pre", linewidth=1.2, color=color, linestyle=dashes, label=label)
+    mean = mean_average_precision(curves, "area")
+    axes.set_title(f"Precision over recall, mean average precision {mean:.3f}")
+    axes.set_xlabel("recall")
+    axes.set_ylabel("precision, highest at this recall or above")
+    axes.set_xlim(0, 1.01)
+    axes.set_ylim(0, 1.02)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1 - (top + axes_height + 0.55) / height),
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+        handlelength=2.6,
+        columnspacing=1.2,
+        labelspacing=0.4,
+        borderaxespad=0,
+    )
+    _write(figure, path)
+
+
+# With the 10 colours of tab10, 80 classes get a line each that no other has.
+_DASHES: Sequence[Any] = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (1, 1)),
+    (0, (5, 1.5, 1, 1.5)),
+    (0, (2.5, 1)),
+    (0, (8, 2)),
+    (0, (5, 1, 1, 1, 1, 1)),
+    (0, (1, 2.5)),
+)
 
 # Curves
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +15,14 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from backbones import record_activity, spike_activity
-from detection.checkpoint import Run, Weights
+from backbones import LayerActivity, record_activity, spike_activity
+from detection.checkpoint import Run, Weights, write_whole
 from detection.config import Config
 from detection.data import DetectionDataset, build_datasets, build_loader
 from detection.engine import fit
-from detection.evaluation import CocoEvaluator
+from detection.evaluation import CocoEvaluator, import_backend, mean_average_precision, precision_recall
 from detection.models import build_detector
-from detection.plots import plot_curves, plot_predictions
+from detection.plots import plot_curves, plot_precision_recall, plot_predictions
 
 NUM_PICTURES = 12
 
@@ -36,6 +38,9 @@ def train_detector(config: Config, folder: str | Path, command: Sequence[str]) -
         command: how the run was started, for its log.
     """
     Run.check_free(folder)
+    import_backend(config.evaluation.backend)
+    if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ImportError("train.tensorboard needs TensorBoard: pip install hoyer-det[tensorboard]")
     train, val = read_data(config)
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"classes": list(train.annotations.categories)})}
@@ -52,7 +57,12 @@ def train_detector(config: Config, folder: str | Path, command: Sequence[str]) -
     run = Run.create(folder, config, list(command)) if accelerator.is_main_process else Run(Path(folder), config)
     accelerator.init_trackers("tensorboard")
     loader = build_loader(
-        train, batch_size=config.train.batch_size, workers=config.data.workers, shuffle=True, seed=config.train.seed
+        train,
+        batch_size=config.train.batch_size,
+        workers=config.data.workers,
+        shuffle=True,
+        seed=config.train.seed,
+        aspect_groups=config.data.aspect_groups,
     )
     val_loader = evaluation_loader(val, config, accelerator)
     try:
@@ -60,7 +70,7 @@ def train_detector(config: Config, folder: str | Path, command: Sequence[str]) -
             model,
             loader,
             compute_losses=lambda model, batch: model(*batch),
-            evaluate=lambda model: evaluate_detector(model, val_loader, val, accelerator),
+            evaluate=lambda model: evaluate_detector(model, val_loader, val, config, accelerator),
             best_by="AP",
             config=config,
             run=run,
@@ -78,13 +88,24 @@ def train_detector(config: Config, folder: str | Path, command: Sequence[str]) -
     return line
 
 
-def evaluate_run(folder: str | Path, which: Weights = "last") -> tuple[dict[str, Any], dict[str, Any]]:
+def evaluate_run(
+    folder: str | Path, which: Weights = "last", *, save: str | Path | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics of a saved run, computed anew, and the log line of the epoch that the weights come from.
 
+    Args:
+        folder: the run.
+        which: which of its weights.
+        save: where `evaluate_detector` writes its files; must not exist, or be empty.
+
     Raises:
+        FileExistsError: there is something in `save` already.
         FileNotFoundError: no such run, weights, or data.
+        ImportError: the package of the run's evaluation.backend is not installed.
         ValueError: the weights are damaged or do not fit.
     """
+    if save is not None:
+        save = Run.check_free(save)
     run = Run.open(folder)
     history = [line for line in run.history() if "AP" in line]
     logged = history[-1] if which == "last" else max(history, key=lambda line: line["AP"])
@@ -92,21 +113,39 @@ def evaluate_run(folder: str | Path, which: Weights = "last") -> tuple[dict[str,
     model = build_detector(without_pretraining(run.config))
     run.load(model, which)
     _, val = build_datasets(run.config.data)
-    model = accelerator.prepare(model)
+    # As in training: on the device and with its precision, and layers without the name of a wrapper in front.
+    model = accelerator.unwrap_model(accelerator.prepare(model))
     loader = evaluation_loader(val, run.config, accelerator)
-    return evaluate_detector(model.eval(), loader, val, accelerator), logged
+    return evaluate_detector(model.eval(), loader, val, run.config, accelerator, save=save), logged
 
 
 @torch.no_grad()
 def evaluate_detector(
-    model: nn.Module, loader: DataLoader, dataset: DetectionDataset, accelerator: Accelerator
+    model: nn.Module,
+    loader: DataLoader,
+    dataset: DetectionDataset,
+    config: Config,
+    accelerator: Accelerator,
+    *,
+    save: Path | None = None,
 ) -> dict[str, Any]:
-    """COCO's 12 numbers of `model` in evaluation mode, "per_class" AP, and the spike activity on the way.
+    """COCO's 12 numbers of `model` in evaluation mode, "per_class" AP, VOC's AP50, and the spike activity on the way.
 
+    "voc" has the mean over the classes of VOC's average precision at IoU 0.5, "AP50_11point" and "AP50_area".
     "activity" is the share of all spiking neurons that fire per image, "activity_per_layer" the same by layer;
     both are absent from a model without spike layers.
+
+    Args:
+        model: the detector.
+        loader: this process's share of the images; every number is that of all processes together.
+        dataset: the images of all processes.
+        config: says who counts COCO's numbers.
+        accelerator: of the run.
+        save: folder to write predictions.json (COCO results), metrics.json (what is returned) and
+            precision_recall.png (IoU 0.5) into; it is made if need be.
     """
-    evaluator = CocoEvaluator(dataset.ground_truth(), dataset.annotations.category_ids)
+    ground_truth, category_ids = dataset.ground_truth(), dataset.annotations.category_ids
+    evaluator = CocoEvaluator(ground_truth, category_ids, config.evaluation.backend)
     device = next(model.parameters()).device
     # Hooks count the spikes, and compiled code may skip hooks.
     with record_activity(model) as activity, torch.compiler.set_stance("force_eager"):
@@ -114,13 +153,35 @@ def evaluate_detector(
             with accelerator.autocast():
                 predictions = model([image.to(device) for image in images])
             evaluator.update([target["image_id"] for target in targets], [to_cpu(each) for each in predictions])
-    evaluator.results = gather_object(evaluator.results)
+    # VOC ranks equal scores in order of arrival, which must not depend on the number of processes.
+    evaluator.results = sorted(gather_object(evaluator.results), key=lambda row: row["image_id"])
+    activity = sum_activity(gather_object([activity]))
     metrics: dict[str, Any] = evaluator.compute()
     metrics["per_class"] = evaluator.per_class()
+    curves = precision_recall(ground_truth, evaluator.results, category_ids)
+    metrics["voc"] = {
+        "AP50_11point": mean_average_precision(curves, "11-point"),
+        "AP50_area": mean_average_precision(curves, "area"),
+    }
     if activity:
         metrics["activity"] = spike_activity(activity)
         metrics["activity_per_layer"] = {name: layer.firing_rate for name, layer in activity.items()}
+    if save is not None and accelerator.is_main_process:
+        save.mkdir(parents=True, exist_ok=True)
+        evaluator.save_results(save / "predictions.json")
+        write_whole(save / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+        plot_precision_recall(curves, save / "precision_recall.png")
     return metrics
+
+
+def sum_activity(shares: Sequence[dict[str, LayerActivity]]) -> dict[str, LayerActivity]:
+    """The spikes of several processes, each of which saw some of the images, counted together."""
+    return {
+        name: LayerActivity(
+            name, sum(share[name].num_spikes for share in shares), sum(share[name].num_neurons for share in shares)
+        )
+        for name in shares[0]
+    }
 
 
 def evaluation_loader(dataset: DetectionDataset, config: Config, accelerator: Accelerator) -> DataLoader:

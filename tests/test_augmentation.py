@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from detection.config import Augment
-from detection.data import build_transform
+from detection.data import build_transform, transforms
 from detection.data.transforms import FRAME_COLOR, MIN_VISIBLE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -135,7 +135,7 @@ def test_random_boxes_stay_valid_and_keep_their_labels(case, seed, name):
     assert (new_boxes[:, 2:] <= [new_width, new_height]).all()
     # In order, none twice: a box has not changed places with another.
     assert new_labels.tolist() == sorted(set(new_labels.tolist()) & set(labels.tolist()))
-    if name == "iou_crop" and len(boxes):
+    if name in ("iou_crop", "scale") and len(boxes):
         assert len(new_boxes) > 0
     if name == "scale":
         assert result.shape == image.shape
@@ -176,6 +176,23 @@ def test_scale_jitter_scales_sides_by_its_factor_and_drops_what_is_hardly_visibl
     assert len(offsets) > 50 or factor == 1
 
 
+def test_scale_jitter_never_loses_the_last_object():
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    transform = build_transform(only("scale", scale_range=(3.0, 3.0)))
+    changed = {}
+    for name, box in (("small", [30, 20, 40, 30]), ("whole", [0, 0, 80, 60])):
+        changed[name] = 0
+        for seed in range(20):
+            torch.manual_seed(seed)
+            result, new_boxes, _ = transform(image, np.array([box], dtype=np.float32), np.array([1]))
+            assert len(new_boxes) == 1
+            changed[name] += not np.array_equal(result, image)
+    # Enlarged threefold, no place shows 0.3 of an object that fills the image.
+    assert changed == {"small": 20, "whole": 0}
+    torch.manual_seed(0)
+    assert not np.array_equal(transform(image, np.zeros((0, 4), np.float32), np.zeros(0, int))[0], image)
+
+
 def test_the_whole_image_is_taken_where_no_window_has_an_object():
     # A hairline at the border: no window holds its centre strictly inside.
     boxes = np.array([[0, 0, 1e-4, 60]], dtype=np.float32)
@@ -185,6 +202,28 @@ def test_the_whole_image_is_taken_where_no_window_has_an_object():
         result, new_boxes, _ = build_transform(only("iou_crop"))(image, boxes, np.array([1]))
         assert len(new_boxes) == 1
         assert result.shape[0] <= 60
+
+
+@pytest.mark.parametrize("wanted", [0.3, 0.5])
+def test_iou_crops_window_has_the_overlap_and_the_shape(monkeypatch, wanted):
+    monkeypatch.setattr(transforms, "WINDOW_IOU", (wanted,))
+    # A pixel's first two colours are its place.
+    image = np.zeros((120, 160, 3), dtype=np.uint8)
+    image[:, :, 1], image[:, :, 0] = np.mgrid[0:120, 0:160]
+    x1, y1, x2, y2 = box = np.array([30, 20, 120, 100], dtype=np.float32)
+    num_whole = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        result, _, _ = build_transform(only("iou_crop"))(image, box[None], np.array([1]))
+        if result.shape == image.shape:  # no window was found
+            num_whole += 1
+            continue
+        height, width = result.shape[:2]
+        assert 0.5 <= width / height <= 2 and width >= 0.3 * 160 - 1 and height >= 0.3 * 120 - 1
+        left, top = result[0, 0, :2].astype(int)
+        common = max(0, min(x2, left + width) - max(x1, left)) * max(0, min(y2, top + height) - max(y1, top))
+        assert common >= wanted * ((x2 - x1) * (y2 - y1) + width * height - common) - 1e-6
+    assert num_whole < 10
 
 
 def test_iou_crop_of_an_image_without_objects_is_any_window():

@@ -124,6 +124,24 @@ def test_maps_are_as_declared_and_real_valued(name, stem, size):
         assert (maps[info.name] < 0).any(), info  # a membrane potential, not a rectified one
 
 
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet50"])
+def test_truncated_backbone_gives_the_same_maps_up_to_there(name):
+    torch.manual_seed(0)
+    whole = backbones.create(name, width=0.125).eval()
+    torch.manual_seed(0)
+    part = backbones.create(name, width=0.125).eval()
+    part.truncate("c3")
+    assert [info.name for info in part.feature_info] == ["c2", "c3"]
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected, found = whole(x), part(x)
+    assert list(found) == ["c2", "c3"]
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert sum(p.numel() for p in part.parameters()) < sum(p.numel() for p in whole.parameters()) / 2
+    with pytest.raises(ValueError, match=r"no map 'c4' \(allowed: c2, c3\)"):
+        part.truncate("c4")
+
+
 @one_of_each_family
 def test_images_with_another_number_of_channels(name):
     backbone = create(name, in_channels=2, stem="cifar", width=WIDTH)

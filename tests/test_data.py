@@ -707,6 +707,16 @@ def test_download_of_coco(fetched, tmp_path):
         download(data.model_copy(update={"train": ["my.json"]}))
 
 
+def test_download_that_fails_is_said_in_one_sentence(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(download_module, "VOCDetection", fail)
+    data = Data(format="voc", root=tmp_path / "VOCdevkit", train=["VOC2007/train"], val=["VOC2007/val"])
+    with pytest.raises(OSError, match=r"VOCdevkit: the download failed \(File not found or corrupted\.\)"):
+        download(data)
+
+
 def test_drawn_scenes_need_no_download(fetched):
     download(Data(format="synthetic"))
     assert fetched == []

@@ -295,6 +295,15 @@ def test_pyramid_maps_have_the_declared_strides_and_anchors_follow_them():
     assert model.anchor_generator.sizes[1] == (64, 81, 102)
 
 
+@pytest.mark.parametrize("name", ["vgg11", "resnet18"])
+def test_what_no_level_needs_is_not_there(name):
+    model = build_detector(make_config(backbone={"name": name}, neck={"out_channels": 16, "levels": ["c2", "c3"]}))
+    assert [info.name for info in model.backbone.body.feature_info] == ["c2", "c3"]
+    model.train()
+    (sum(model(*make_batch()).values()) + hoyer_penalty(model, "mean")).backward()
+    assert_every_parameter_has_a_finite_gradient(model)
+
+
 @pytest.mark.parametrize(
     ("detector", "names"),
     [

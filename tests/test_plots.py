@@ -13,7 +13,8 @@ from matplotlib import pyplot
 from PIL import Image
 from torch import Tensor
 
-from detection.plots import plot_curves, plot_predictions
+from detection.evaluation import PrecisionRecall
+from detection.plots import plot_curves, plot_precision_recall, plot_predictions
 
 NAMES = ["cat", "dog", "a class with a very long name indeed"]
 TOP, LEFT = 40, 8  # pixels above the first picture (the legend) and left of it
@@ -110,6 +111,64 @@ def test_nothing_to_plot_is_an_error(tmp_path: Path, log: list[dict]) -> None:
     with pytest.raises(ValueError, match=f"log: nothing to plot in {len(log)} epochs"):
         plot_curves(log, tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
+
+
+# Precision over recall
+
+
+def curve(right: list[bool], num_boxes: int) -> PrecisionRecall:
+    """Detections of falling score, each right or wrong."""
+    return PrecisionRecall(np.linspace(1, 0, len(right)), np.cumsum(np.array(right, dtype=int)), num_boxes)
+
+
+def axes_pixel(recall: float, precision: float) -> tuple[int, int]:
+    """(row, column) in the picture: its axes are 900 x 560 pixels from (75, 50) on and end at 1.01 and 1.02."""
+    return round(50 + 560 * (1 - precision / 1.02)), round(75 + 900 * recall / 1.01)
+
+
+def colored(pixels: np.ndarray) -> np.ndarray:
+    return np.ptp(pixels, axis=-1) > 60
+
+
+@pytest.mark.parametrize(("num_classes", "rows"), [(1, 1), (3, 1), (20, 4), (80, 16)])
+def test_precision_recall_has_a_legend_for_any_number_of_classes(tmp_path: Path, num_classes: int, rows: int) -> None:
+    """The picture is as high as its legend needs, and every class has its coloured line there, none over the edge."""
+    rng = np.random.default_rng(0)
+    curves = {f"class number {i}": curve((rng.random(30) < 0.5).tolist(), 20) for i in range(num_classes)}
+    curves["class without boxes and with a name too long for the legend" * 3] = curve([False], 0)
+    plot_precision_recall(curves, tmp_path / "pr.png")
+    pixels = read(tmp_path / "pr.png")
+    assert pixels.shape == (int(100 * (6.95 + 0.162 * rows)), 1000, 3)
+    assert (pixels[:, :15] == 255).all() and (pixels[:, -15:] == 255).all() and (pixels[-5:] == 255).all()
+    lines = colored(pixels[660:]).any(1).astype(int)
+    assert (np.diff(lines, prepend=0) == 1).sum() == rows
+
+
+def test_precision_recall_is_drawn_where_it_is(tmp_path: Path) -> None:
+    """Right, wrong, right of four boxes: precision 1 up to recall 1/4, 2/3 up to 2/4, nothing beyond."""
+    plot_precision_recall({"a": curve([True, False, True], 4)}, tmp_path / "pr.png")
+    drawn = colored(read(tmp_path / "pr.png"))
+
+    def near(recall: float, precision: float) -> bool:
+        row, column = axes_pixel(recall, precision)
+        return bool(drawn[row - 2 : row + 3, column - 2 : column + 3].any())
+
+    for point in ((0.02, 1), (0.24, 1), (0.25, 0.8), (0.26, 2 / 3), (0.49, 2 / 3), (0.5, 0.3), (0.5, 0.02)):
+        assert near(*point), point
+    for point in ((0.27, 1), (0.23, 2 / 3), (0.52, 2 / 3), (0.4, 0.3), (0.7, 0.1), (0.1, 0.5)):
+        assert not near(*point), point
+
+
+@pytest.mark.parametrize("right", [[], [False, False], [True]])
+def test_precision_recall_of_few_detections(tmp_path: Path, right: list[bool]) -> None:
+    plot_precision_recall({"a": curve(right, 1)}, tmp_path / "pr.png")
+    assert read(tmp_path / "pr.png").shape[1] == 1000
+
+
+def test_precision_recall_without_boxes_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="curves: nothing to plot, none of 2 classes has boxes"):
+        plot_precision_recall({"a": curve([], 0), "b": curve([False], 0)}, tmp_path / "pr.png")
+    assert not (tmp_path / "pr.png").exists()
 
 
 # Boxes
@@ -212,5 +271,6 @@ def test_global_state_of_matplotlib_is_left_alone(tmp_path: Path) -> None:
     before = matplotlib.rcParams.copy()
     plot_curves([epoch(1, evaluated=False)], tmp_path / "curves.png")
     sheet(tmp_path / "sheet.png", [torch.zeros(3, 8, 8)], [boxes()], [boxes()])
+    plot_precision_recall({"a": curve([True], 1)}, tmp_path / "pr.png")
     assert matplotlib.rcParams.copy() == before
     assert pyplot.get_fignums() == []

@@ -1,14 +1,18 @@
 """The whole road from files to a run folder, on drawn and on real images, and what bad input gives."""
 
 import json
+import math
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from PIL import Image
 
@@ -47,6 +51,13 @@ def tiny_recipe(folder: Path, **sections) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+@pytest.fixture(autouse=True)
+def new_process():
+    """Runs of other precision may follow each other here: accelerate keeps the first one's for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run_tool(monkeypatch, name: str, *arguments) -> None:
@@ -89,7 +100,7 @@ def test_run_folder_is_complete(finished):
 def test_log_has_losses_metrics_activity_and_thresholds_per_layer(finished):
     history = Run.open(finished[1]).history()
     assert [line["epoch"] for line in history] == [1, 2]
-    layers = {f"backbone.body.stages.{stage}.{block}.branch.0" for stage in range(4) for block in range(4)}
+    layers = {f"backbone.body.stages.{stage}.{block}.branch.0" for stage in range(3) for block in range(4)}
     for line in history:
         terms = line["loss/classification"] + line["loss/bbox_regression"] + line["loss/hoyer"]
         assert line["loss"] == pytest.approx(terms, rel=1e-5)
@@ -105,6 +116,31 @@ def test_log_has_losses_metrics_activity_and_thresholds_per_layer(finished):
 def test_evaluate_gives_the_logged_numbers_again(finished, monkeypatch, capsys, weights):
     run_tool(monkeypatch, "evaluate", finished[1], "--weights", weights)
     assert "equal to the log in every digit" in capsys.readouterr().out
+
+
+def test_evaluation_saves_predictions_numbers_and_curves(finished, monkeypatch, capsys, tmp_path):
+    run_tool(monkeypatch, "evaluate", finished[1], "--save", tmp_path / "saved")
+    folder = tmp_path / "saved"
+    assert {path.name for path in folder.iterdir()} == {"predictions.json", "metrics.json", "precision_recall.png"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    line = Run.open(finished[1]).history()[-1]
+    assert {key: metrics[key] for key in METRICS} == {key: line[key] for key in METRICS}
+    assert metrics["voc"] == line["voc"]
+    with pytest.raises(SystemExit) as stop:
+        run_tool(monkeypatch, "evaluate", finished[1], "--save", folder)
+    assert stop.value.code == 2
+    assert f"{folder} exists already" in capsys.readouterr().err
+
+
+def test_missing_evaluation_backend_is_said_before_training(finished, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(SystemExit) as stop:
+        run_tool(
+            monkeypatch, "train_det", finished[0], "evaluation.backend=faster-coco-eval", "--out", tmp_path / "run"
+        )
+    assert stop.value.code == 2
+    assert "pip install hoyer-det[fast]" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_same_seed_same_weights(finished, monkeypatch, tmp_path):
@@ -165,6 +201,25 @@ def test_loss_falls_on_real_images(real_data, name):
     assert torch.isfinite(detections["boxes"]).all()
 
 
+def test_the_voc_recipe_trains_on_voc_folders(real_data, monkeypatch, tmp_path):
+    whole, part = real_data("voc") / "VOCdevkit" / "VOC2007", tmp_path / "VOCdevkit" / "VOC2007"
+    (part / "ImageSets" / "Main").mkdir(parents=True)
+    for name in ("JPEGImages", "Annotations"):
+        (part / name).symlink_to(whole / name)
+    for split, number in (("train", 9), ("val", 4)):
+        names = (whole / "ImageSets" / "Main" / f"{split}.txt").read_text().split()[:number]
+        (part / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names))
+    small = ["--model.backbone.width", "0.125", "--model.neck.out_channels", "32", "--model.min_size", "96"]
+    small += ["--model.max_size", "160", "--train.epochs", "1", "--train.batch_size", "4", "--data.workers", "0"]
+    recipe = ROOT / "configs" / "voc_retinanet_resnet34.yaml"
+    root = ["--data.root", tmp_path / "VOCdevkit"]
+    run_tool(monkeypatch, "train_det", recipe, *root, *small, "--out", tmp_path / "run")
+    (line,) = Run.open(tmp_path / "run").history()
+    assert line["step"] == 3
+    assert math.isfinite(line["loss"]) and line["loss/hoyer"] > 0
+    assert len(line["per_class"]) == 20
+
+
 def expect_one_sentence(monkeypatch, capsys, recipe: Path, out: Path, *parts: str) -> None:
     with pytest.raises(SystemExit) as stop:
         run_tool(monkeypatch, "train_det", recipe, "--out", out)
@@ -210,18 +265,81 @@ def test_run_folder_that_exists_is_left_alone(finished, monkeypatch, capsys):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_image_that_does_not_decode_is_named(finished, monkeypatch, capsys, tmp_path):
-    scenes = tmp_path / "scenes"
-    shutil.copytree(load_config(finished[0]).data.root, scenes)
-    broken = scenes / "train" / "000003.png"
-    broken.write_bytes(broken.read_bytes()[:200])
-    recipe = tiny_recipe(tmp_path)
+def scenes_with_a_broken_image(finished, folder: Path, *, cut_off: bool) -> Path:
+    """A copy of the drawn scenes; one training image is cut off, or whole but damaged inside."""
+    shutil.copytree(load_config(finished[0]).data.root, folder / "scenes")
+    broken = folder / "scenes" / "train" / "000003.png"
+    content = bytearray(broken.read_bytes())
+    middle = len(content) // 2
+    if cut_off:
+        del content[middle:]
+    else:
+        content[middle : middle + 8] = bytes(8)
+    broken.write_bytes(content)
+    return broken
+
+
+def test_image_that_is_damaged_inside_stops_training_by_name(finished, monkeypatch, capsys, tmp_path):
+    broken = scenes_with_a_broken_image(finished, tmp_path, cut_off=False)
+    expect_one_sentence(
+        monkeypatch, capsys, tiny_recipe(tmp_path), tmp_path / "run", str(broken), "does not decode", "data.verify full"
+    )
+
+
+@pytest.mark.parametrize("cut_off", [True, False])
+def test_training_goes_on_without_a_broken_image(finished, monkeypatch, capsys, tmp_path, cut_off):
+    broken = scenes_with_a_broken_image(finished, tmp_path, cut_off=cut_off)
+    arguments = ["--out", tmp_path / "run", "train.epochs=1"]
+    if not cut_off:  # found beforehand only by decoding it
+        arguments += ["--data.verify", "full"]
+    run_tool(monkeypatch, "train_det", tiny_recipe(tmp_path), *arguments)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if str(broken) in line]
+    assert line.startswith("train: ") and "left out" in line
+    assert Run.open(tmp_path / "run").history()[0]["step"] == 3  # 11 images in batches of 4
+
+
+@pytest.mark.parametrize("detector", ["fasterrcnn", "fcos", "ssd"])
+def test_every_detector_trains_with_the_hoyer_term_in_total_and_per_layer(finished, monkeypatch, tmp_path, detector):
+    arguments = ["--model.detector", detector, "train.epochs=1", "--model.head.representation_size", "16"]
+    if detector == "ssd":
+        arguments += ["--model.min_size", "96"]
+    run_tool(monkeypatch, "train_det", finished[0], *arguments, "--out", tmp_path / "run")
+    (line,) = Run.open(tmp_path / "run").history()
+    terms = [value for key, value in line.items() if key.startswith("loss/")]
+    assert line["loss"] == pytest.approx(sum(terms), rel=1e-5)
+    assert 0 < line["loss/hoyer"] == pytest.approx(0.01 * sum(line["hoyer_per_layer"].values()), rel=1e-5)
+    assert line["activity_per_layer"].keys() == line["hoyer_per_layer"].keys()
+
+
+def test_bfloat16_and_tensorboard(finished, monkeypatch, tmp_path):
+    arguments = ["train.precision=bf16", "--train.tensorboard", "True", "train.epochs=1"]
+    run_tool(monkeypatch, "train_det", finished[0], *arguments, "--out", tmp_path / "run")
+    assert math.isfinite(Run.open(tmp_path / "run").history()[0]["loss"])
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_missing_tensorboard_is_said_before_anything_is_written(finished, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     with pytest.raises(SystemExit) as stop:
-        run_tool(monkeypatch, "train_det", recipe, "--out", tmp_path / "run")
+        run_tool(monkeypatch, "train_det", finished[0], "--train.tensorboard", "True", "--out", tmp_path / "run")
     assert stop.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert str(broken) in line
+    assert "pip install hoyer-det[tensorboard]" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_share_the_images_and_log_what_one_process_finds(finished, monkeypatch, capsys, tmp_path):
+    recipe, _ = finished
+    scenes = load_config(recipe).data.root
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tools" / "train_det.py"), str(recipe), "--data.root", str(scenes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*command, "--out", str(tmp_path / "run")], check=True, cwd=ROOT, env=environment)
+    history = Run.open(tmp_path / "run").history()
+    # 12 images in steps of 2 x 4: two steps, the second filled up
+    assert [line["step"] for line in history] == [2, 4]
+    assert [line["lr"] for line in history] == pytest.approx([0.001, 0.003])  # warm-up of 2 steps to 0.003
+    run_tool(monkeypatch, "evaluate", tmp_path / "run")
+    assert "equal to the log in every digit" in capsys.readouterr().out
 
 
 def test_loss_that_is_not_finite_stops_with_the_images(monkeypatch, capsys, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from zipfile import BadZipFile
 
 from torchvision.datasets import VOCDetection
 from torchvision.datasets.utils import download_and_extract_archive
@@ -16,13 +17,19 @@ def download(data: Data) -> None:
     """Puts the files that `data` names under `data.root`; those that are there already are not fetched again.
 
     Raises:
+        OSError: the download failed.
         ValueError: `data` names something else than VOC's or COCO's own splits and folders, or, for VOC, `data.root`
             is not called VOCdevkit, the folder that VOC's archives unpack to.
     """
-    if data.format == "voc":
-        _download_voc(data)
-    elif data.format == "coco":
-        _download_coco(data)
+    try:
+        if data.format == "voc":
+            _download_voc(data)
+        elif data.format == "coco":
+            _download_coco(data)
+    except (OSError, RuntimeError, BadZipFile) as error:  # no network, a wrong checksum, half an archive
+        raise OSError(
+            f"{data.root}: the download failed ({error}); fetch the archives by hand, or try again"
+        ) from error
 
 
 def _download_voc(data: Data) -> None:

@@ -165,7 +165,7 @@ class BackboneWithNeck(nn.Module):
     """What torchvision's detectors call their backbone: `body` (a `Backbone`) and `neck`.
 
     Args:
-        body: gives the maps.
+        body: gives the maps; what it has after the last of `levels` is removed from it.
         neck: a `SpikingFPN` or `SpikingMaps` made for the channels of `levels`.
         levels: names of the body's maps that enter the neck, finest first.
 
@@ -182,6 +182,7 @@ class BackboneWithNeck(nn.Module):
         self.levels = tuple(levels)
         self.out_channels = neck.out_channels
         self.strides = (*strides, *(strides[-1] * 2**step for step in range(1, neck.num_extra + 1)))
+        body.truncate(levels[-1])
         self.body = body
         self.neck = neck
 
