@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import resnet, vgg
-from .activity import LayerActivity, record_activity, spike_activity
+from . import mobilenet, resnet, vgg
+from .activity import LayerActivity, record_activity, record_potentials, spike_activity
 from .base import Activation, Backbone, Classifier, FeatureInfo, SpikeFactory, Stem, load_weights
 from .hoyer import HoyerSpike, extremum, hoyer_penalties, hoyer_penalty, moments, regulariser, spike
 
@@ -28,6 +28,7 @@ __all__ = [
     "moments",
     "names",
     "record_activity",
+    "record_potentials",
     "regulariser",
     "spike",
     "spike_activity",
@@ -36,7 +37,7 @@ __all__ = [
 
 def names() -> list[str]:
     """All names that `create` knows."""
-    return [*vgg.DEPTHS, *resnet.BASIC, *resnet.BOTTLENECK]
+    return [*vgg.DEPTHS, *resnet.BASIC, *resnet.BOTTLENECK, *mobilenet.NAMES]
 
 
 def create(
@@ -47,6 +48,7 @@ def create(
     stem: Stem = "imagenet",
     width: float = 1.0,
     weights: str | Path | Mapping[str, Tensor] | None = None,
+    pool_first: bool = True,
     **options: Any,
 ) -> Backbone:
     """A backbone: (N, in_channels, H, W) -> {"c2": ..., ..., "c5": ...}, real-valued maps, finest first.
@@ -59,11 +61,12 @@ def create(
         stem: "imagenet" for large images, "cifar" for 32x32.
         width: multiplier of every channel count, rounded to multiples of 8.
         weights: a .safetensors file or a state dict, loaded strictly by `load_weights`.
+        pool_first: False: BN before the pooling (VGG, ResNet).
         options: of the spike layers: extremum="layer" or "channel", momentum=0.1.
 
     Raises:
-        ValueError: an unknown name, activation, stem or extremum, a width that is not positive, or weights
-            that do not fit.
+        ValueError: an unknown name, activation, stem or extremum, a width that is not positive, weights
+            that do not fit, or `pool_first` False for a network without pooling.
     """
     if name not in names():
         raise ValueError(f"unknown backbone {name!r} (allowed: {', '.join(names())})")
@@ -71,8 +74,15 @@ def create(
         raise ValueError(f"stem must be 'imagenet' or 'cifar', got {stem!r}")
     if not width > 0:
         raise ValueError(f"width must be positive, got {width}")
-    family = vgg.VGG if name in vgg.DEPTHS else resnet.ResNet
-    backbone = family(name, SpikeFactory(activation, **options), in_channels=in_channels, stem=stem, width=width)
+    spike = SpikeFactory(activation, **options)
+    shape: dict[str, Any] = {"in_channels": in_channels, "stem": stem, "width": width}
+    if name in mobilenet.NAMES:
+        if not pool_first:
+            raise ValueError(f"pool_first must be True for {name}: it has no pooling")
+        backbone: Backbone = mobilenet.MobileNetV1(name, spike, **shape)
+    else:
+        family = vgg.VGG if name in vgg.DEPTHS else resnet.ResNet
+        backbone = family(name, spike, **shape, pool_first=pool_first)
     if weights is not None:
         load_weights(backbone, weights)
     return backbone

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .hoyer import HoyerSpike
 
@@ -54,6 +55,36 @@ def record_activity(model: nn.Module) -> Iterator[dict[str, LayerActivity]]:
         yield activity
     finally:
         for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def record_potentials(model: nn.Module) -> Iterator[dict[str, list[float]]]:
+    """Where the potentials of every `HoyerSpike` lie around its threshold, by module name, in the next pass only.
+
+    A histogram over u / threshold: shares of the layer's neurons in the 40 bins of width 0.1 from -1 to 3; what is
+    further away is in none of them. A neuron from bin 20 on fires. For a pass in evaluation mode; under torch.compile
+    see `record_activity`.
+    """
+    histograms: dict[str, list[float]] = {}
+    handles: dict[str, RemovableHandle] = {}
+
+    def count(name: str, layer: HoyerSpike, u: Tensor) -> None:
+        threshold = layer.threshold.float()
+        ratio = u.float() / (threshold.view(-1, *[1] * (u.dim() - 2)) if threshold.dim() else threshold)
+        histograms[name] = (torch.histc(ratio, 40, -1, 3) / u.numel()).tolist()
+        handles.pop(name).remove()
+
+    def hook(name: str):  # one closure per layer
+        return lambda layer, inputs: count(name, layer, inputs[0])
+
+    for name, module in model.named_modules():
+        if isinstance(module, HoyerSpike):
+            handles[name] = module.register_forward_pre_hook(hook(name))
+    try:
+        yield histograms
+    finally:
+        for handle in handles.values():
             handle.remove()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -34,6 +35,7 @@ class Backbone(nn.Module):
 
     feature_info: tuple[FeatureInfo, ...]
     stages: nn.ModuleList
+    _spike: SpikeFactory
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -52,8 +54,18 @@ class Backbone(nn.Module):
         self.feature_info = self.feature_info[: names.index(name) + 1]
 
     def make_head(self, num_classes: int, dropout: float) -> nn.Module:
-        """The classification head that belongs to this family: last feature map -> logits (N, num_classes)."""
-        raise NotImplementedError
+        """The classification head: last feature map -> global average pool -> spike -> linear -> (N, num_classes).
+
+        While training, dropout scales the spikes that it keeps by 1 / (1 - p). A family may have a head of its own.
+        """
+        channels = self.feature_info[-1].channels
+        return nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            self._spike(channels),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(channels, num_classes),
+        )
 
 
 class Classifier(nn.Module):
@@ -110,11 +122,20 @@ def scale_channels(channels: int, width: float) -> int:
     return max(8, round(channels * width / 8) * 8)
 
 
-def conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> nn.Conv2d:
+def conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """Convolution without bias, padded so that a stride of 1 keeps the size; He initialisation over its fan-out."""
-    layer = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
-    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    layer = nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups, bias=False
+    )
+    fan_out = out_channels // groups * kernel_size**2
+    nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
     return layer
+
+
+def pool_and_norm(pool: nn.Module, channels: int, *, pool_first: bool) -> list[nn.Module]:
+    """A pooling and a BatchNorm, in the published order or the other way round."""
+    layers = [pool, nn.BatchNorm2d(channels)]
+    return layers if pool_first else layers[::-1]
 
 
 def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor]) -> None:
@@ -147,7 +168,7 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(
             f"{source} does not fit the backbone: {problems[0]}{more}; "
-            "name, width, stem, activation and extremum must be those that the weights were trained with"
+            "name, width, stem, activation, extremum and pool_first must be those that the weights were trained with"
         )
     backbone.load_state_dict(state)
 

@@ -114,6 +114,12 @@ class HoyerSpike(nn.Module):
         self._track(batch_extremum)
         return spike(z, self._broadcast(batch_extremum, z))
 
+    @property
+    def threshold(self) -> Tensor:
+        """Effective threshold on u in evaluation, |v_th| E (|v_th| if fixed), shape () or (C,)."""
+        v_th = self.v_th.abs()
+        return v_th if self.fixed else v_th * self.extremum
+
     @torch.no_grad()
     def _track(self, batch_extremum: Tensor) -> None:
         self.num_batches_tracked += 1
@@ -123,7 +129,7 @@ class HoyerSpike(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The pending H hangs on the graph of its pass, which cannot be copied: copies and pickles start without.
-        return self.__dict__ | {"_penalty": None, "_neurons": 0}
+        return super().__getstate__() | {"_penalty": None, "_neurons": 0}
 
     def _broadcast(self, value: Tensor, z: Tensor) -> Tensor:
         value = value.to(z.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .base import Backbone, FeatureInfo, SpikeFactory, Stem, conv, scale_channels
+from .base import Backbone, FeatureInfo, SpikeFactory, Stem, conv, pool_and_norm, scale_channels
 
 # Blocks per stage. A basic block is one convolution with its own shortcut, a bottleneck is three with one.
 BASIC = {"resnet18": (4, 4, 4, 4), "resnet20": (4, 4, 4, 4), "resnet34": (6, 8, 12, 6)}
@@ -15,21 +15,27 @@ CHANNELS = (64, 128, 256, 512)
 class Shortcut(nn.Sequential):
     """The residual stream in another shape: (max-pool ->) BN -> spike -> 1x1 convolution.
 
-    The pool is there for a stride of 2 and rounds odd sizes up, as the 3x3 convolution beside it does.
+    The pool is there for a stride of 2 and rounds odd sizes up, as the 3x3 convolution beside it does. BN comes before
+    it where `pool_first` is False.
 
     Shape: (N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride)).
     """
 
-    def __init__(self, channels_in: int, channels: int, stride: int, spike: SpikeFactory) -> None:
-        pool = [nn.MaxPool2d(2, ceil_mode=True)] if stride == 2 else []
-        super().__init__(*pool, nn.BatchNorm2d(channels_in), spike(channels_in), conv(channels_in, channels, 1))
+    def __init__(self, channels_in: int, channels: int, stride: int, spike: SpikeFactory, *, pool_first: bool) -> None:
+        if stride == 2:
+            layers = pool_and_norm(nn.MaxPool2d(2, ceil_mode=True), channels_in, pool_first=pool_first)
+        else:
+            layers = [nn.BatchNorm2d(channels_in)]
+        super().__init__(*layers, spike(channels_in), conv(channels_in, channels, 1))
 
 
-def make_shortcut(channels_in: int, channels: int, stride: int, spike: SpikeFactory) -> nn.Module:
+def make_shortcut(
+    channels_in: int, channels: int, stride: int, spike: SpikeFactory, *, pool_first: bool = True
+) -> nn.Module:
     """Identity where the shape stays, else a `Shortcut`."""
     if stride == 1 and channels_in == channels:
         return nn.Identity()
-    return Shortcut(channels_in, channels, stride, spike)
+    return Shortcut(channels_in, channels, stride, spike, pool_first=pool_first)
 
 
 class BasicBlock(nn.Module):
@@ -40,9 +46,11 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, channels_in: int, channels: int, stride: int, spike: SpikeFactory) -> None:
+    def __init__(
+        self, channels_in: int, channels: int, stride: int, spike: SpikeFactory, *, pool_first: bool = True
+    ) -> None:
         super().__init__()
-        self.shortcut = make_shortcut(channels_in, channels, stride, spike)
+        self.shortcut = make_shortcut(channels_in, channels, stride, spike, pool_first=pool_first)
         self.branch = nn.Sequential(
             spike(channels_in), conv(channels_in, channels, 3, stride=stride), nn.BatchNorm2d(channels)
         )
@@ -59,9 +67,11 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, channels_in: int, channels: int, stride: int, spike: SpikeFactory) -> None:
+    def __init__(
+        self, channels_in: int, channels: int, stride: int, spike: SpikeFactory, *, pool_first: bool = True
+    ) -> None:
         super().__init__()
-        self.shortcut = make_shortcut(channels_in, channels * self.expansion, stride, spike)
+        self.shortcut = make_shortcut(channels_in, channels * self.expansion, stride, spike, pool_first=pool_first)
         layers: list[nn.Module] = []
         for c_in, c_out, kernel_size, conv_stride in (
             (channels_in, channels, 1, 1),
@@ -88,28 +98,35 @@ class ResNet(Backbone):
         stem: "imagenet" is conv 7x7 stride 2 -> max-pool 3x3 stride 2 -> BN (strides 4, 8, 16, 32 for c2 ... c5);
             "cifar" is three 3x3 convolutions, BN and spike between -> max-pool -> BN (strides 2, 4, 8, 16).
         width: multiplier of all channel counts.
+        pool_first: False: BN before the pooling, in the stem and in the shortcuts.
 
     Shape: (N, in_channels, H, W) -> {"c2": (N, 64 width expansion, ceil(H / stride), ...), ...}; expansion is 4
     from resnet50 on, else 1.
     """
 
     def __init__(
-        self, name: str, spike: SpikeFactory, *, in_channels: int = 3, stem: Stem = "imagenet", width: float = 1.0
+        self,
+        name: str,
+        spike: SpikeFactory,
+        *,
+        in_channels: int = 3,
+        stem: Stem = "imagenet",
+        width: float = 1.0,
+        pool_first: bool = True,
     ) -> None:
         super().__init__()
         self._spike = spike
         block = BasicBlock if name in BASIC else Bottleneck
         channels_in = scale_channels(CHANNELS[0], width)
         if stem == "imagenet":
-            layers = [conv(in_channels, channels_in, 7, stride=2), nn.MaxPool2d(3, stride=2, padding=1)]
-            stride = 4
+            layers = [conv(in_channels, channels_in, 7, stride=2)]
+            pool, stride = nn.MaxPool2d(3, stride=2, padding=1), 4
         else:
             layers = [conv(in_channels, channels_in, 3)]
             for _ in range(2):
                 layers += [nn.BatchNorm2d(channels_in), spike(channels_in), conv(channels_in, channels_in, 3)]
-            layers += [nn.MaxPool2d(2, ceil_mode=True)]
-            stride = 2
-        self.stem = nn.Sequential(*layers, nn.BatchNorm2d(channels_in))
+            pool, stride = nn.MaxPool2d(2, ceil_mode=True), 2
+        self.stem = nn.Sequential(*layers, *pool_and_norm(pool, channels_in, pool_first=pool_first))
         self.stages = nn.ModuleList()
         info = []
         for index, (depth, channels) in enumerate(zip((BASIC | BOTTLENECK)[name], CHANNELS, strict=True)):
@@ -117,7 +134,7 @@ class ResNet(Backbone):
             blocks = []
             for position in range(depth):
                 block_stride = 2 if index > 0 and position == 0 else 1
-                blocks.append(block(channels_in, channels, block_stride, spike))
+                blocks.append(block(channels_in, channels, block_stride, spike, pool_first=pool_first))
                 channels_in = channels * block.expansion
                 stride *= block_stride
             self.stages.append(nn.Sequential(*blocks))
@@ -131,17 +148,3 @@ class ResNet(Backbone):
             x = stage(x)
             maps[info.name] = x
         return maps
-
-    def make_head(self, num_classes: int, dropout: float) -> nn.Module:
-        """Global average pool -> spike -> linear.
-
-        While training, dropout scales the spikes that it keeps by 1 / (1 - p).
-        """
-        channels = self.feature_info[-1].channels
-        return nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            self._spike(channels),
-            nn.Flatten(),
-            nn.Dropout(dropout),
-            nn.Linear(channels, num_classes),
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .base import Backbone, FeatureInfo, SpikeFactory, Stem, conv, scale_channels
+from .base import Backbone, FeatureInfo, SpikeFactory, Stem, conv, pool_and_norm, scale_channels
 
 # Convolutions per stage; a stage is what lies between two poolings. Channels double from 64 up to 512.
 DEPTHS = {
@@ -29,12 +29,20 @@ class VGG(Backbone):
         stem: "imagenet" pools after all five stages (strides 4, 8, 16, 32 for c2 ... c5); "cifar" does not pool
             after the last (strides 4, 8, 16, 16).
         width: multiplier of all channel counts, the head's hidden layers included.
+        pool_first: False: BN before the pooling.
 
     Shape: (N, in_channels, H, W) -> {"c2": (N, 128 width, H // 4, W // 4), ...}; H and W at least the last stride.
     """
 
     def __init__(
-        self, name: str, spike: SpikeFactory, *, in_channels: int = 3, stem: Stem = "imagenet", width: float = 1.0
+        self,
+        name: str,
+        spike: SpikeFactory,
+        *,
+        in_channels: int = 3,
+        stem: Stem = "imagenet",
+        width: float = 1.0,
+        pool_first: bool = True,
     ) -> None:
         super().__init__()
         self.stem, self.width = stem, width
@@ -51,8 +59,9 @@ class VGG(Backbone):
                     layers.append(spike(channels_in))
                 layers.append(conv(channels_in, channels, 3))
                 if pooled and position == depth - 1:
-                    layers.append(nn.MaxPool2d(2))
-                layers.append(nn.BatchNorm2d(channels))
+                    layers += pool_and_norm(nn.MaxPool2d(2), channels, pool_first=pool_first)
+                else:
+                    layers.append(nn.BatchNorm2d(channels))
                 channels_in = channels
             self.stages.append(nn.Sequential(*layers))
             info.append(FeatureInfo(f"c{index + 1}", channels, stride))

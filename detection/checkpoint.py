@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from detection.config import Config, load_config, save_config
+from detection.config import ClassificationConfig, Config, read_recipe, save_config
 
-Weights = Literal["best", "last"]
+Weights = Literal["best", "last", "ema"]
 PACKAGES = ("torch", "torchvision", "numpy", "albumentations", "pycocotools", "accelerate", "safetensors")
 
 
@@ -28,14 +28,15 @@ class Run:
     """The folder of one training.
 
     Files: config.yaml (the whole recipe), run.json (command, versions, machine; weights' checksums at the end),
-    metrics.jsonl (a line per epoch), best.safetensors and last.safetensors, curves.png, predictions.png.
+    metrics.jsonl (a line per epoch), best.safetensors, last.safetensors and, where there is one, the
+    average ema.safetensors, curves.png, predictions.png.
 
     Attributes:
         folder: where all that lies.
         config: the recipe, class names filled in.
     """
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, config: Config | ClassificationConfig) -> None:
         self.folder, self.config = folder, config
 
     @staticmethod
@@ -51,7 +52,7 @@ class Run:
         return folder
 
     @classmethod
-    def create(cls, folder: str | Path, config: Config, command: list[str]) -> Run:
+    def create(cls, folder: str | Path, config: Config | ClassificationConfig, command: list[str]) -> Run:
         """A new run folder with config.yaml and run.json in it.
 
         Raises:
@@ -74,7 +75,7 @@ class Run:
         folder = Path(folder)
         if not (folder / "config.yaml").is_file():
             raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
-        return cls(folder, load_config(folder / "config.yaml"))
+        return cls(folder, read_recipe(folder / "config.yaml"))
 
     def info(self) -> dict[str, Any]:
         """What run.json holds."""

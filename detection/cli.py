@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from detection.config import Config, Data, load_config, override
+from detection.config import AnyConfig, Config, load_config, override
 
 
 def recipe_parser(description: str) -> argparse.ArgumentParser:
@@ -22,7 +22,9 @@ def recipe_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_recipe(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+def parse_recipe(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], kind: type[AnyConfig] = Config
+) -> tuple[AnyConfig, argparse.Namespace]:
     """The config of a command line, overrides applied, and the tool's own options.
 
     `--help` documents every key, with the values of CONFIG where it is given.
@@ -34,9 +36,10 @@ def parse_recipe(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> t
     if wants_help:
         parser.print_help()
         print("\nkeys of the recipe:")
-        base = load_config(options.config) if options.config else Config(data=Data(format="synthetic"))
+        synthetic = {"data": {"format": "synthetic"}}
+        base = load_config(options.config, kind=kind) if options.config else kind.model_validate(synthetic)
         override(base, ["--help"], prog=f"{parser.prog} {options.config or 'CONFIG'}")
-    return load_config(options.config, overrides, prog=parser.prog), options
+    return load_config(options.config, overrides, kind=kind, prog=parser.prog), options
 
 
 def run_tool(main: Callable[[], None]) -> None:

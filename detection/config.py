@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -26,7 +26,7 @@ class Section(BaseModel):
 class Backbone(Section):
     """The feature extractor, `backbones.create(name, ...)`."""
 
-    name: str = Field("resnet18", description="one of `backbones.names()`: vgg11 ... resnet152")
+    name: str = Field("resnet18", description="one of `backbones.names()`: vgg11 ... resnet152, mobilenetv1")
     width: float = Field(1.0, gt=0, description="multiplier of every channel count (rounded to multiples of 8)")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="first layers: for large images, or for 32x32")
     activation: Literal["hoyer", "relu", "fixed"] = Field(
@@ -34,6 +34,7 @@ class Backbone(Section):
     )
     extremum: Literal["layer", "channel"] = Field("layer", description="scope of the Hoyer extremum")
     momentum: float = Field(0.1, gt=0, le=1, description="weight of a batch in the extremum's running average")
+    pool_first: bool = Field(True, description="max-pool before BatchNorm, as published; false: after it")
     weights: str | None = Field(None, description="pretrained weights: a .safetensors file or a run folder")
 
     @model_validator(mode="after")
@@ -215,7 +216,9 @@ class Hoyer(Section):
 class Optimizer(Section):
     """Optimiser and learning-rate schedule."""
 
-    name: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with momentum 0.9")
+    name: Literal["adamw", "adam", "sgd"] = Field(
+        "adamw", description="adamw; adam with AMSGrad and the decay in its gradient; or sgd with momentum 0.9"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="only on tensors of two or more dimensions, so not on v_th")
     schedule: Literal["cosine", "step"] = Field("cosine", description="cosine to zero, or steps at `milestones`")
@@ -223,6 +226,15 @@ class Optimizer(Section):
     gamma: float = Field(0.2, gt=0, le=1, description="step: factor at each milestone")
     warmup_steps: int = Field(100, ge=0, description="optimiser steps of linear warm-up")
     clip_norm: float = Field(0.0, ge=0, description="gradients are scaled down to this norm; 0: never")
+
+
+class Distillation(Section):
+    """Learning from a trained network, such as the analogue twin."""
+
+    teacher: Path | None = Field(None, description="run folder of a network of the same classes; None: no teacher")
+    logits: float = Field(1.0, ge=0, description="weight of the distance to the teacher's predictions")
+    temperature: float = Field(4.0, gt=0, description="softens both predictions (classification)")
+    features: float = Field(0.0, ge=0, description="weight of the distance to what the teacher's head sees")
 
 
 class Train(Section):
@@ -233,6 +245,16 @@ class Train(Section):
     eval_every: int = Field(1, gt=0, description="epochs between evaluations; the last epoch is always evaluated")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision; no: float32")
     compile: bool = Field(False, description="torch.compile the backbone")
+    channels_last: bool = Field(
+        False, description="keep feature maps in the order N, H, W, C, which is faster as a rule"
+    )
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="weights and buffers averaged over about 1 / (1 - decay) steps, evaluated and saved beside the raw "
+        "ones; 0: none",
+    )
     tensorboard: bool = Field(False, description="write TensorBoard curves too (pip install hoyer-det[tensorboard])")
     seed: int = Field(0, ge=0, description="seed of weights, data order and augmentation")
 
@@ -249,19 +271,95 @@ class Evaluation(Section):
 class Config(Section):
     """A training recipe. Every key can be overridden: --model.backbone.activation relu"""
 
+    task: Literal["detection"] = Field("detection", description="what is trained")
     model: Model = Model()
     data: Data
     hoyer: Hoyer = Hoyer()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
+    distillation: Distillation = Distillation()
     evaluation: Evaluation = Evaluation()
 
+    @model_validator(mode="after")
+    def _teachable(self) -> Config:
+        if self.distillation.teacher is not None and self.model.detector not in ("retinanet", "fcos"):
+            raise ValueError(
+                f"distillation.teacher: retinanet and fcos learn from a teacher; {self.model.detector} predicts in "
+                "several stages and does not"
+            )
+        return self
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, prog: str | None = None) -> Config:
+
+class Classifier(Section):
+    """A backbone with the classification head of its family."""
+
+    backbone: Backbone = Backbone(stem="cifar")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability in the head, while training")
+
+
+class ImageAugment(Section):
+    """Training augmentation of a classifier."""
+
+    hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    padding: int = Field(4, ge=0, description="in memory: black pixels around the image, of which a window is cut")
+    cutout: int = Field(0, ge=0, description="in memory: side of a black square at a random place; 0: none")
+    min_area: float = Field(
+        0.08, gt=0, le=1, description="not in memory: least share of the image in the random resized crop"
+    )
+
+
+class ImageData(Section):
+    """Where labelled images come from."""
+
+    format: Literal["cifar10", "cifar100", "folder", "synthetic"] = Field(
+        "folder", description="folder: root/SPLIT/CLASS/*; cifar10, cifar100: torchvision's; synthetic: drawn shapes"
+    )
+    root: Path = Field(Path("data"), description="folder of the data set")
+    train: str = Field("train", description="folder: name of the training split")
+    val: str = Field("val", description="folder: name of the validation split")
+    size: int = Field(32, gt=0, description="side in pixels that the network sees")
+    in_memory: bool = Field(
+        True,
+        description="keep all pixels on the training device and augment whole batches there, for small images; false: "
+        "loader processes with random resized crops, for large ones",
+    )
+    classes: list[str] = Field([], description="class names in label order; empty: those of the data, sorted")
+    num_train: int = Field(2000, gt=0, description="synthetic: training images")
+    num_val: int = Field(500, gt=0, description="synthetic: validation images")
+    augment: ImageAugment = ImageAugment()
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="RGB mean, images in [0, 1]")
+    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
+    workers: int = Field(2, ge=0, description="loader processes, if not in memory")
+
+
+class ClassificationConfig(Section):
+    """A recipe of classification, such as the pretraining of a backbone."""
+
+    task: Literal["classification"] = Field("classification", description="what is trained")
+    model: Classifier = Classifier()
+    data: ImageData
+    hoyer: Hoyer = Hoyer()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    distillation: Distillation = Distillation()
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+
+
+AnyConfig = TypeVar("AnyConfig", Config, ClassificationConfig)
+
+
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    kind: type[AnyConfig] = Config,
+    prog: str | None = None,
+) -> AnyConfig:
     """The recipe in `path` with command-line overrides on top.
 
     Args:
         path: YAML file.
+        kind: `Config` (detection) or `ClassificationConfig`.
         overrides: `--section.key value` or `section.key=value`, as typed on a command line.
         prog: program name in help texts.
 
@@ -270,6 +368,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, prog: str | 
         ValueError: the file is not YAML, or a key or value is not allowed; the message names file, key and remedy.
         SystemExit: an override is wrong (explained on standard error), or `--help` was among them.
     """
+    values = _read_values(path, kind)
+    try:
+        config = kind.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: " + "; ".join(_explain(error, kind))) from None
+    return override(config, overrides, prog=prog)
+
+
+def read_recipe(path: str | Path) -> Config | ClassificationConfig:
+    """The recipe in `path`, of the kind that its `task` says; errors as in `load_config`."""
+    task = _read_values(path, Config).get("task", "detection")
+    return load_config(path, kind=ClassificationConfig if task == "classification" else Config)
+
+
+def override(config: AnyConfig, overrides: Sequence[str], *, prog: str | None = None) -> AnyConfig:
+    """`config` with `--section.key value` or `section.key=value` arguments applied; see `load_config`."""
+    arguments = [f"--{text}" if "=" in text and not text.startswith("-") else text for text in overrides]
+    return tyro.cli(
+        type(config),
+        default=config,
+        args=arguments,
+        prog=prog,
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+    )
+
+
+def save_config(config: Section, path: str | Path) -> None:
+    """Writes every value of `config`, defaults included, as YAML that `load_config` reads back equal."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _read_values(path: str | Path, kind: type[Section]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config file")
@@ -278,33 +410,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, prog: str | 
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected sections {', '.join(Config.model_fields)}, got {type(values).__name__}")
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"{path}: " + "; ".join(_explain(error))) from None
-    return override(config, overrides, prog=prog)
+        raise ValueError(f"{path}: expected sections {', '.join(kind.model_fields)}, got {type(values).__name__}")
+    return values
 
 
-def override(config: Config, overrides: Sequence[str], *, prog: str | None = None) -> Config:
-    """`config` with `--section.key value` or `section.key=value` arguments applied; see `load_config`."""
-    arguments = [f"--{text}" if "=" in text and not text.startswith("-") else text for text in overrides]
-    return tyro.cli(
-        Config, default=config, args=arguments, prog=prog, config=(tyro.conf.FlagConversionOff,), use_underscores=True
-    )
-
-
-def save_config(config: Config, path: str | Path) -> None:
-    """Writes every value of `config`, defaults included, as YAML that `load_config` reads back equal."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
-
-
-def _explain(error: ValidationError) -> Iterator[str]:
+def _explain(error: ValidationError, kind: type[Section]) -> Iterator[str]:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            known = _known_keys(item["loc"][:-1])
+            known = _known_keys(kind, item["loc"][:-1])
             yield f"unknown key {key!r}{_nearest(str(item['loc'][-1]), known)}"
         elif item["type"] == "missing":
             yield f"{key} is missing"
@@ -314,8 +428,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"{key}: {message}" + ("" if isinstance(given, dict) else f" (got {given!r})")
 
 
-def _known_keys(location: Sequence[Any]) -> list[str]:
-    section: Any = Config
+def _known_keys(kind: type[Section], location: Sequence[Any]) -> list[str]:
+    section: Any = kind
     for part in location:
         section = section.model_fields[part].annotation
     return list(section.model_fields)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
-from torch.utils.data import DataLoader
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from backbones import HoyerSpike, hoyer_penalties
 from detection import config as settings
@@ -28,12 +28,12 @@ Evaluate = Callable[[nn.Module], dict[str, Any]]
 
 def fit(
     model: nn.Module,
-    batches: DataLoader,
+    batches: Iterable[Any],
     *,
     compute_losses: ComputeLosses,
     evaluate: Evaluate,
     best_by: str,
-    config: settings.Config,
+    config: settings.AnyConfig,
     run: Run,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
@@ -44,7 +44,8 @@ def fit(
 
     Args:
         model: trained in place.
-        batches: training batches, all of them; several processes share them. Their number sets the schedule.
+        batches: training batches, with a length that sets the schedule. Several processes share those of a
+            `DataLoader`; of anything else each is given its own.
         compute_losses: (model, batch) -> scalar losses by name.
         evaluate: model -> metrics by name; called in evaluation mode every `train.eval_every` epochs and at the end.
         best_by: the metric whose highest value decides which weights are kept as "best".
@@ -60,7 +61,8 @@ def fit(
     # From here on a process sees its share of the batches: the schedule counts those.
     schedule = build_schedule(optimizer, config.optimizer, len(batches) * config.train.epochs)
     console = Console(highlight=False, soft_wrap=True, quiet=not accelerator.is_main_process)
-    best, line = -math.inf, {}
+    average = average_weights(accelerator.unwrap_model(model), config.train.ema_decay)
+    best, line, evaluated = -math.inf, {}, False
     with progress_bar(console) as progress:
         bar = progress.add_task("", total=len(batches))
         for epoch in range(1, config.train.epochs + 1):
@@ -76,6 +78,7 @@ def fit(
                 clip_norm=config.optimizer.clip_norm,
                 accelerator=accelerator,
                 where=f"epoch {epoch}",
+                after_step=lambda: average and average.update_parameters(accelerator.unwrap_model(model)),
                 advance=lambda: progress.advance(bar),
             )
             if epoch % config.train.eval_every == 0 or epoch == config.train.epochs:
@@ -83,10 +86,19 @@ def fit(
                 model.eval()
                 share_buffers(accelerator.unwrap_model(model))
                 line |= evaluate(accelerator.unwrap_model(model))
+                if average:
+                    share_buffers(average.module)
+                    line["ema"] = evaluate(average.module.eval())
+                    line["ema"].pop("potentials", None)
                 line["eval_seconds"] = round(time.perf_counter() - started, 3)
+                if evaluated and epoch < config.train.epochs:
+                    line.pop("potentials", None)  # histograms: the first and the last say how they moved
+                evaluated = True
             if accelerator.is_main_process:
                 whole = accelerator.unwrap_model(model)
                 run.save(whole, "last")
+                if average:
+                    run.save(average.module, "ema")
                 if line.get(best_by, -math.inf) > best:
                     best = line[best_by]
                     run.save(whole, "best")
@@ -98,7 +110,7 @@ def fit(
 
 def train_epoch(
     model: nn.Module,
-    batches: DataLoader,
+    batches: Iterable[Any],
     optimizer: Optimizer,
     schedule: LRScheduler,
     *,
@@ -107,6 +119,7 @@ def train_epoch(
     clip_norm: float,
     accelerator: Accelerator,
     where: str,
+    after_step: Callable[[], Any],
     advance: Callable[[], None],
 ) -> dict[str, Any]:
     """One pass over the data: "loss", "loss/NAME", H per layer (means over steps and processes), thresholds, speed."""
@@ -132,6 +145,7 @@ def train_epoch(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        after_step()
         sums["loss"] += loss.detach()
         for name, value in losses.items():
             sums[f"loss/{name}"] += value.detach()
@@ -158,13 +172,21 @@ def share_buffers(model: nn.Module) -> None:
         buffer.copy_(broadcast(buffer))
 
 
+def average_weights(model: nn.Module, decay: float) -> AveragedModel | None:
+    """An exponential moving average of weights and buffers, so of the extremum too; None for a decay of 0."""
+    if not decay:
+        return None
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return average.requires_grad_(False)
+
+
 def spike_layers(model: nn.Module) -> dict[str, HoyerSpike]:
     """Spike layers by module name, in the order of their definition."""
     return {name: module for name, module in model.named_modules() if isinstance(module, HoyerSpike)}
 
 
 def build_optimizer(model: nn.Module, config: settings.Optimizer) -> Optimizer:
-    """AdamW, or SGD with momentum 0.9; weight decay only on tensors of two or more dimensions."""
+    """AdamW, Adam with AMSGrad, or SGD with momentum 0.9; weight decay only on tensors of two or more dimensions."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -172,6 +194,8 @@ def build_optimizer(model: nn.Module, config: settings.Optimizer) -> Optimizer:
     ]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+    if config.name == "adam":
+        return torch.optim.Adam(groups, lr=config.lr, amsgrad=True)
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
@@ -204,7 +228,8 @@ def summary(line: dict[str, Any], num_epochs: int) -> str:
     parts = [f"epoch {line['epoch']}/{num_epochs}", f"loss {line['loss']:.4f}"]
     terms = [f"{key.removeprefix('loss/')} {value:.4f}" for key, value in line.items() if key.startswith("loss/")]
     parts.append(f"({', '.join(terms)})")
-    parts += [f"{key} {line[key]:.4f}" for key in ("AP", "AP50", "activity") if key in line]
+    parts += [f"{key} {line[key]:.4f}" for key in ("AP", "AP50", "top1", "activity") if key in line]
+    parts += [f"ema {key} {line['ema'][key]:.4f}" for key in ("AP", "top1") if key in line.get("ema", {})]
     parts.append(f"{line['seconds'] + line.get('eval_seconds', 0.0):.1f} s")
     return "  ".join(parts)
 

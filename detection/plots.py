@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
@@ -28,6 +28,7 @@ from torch import Tensor
 from detection.evaluation import PrecisionRecall, average_precision, mean_average_precision
 
 DPI = 100  # pixels per inch: a figure of 12 inches is 1200 pixels wide
+PANEL_HEIGHT = 4.2  # inches
 Curve = tuple[list[int], list[float]]
 Panel = Callable[[Axes], None]
 
@@ -39,32 +40,91 @@ def plot_curves(log: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> 
 
     Args:
         log: one dict per epoch: "epoch" (from 1), "loss" and "loss/NAME" for its terms. Where the epoch was
-            evaluated also "AP", "AP50", "AP75", "activity" (share of neurons that fire, in [0, 1]) and, as
-            {layer: value} from input to output, "activity_per_layer", "v_th" and "extremum".
+            evaluated also "AP", "AP50", "AP75" (a detector) or "top1", "top5" (a classifier), "activity" (share of
+            neurons that fire, in [0, 1]) and, as {layer: value} from input to output, "activity_per_layer", "v_th"
+            and "extremum".
         path: PNG file to write, 1200 pixels wide.
     """
-    found = (_loss_panel(log), _precision_panel(log), _activity_panel(log), _threshold_panel(log))
+    found = (
+        _loss_panel(log),
+        _precision_panel(log),
+        _accuracy_panel(log),
+        _activity_panel(log),
+        _threshold_panel(log),
+    )
     panels = [panel for panel in found if panel is not None]
     if not panels:
         raise ValueError(f"log: nothing to plot in {len(log)} epochs; expected keys such as 'loss', 'AP', 'activity'")
-    num_columns = min(2, len(panels))
-    num_rows = math.ceil(len(panels) / num_columns)
-    figure = Figure(figsize=(12, 4.2 * num_rows), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    grid = figure.add_gridspec(num_rows, num_columns)
-    epochs = [entry["epoch"] for entry in log]
-    for index, panel in enumerate(panels):
-        row, column = divmod(index, num_columns)
-        last_and_alone = column == 0 and index == len(panels) - 1
-        # A figure of its own, or the layer names of one panel would make the one above it narrow.
-        axes = figure.add_subfigure(grid[row, :] if last_and_alone else grid[row, column]).subplots()
-        panel(axes)
-        axes.set_xlabel("epoch")
-        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+    num_rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(12, PANEL_HEIGHT * num_rows), dpi=DPI, layout="constrained")
+    _draw_panels(figure, panels, log)
+    _write(figure, path)
+
+
+def plot_dynamics(log: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> None:
+    """Write what the spike layers did over a run: v_th, extremum, H and activity per layer, and the potentials.
+
+    The histograms show the membrane potential in units of the effective threshold, right of 1 a neuron fires, in the
+    first and in the last evaluation.
+
+    Args:
+        log: one dict per epoch as in `plot_curves`; "hoyer_per_layer" is H as it enters the loss, "potentials" what
+            `backbones.record_potentials` gives, in the first and the last evaluated epoch.
+        path: PNG file to write, 1200 pixels wide.
+
+    Raises:
+        ValueError: no epoch has spike layers.
+    """
+    found = (
+        _layer_panel(log, lambda entry: entry.get("v_th"), "Threshold v_th", "|v_th| (membrane potential)"),
+        _layer_panel(log, lambda entry: entry.get("extremum"), "Hoyer extremum", "extremum, in (0, 1]"),
+        _layer_panel(
+            log, lambda entry: entry.get("hoyer_per_layer"), "Hoyer regulariser", "H per layer, mean over the epoch"
+        ),
+        _activity_panel(log),
+    )
+    panels = [panel for panel in found if panel is not None]
+    if not panels:
+        raise ValueError(f"log: no spike layers in {len(log)} epochs; expected keys such as 'v_th', 'potentials'")
+    histograms = [(entry["epoch"], entry["potentials"]) for entry in log if entry.get("potentials")]
+    layers = list(histograms[-1][1]) if histograms else []
+    num_rows, histogram_rows = math.ceil(len(panels) / 2), math.ceil(len(layers) / 5)
+    heights = [PANEL_HEIGHT * num_rows, 1.7 * histogram_rows + 0.6 if layers else 0.01]
+    figure = Figure(figsize=(12, sum(heights)), dpi=DPI, layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    _draw_panels(top, panels, log)
+    if layers:
+        _draw_histograms(bottom, layers, histograms)
+    _write(figure, path)
+
+
+def plot_comparison(values: Mapping[str, Sequence[float]], label: str, path: str | PathLike[str]) -> None:
+    """Write a metric of several variants: a dot per run, a bar and its number at the variant's mean.
+
+    Args:
+        values: variant -> the metric of each of its runs.
+        label: name and unit of the metric.
+        path: PNG file to write.
+    """
+    figure = Figure(figsize=(8, 0.5 * len(values) + 1.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    names = list(values)
+    means = [float(np.mean(values[name])) for name in names]
+    axes.barh(names, means, color="0.8", height=0.6)
+    for position, name in enumerate(names):
+        axes.plot(values[name], [position] * len(values[name]), "o", color="tab:blue", markersize=5)
+        axes.annotate(
+            f"{means[position]:.4f}",
+            (max(values[name]), position),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(max(found) for found in values.values()) or 1)
+    axes.set_xlabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
     _write(figure, path)
 
 
@@ -213,6 +273,26 @@ _DASHES: Sequence[Any] = (
 # Curves
 
 
+def _draw_panels(figure: FigureBase, panels: Sequence[Panel], log: Sequence[Mapping[str, Any]]) -> None:
+    """Panels over the epochs, two in a row; a last one alone in its row takes all of it."""
+    num_columns = min(2, len(panels))
+    grid = figure.add_gridspec(math.ceil(len(panels) / num_columns), num_columns)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    epochs = [entry["epoch"] for entry in log]
+    for index, panel in enumerate(panels):
+        row, column = divmod(index, num_columns)
+        last_and_alone = column == 0 and index == len(panels) - 1
+        # A figure of its own, or the layer names of one panel would make the one above it narrow.
+        axes = figure.add_subfigure(grid[row, :] if last_and_alone else grid[row, column]).subplots()
+        panel(axes)
+        axes.set_xlabel("epoch")
+        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        axes.grid(color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
 def _loss_panel(log: Sequence[Mapping[str, Any]]) -> Panel | None:
     names = [name for name in dict.fromkeys(key for entry in log for key in entry) if name.startswith("loss/")]
     curves = {name.removeprefix("loss/"): _curve(log, name) for name in names}
@@ -240,8 +320,16 @@ def _loss_panel(log: Sequence[Mapping[str, Any]]) -> Panel | None:
 
 
 def _precision_panel(log: Sequence[Mapping[str, Any]]) -> Panel | None:
+    return _score_panel(log, ("AP", "AP50", "AP75"), "Average precision", "average precision, in [0, 1]")
+
+
+def _accuracy_panel(log: Sequence[Mapping[str, Any]]) -> Panel | None:
+    return _score_panel(log, ("top1", "top5"), "Accuracy", "share of right answers, in [0, 1]")
+
+
+def _score_panel(log: Sequence[Mapping[str, Any]], names: Sequence[str], title: str, label: str) -> Panel | None:
     curves = {}
-    for name in ("AP", "AP50", "AP75"):
+    for name in names:
         epochs, values = _curve(log, name)
         defined = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if value >= 0]  # -1: undefined
         if defined:
@@ -251,9 +339,9 @@ def _precision_panel(log: Sequence[Mapping[str, Any]]) -> Panel | None:
 
     def draw(axes: Axes) -> None:
         for name, curve in curves.items():
-            _draw_curve(axes, curve, label=name, linewidth=2.4 if name == "AP" else 1.3, marker="o", markersize=3)
-        axes.set_title("Average precision")
-        axes.set_ylabel("average precision, in [0, 1]")
+            _draw_curve(axes, curve, label=name, linewidth=2.4 if name == names[0] else 1.3, marker="o", markersize=3)
+        axes.set_title(title)
+        axes.set_ylabel(label)
         _start_at_zero(axes)
         _legend_below(axes)
 
@@ -287,17 +375,54 @@ def _threshold_panel(log: Sequence[Mapping[str, Any]]) -> Panel | None:
             return None
         return {layer: abs(v_th[layer]) * extremum[layer] for layer in v_th if layer in extremum}
 
-    layers = _layer_curves(log, thresholds)
+    times = "|v_th| \N{MULTIPLICATION SIGN} extremum (membrane potential)"
+    return _layer_panel(log, thresholds, "Effective threshold", times)
+
+
+def _layer_panel(
+    log: Sequence[Mapping[str, Any]],
+    of: Callable[[Mapping[str, Any]], Mapping[str, float] | None],
+    title: str,
+    label: str,
+) -> Panel | None:
+    layers = _layer_curves(log, of)
     if not layers:
         return None
 
     def draw(axes: Axes) -> None:
         _draw_layers(axes, layers)
-        axes.set_title("Effective threshold")
-        axes.set_ylabel("|v_th| \N{MULTIPLICATION SIGN} extremum (membrane potential)")
+        axes.set_title(title)
+        axes.set_ylabel(label)
         _start_at_zero(axes)
 
     return draw
+
+
+def _draw_histograms(
+    figure: FigureBase, layers: Sequence[str], histograms: Sequence[tuple[int, Mapping[str, Sequence[float]]]]
+) -> None:
+    """A small histogram for each layer, first evaluation in grey and last in colour, the threshold as a line at 1."""
+    axes_of = figure.subplots(math.ceil(len(layers) / 5), 5, squeeze=False).ravel()
+    edges = np.linspace(-1, 3, len(histograms[-1][1][layers[0]]) + 1)
+    names = dict(zip(layers, _without_common_module(layers), strict=True))
+    for axes, layer in zip(axes_of, layers, strict=False):
+        for (epoch, shares), style in zip(
+            (histograms[0], histograms[-1]),
+            ({"fill": True, "color": "0.8"}, {"color": "tab:blue", "linewidth": 1.4}),
+            strict=True,
+        ):
+            axes.stairs(100 * np.array(shares[layer]), edges, label=f"epoch {epoch}", **style)
+        axes.axvline(1, color="tab:red", linewidth=1, label="threshold")
+        axes.set_title(names[layer], fontsize=8)
+        axes.set_xlim(-1, 3)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in axes_of[len(layers) :]:
+        axes.set_axis_off()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.supxlabel("membrane potential / effective threshold", fontsize=9)
+    figure.supylabel("neurons (% per bin of 0.1)", fontsize=9)
 
 
 def _curve(log: Sequence[Mapping[str, Any]], key: str) -> Curve:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from backbones import LayerActivity, record_activity, spike_activity
+from backbones import LayerActivity, record_activity, record_potentials, spike_activity
 from detection.checkpoint import Run, Weights, write_whole
-from detection.config import Config
+from detection.config import AnyConfig, Config
 from detection.data import DetectionDataset, build_datasets, build_loader
-from detection.engine import fit
+from detection.distillation import learn_from
+from detection.engine import ComputeLosses, Evaluate, fit
 from detection.evaluation import CocoEvaluator, import_backend, mean_average_precision, precision_recall
-from detection.models import build_detector
-from detection.plots import plot_curves, plot_precision_recall, plot_predictions
+from detection.models import build_detector, load_model
+from detection.plots import plot_curves, plot_dynamics, plot_precision_recall, plot_predictions
 
 NUM_PICTURES = 12
 
@@ -37,25 +38,14 @@ def train_detector(config: Config, folder: str | Path, command: Sequence[str]) -
         folder: where the run goes; must not exist, or be empty.
         command: how the run was started, for its log.
     """
-    Run.check_free(folder)
+    check_run(config, folder)
     import_backend(config.evaluation.backend)
-    if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ImportError("train.tensorboard needs TensorBoard: pip install hoyer-det[tensorboard]")
     train, val = read_data(config)
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"classes": list(train.annotations.categories)})}
     )
-    accelerator = Accelerator(
-        mixed_precision=config.train.precision,
-        log_with="tensorboard" if config.train.tensorboard else None,
-        project_dir=folder if config.train.tensorboard else None,
-    )
-    set_seed(config.train.seed)
+    accelerator = make_accelerator(config, folder)
     model = build_detector(config)
-    if config.train.compile:
-        model.backbone.compile()
-    run = Run.create(folder, config, list(command)) if accelerator.is_main_process else Run(Path(folder), config)
-    accelerator.init_trackers("tensorboard")
     loader = build_loader(
         train,
         batch_size=config.train.batch_size,
@@ -65,13 +55,75 @@ def train_detector(config: Config, folder: str | Path, command: Sequence[str]) -
         aspect_groups=config.data.aspect_groups,
     )
     val_loader = evaluation_loader(val, config, accelerator)
+
+    def compute_losses(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        return model(*batch)
+
+    if config.distillation.teacher is not None:
+        compute_losses = learn_from(config.distillation, compute_losses, model, config, accelerator)
+    run, line = train_into_run(
+        model,
+        loader,
+        compute_losses=compute_losses,
+        evaluate=lambda model: evaluate_detector(model, val_loader, val, config, accelerator),
+        best_by="AP",
+        config=config,
+        folder=folder,
+        command=command,
+        accelerator=accelerator,
+    )
+    if accelerator.is_main_process:
+        draw_predictions(accelerator.unwrap_model(model), val, run.folder / "predictions.png")
+    return line
+
+
+def check_run(config: AnyConfig, folder: str | Path) -> None:
+    """Nothing; raises if `folder` is taken already, or a package that the recipe asks for is missing."""
+    Run.check_free(folder)
+    if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ImportError("train.tensorboard needs TensorBoard: pip install hoyer-det[tensorboard]")
+
+
+def make_accelerator(config: AnyConfig, folder: str | Path) -> Accelerator:
+    """Device, precision and processes of a training, and its seed set in all of them."""
+    accelerator = Accelerator(
+        mixed_precision=config.train.precision,
+        log_with="tensorboard" if config.train.tensorboard else None,
+        project_dir=folder if config.train.tensorboard else None,
+    )
+    set_seed(config.train.seed)
+    return accelerator
+
+
+def train_into_run(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    compute_losses: ComputeLosses,
+    evaluate: Evaluate,
+    best_by: str,
+    config: AnyConfig,
+    folder: str | Path,
+    command: Sequence[str],
+    accelerator: Accelerator,
+) -> tuple[Run, dict[str, Any]]:
+    """Trains `model` into a new run folder, its backbone compiled or in channels-last order as the recipe says.
+
+    A run that ends before its first epoch does leaves no folder. See `fit` for the rest.
+    """
+    if config.train.channels_last:  # of the weights; the feature maps follow them
+        model.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        model.backbone.compile()
+    run = Run.create(folder, config, list(command)) if accelerator.is_main_process else Run(Path(folder), config)
+    accelerator.init_trackers("tensorboard")
     try:
         line = fit(
             model,
-            loader,
-            compute_losses=lambda model, batch: model(*batch),
-            evaluate=lambda model: evaluate_detector(model, val_loader, val, config, accelerator),
-            best_by="AP",
+            batches,
+            compute_losses=compute_losses,
+            evaluate=evaluate,
+            best_by=best_by,
             config=config,
             run=run,
             accelerator=accelerator,
@@ -84,8 +136,9 @@ def train_detector(config: Config, folder: str | Path, command: Sequence[str]) -
     if accelerator.is_main_process:
         run.write_info(run.info() | {"sha256": run.checksums()})
         plot_curves(run.history(), run.folder / "curves.png")
-        draw_predictions(accelerator.unwrap_model(model), val, run.folder / "predictions.png")
-    return line
+        if "v_th" in line:
+            plot_dynamics(run.history(), run.folder / "dynamics.png")
+    return run, line
 
 
 def evaluate_run(
@@ -107,16 +160,29 @@ def evaluate_run(
     if save is not None:
         save = Run.check_free(save)
     run = Run.open(folder)
-    history = [line for line in run.history() if "AP" in line]
-    logged = history[-1] if which == "last" else max(history, key=lambda line: line["AP"])
+    if not isinstance(run.config, Config):
+        raise ValueError(f"{folder}: a run of {run.config.task}, not of detection")
+    logged = logged_line(run, which, "AP")
     accelerator = Accelerator(mixed_precision=run.config.train.precision)
-    model = build_detector(without_pretraining(run.config))
-    run.load(model, which)
-    _, val = build_datasets(run.config.data)
     # As in training: on the device and with its precision, and layers without the name of a wrapper in front.
-    model = accelerator.unwrap_model(accelerator.prepare(model))
+    model = accelerator.unwrap_model(accelerator.prepare(load_model(run, which)))
+    _, val = build_datasets(run.config.data)
     loader = evaluation_loader(val, run.config, accelerator)
-    return evaluate_detector(model.eval(), loader, val, run.config, accelerator, save=save), logged
+    return evaluate_detector(model, loader, val, run.config, accelerator, save=save), logged
+
+
+def logged_line(run: Run, which: Weights, best_by: str) -> dict[str, Any]:
+    """The line of the run's log that has the metrics of these weights; those of the average stand under "ema".
+
+    Raises:
+        FileNotFoundError: the run has no such weights, or no log.
+    """
+    history = [line for line in run.history() if best_by in line]
+    if which == "ema":
+        if "ema" not in history[-1]:
+            raise FileNotFoundError(f"{run.folder}: no such weights as ema; it was trained without train.ema_decay")
+        return history[-1] | history[-1]["ema"]
+    return history[-1] if which == "last" else max(history, key=lambda line: line[best_by])
 
 
 @torch.no_grad()
@@ -133,7 +199,7 @@ def evaluate_detector(
 
     "voc" has the mean over the classes of VOC's average precision at IoU 0.5, "AP50_11point" and "AP50_area".
     "activity" is the share of all spiking neurons that fire per image, "activity_per_layer" the same by layer;
-    both are absent from a model without spike layers.
+    these and "potentials" (`record_potentials` of the first batch) are absent from a model without spike layers.
 
     Args:
         model: the detector.
@@ -148,7 +214,11 @@ def evaluate_detector(
     evaluator = CocoEvaluator(ground_truth, category_ids, config.evaluation.backend)
     device = next(model.parameters()).device
     # Hooks count the spikes, and compiled code may skip hooks.
-    with record_activity(model) as activity, torch.compiler.set_stance("force_eager"):
+    with (
+        record_activity(model) as activity,
+        record_potentials(model) as potentials,
+        torch.compiler.set_stance("force_eager"),
+    ):
         for images, targets in loader:
             with accelerator.autocast():
                 predictions = model([image.to(device) for image in images])
@@ -166,6 +236,7 @@ def evaluate_detector(
     if activity:
         metrics["activity"] = spike_activity(activity)
         metrics["activity_per_layer"] = {name: layer.firing_rate for name, layer in activity.items()}
+        metrics["potentials"] = potentials
     if save is not None and accelerator.is_main_process:
         save.mkdir(parents=True, exist_ok=True)
         evaluator.save_results(save / "predictions.json")
@@ -215,12 +286,6 @@ def draw_predictions(model: nn.Module, dataset: DetectionDataset, path: Path) ->
         predictions = [to_cpu(model([image.to(device)])[0]) for image, _ in samples]
     images, targets = zip(*samples, strict=True)
     plot_predictions(list(images), predictions, list(targets), dataset.annotations.categories, path)
-
-
-def without_pretraining(config: Config) -> Config:
-    """`config` without the file that its backbone started from: a saved run brings its own weights."""
-    backbone = config.model.backbone.model_copy(update={"weights": None})
-    return config.model_copy(update={"model": config.model.model_copy(update={"backbone": backbone})})
 
 
 def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

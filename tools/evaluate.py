@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""Evaluates a saved run again: COCO's 12 numbers, VOC's AP50, per-class AP and spike activity, beside its log's."""
+"""Evaluates a saved run again, beside its log: accuracy, or COCO's 12 numbers, VOC's AP50 and AP per class."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from detection.checkpoint import Run
+from detection.classification import evaluate_classification_run
 from detection.cli import run_tool
 from detection.evaluation import METRICS
 from detection.tasks import evaluate_run
@@ -16,26 +20,48 @@ from detection.tasks import evaluate_run
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--weights", choices=("last", "best"), default="last", help="which weights (default: last)")
     parser.add_argument(
-        "--save", metavar="FOLDER", help="new folder for predictions.json (COCO results), metrics.json and pictures"
+        "--weights",
+        choices=("last", "best", "ema"),
+        default="last",
+        help="which weights; ema: their average (default: last)",
+    )
+    parser.add_argument(
+        "--save",
+        metavar="FOLDER",
+        help="detectors: new folder for predictions.json (COCO results), metrics.json and pictures",
     )
     options = parser.parse_args()
-    metrics, logged = evaluate_run(options.run, options.weights, save=options.save)
-    keys = [*METRICS, *(["activity"] if "activity" in metrics else [])]
+    if Run.open(options.run).config.task == "classification":
+        if options.save:
+            parser.error(f"--save: {options.run} is a classifier, which has no boxes to save")
+        keys = ["top1", "top5", "val_loss"]
+        metrics, logged = evaluate_classification_run(options.run, options.weights)
+        rows: list[tuple[str, ...]] = []
+    else:
+        keys = list(METRICS)
+        metrics, logged = evaluate_run(options.run, options.weights, save=options.save)
+        rows = list(detection_rows(metrics, logged))
+    keys += ["activity"] if "activity" in metrics else []
     table = Table(
         "metric", "now", f"logged in epoch {logged['epoch']}", title=f"{options.run}, {options.weights} weights"
     )
     for key in keys:
         table.add_row(key, f"{metrics[key]:.4f}", f"{logged[key]:.4f}")
-    for key, interpolation in (("AP50_11point", "11 points"), ("AP50_area", "area")):
-        before = [f"{logged['voc'][key]:.4f}"] if "voc" in logged else []  # older logs have none
-        table.add_row(f"VOC AP50 ({interpolation})", f"{metrics['voc'][key]:.4f}", *before)
-    for name, values in metrics["per_class"].items():
-        table.add_row(f"AP {name}", f"{values['AP']:.4f}", f"{logged['per_class'][name]['AP']:.4f}")
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
     different = [key for key in keys if metrics[key] != logged[key]]
     print(f"not equal to the log: {', '.join(different)}" if different else "equal to the log in every digit")
+
+
+def detection_rows(metrics: dict[str, Any], logged: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """VOC's numbers and those of each class."""
+    for key, interpolation in (("AP50_11point", "11 points"), ("AP50_area", "area")):
+        before = [f"{logged['voc'][key]:.4f}"] if "voc" in logged else []  # older logs have none
+        yield f"VOC AP50 ({interpolation})", f"{metrics['voc'][key]:.4f}", *before
+    for name, values in metrics["per_class"].items():
+        yield f"AP {name}", f"{values['AP']:.4f}", f"{logged['per_class'][name]['AP']:.4f}"
 
 
 if __name__ == "__main__":

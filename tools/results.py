@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes results/README.md, the table of all runs under results/, from their logs."""
+"""Writes results/README.md, the tables of all runs under results/, from their logs."""
 
 from __future__ import annotations
 
@@ -11,28 +11,31 @@ from detection.cli import run_tool
 
 HEADER = """# Real runs
 
-Made from the logs by `python tools/results.py`. AP and AP50 are those of the last epoch's weights, not of the best
-epoch; activity is the share of spiking neurons that fire per image on the evaluation images.
-
-| run | network | activation | epochs | AP | AP50 | spike activity | minutes | machine | SHA-256 of the weights |
-|---|---|---|---|---|---|---|---|---|---|
+Made from the logs by `python tools/results.py`. Metrics are those of the last epoch's weights, not of the best epoch;
+activity is the share of spiking neurons that fire per image on the evaluation images. Where several runs of one recipe
+stand in a folder, its README compares them.
 """
+COLUMNS = {
+    "detection": ("AP", "AP50"),
+    "classification": ("top1", "top5"),
+}
 
 
-def table_row(folder: Path) -> str:
-    """One run as a row of the table."""
+def table_row(root: Path, folder: Path) -> str:
+    """One run as a row of its table."""
     run = Run.open(folder)
     history, info, model = run.history(), run.info(), run.config.model
     last = history[-1]
     minutes = sum(line["seconds"] + line.get("eval_seconds", 0.0) for line in history) / 60
-    machine = info["machine"]["gpu"] or f"{info['machine']['cores']} CPU cores"
+    machine = info["machine"]["gpu"] or f"{info['machine']['threads']} of {info['machine']['cores']} CPU cores"
+    name = folder.relative_to(root).as_posix()
+    network = f"{model.backbone.name} x{model.backbone.width:g}"
     cells = [
-        f"[{folder.name}]({folder.name}/)",
-        f"{model.detector}, {model.backbone.name} x{model.backbone.width:g}",
+        f"[{name}]({name}/)",
+        f"{model.detector}, {network}" if run.config.task == "detection" else network,
         model.backbone.activation,
         str(last["epoch"]),
-        f"{last['AP']:.4f}",
-        f"{last['AP50']:.4f}",
+        *(f"{last[key]:.4f}" for key in COLUMNS[run.config.task]),
         f"{last['activity']:.4f}" if "activity" in last else "none",
         f"{minutes:.0f}",
         machine,
@@ -45,12 +48,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="folder of run folders")
     options = parser.parse_args()
-    folders = sorted(path.parent for path in options.folder.glob("*/config.yaml"))
+    folders = sorted(path.parent for path in options.folder.rglob("config.yaml"))
     if not folders:
         raise FileNotFoundError(f"{options.folder}: no run folder in it")
-    rows = [table_row(folder) for folder in folders]
-    (options.folder / "README.md").write_text(HEADER + "".join(rows), encoding="utf-8")
-    print(f"{options.folder / 'README.md'}: {len(rows)} runs")
+    text = HEADER
+    for task, metrics in COLUMNS.items():
+        rows = [table_row(options.folder, folder) for folder in folders if Run.open(folder).config.task == task]
+        if rows:
+            columns = ["run", "network", "activation", "epochs", *metrics, "spike activity", "minutes", "machine"]
+            columns += ["SHA-256 of the weights"]
+            text += f"\n## {task.capitalize()}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n" + "".join(rows)
+    (options.folder / "README.md").write_text(text, encoding="utf-8")
+    print(f"{options.folder / 'README.md'}: {len(folders)} runs")
 
 
 if __name__ == "__main__":

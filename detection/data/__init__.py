@@ -79,7 +79,7 @@ def build_loader(
         num_workers=workers,
         collate_fn=_collate,
         generator=generator,
-        worker_init_fn=_limit_threads,
+        worker_init_fn=limit_threads,
         persistent_workers=workers > 0,
     )
 
@@ -89,7 +89,7 @@ def _collate(items: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], 
     return list(images), list(targets)
 
 
-def _limit_threads(worker: int) -> None:
+def limit_threads(worker: int) -> None:
     # One thread per worker: with a pool in each, a few workers would fight for the cores. OpenCV has none, see
     # transforms.py.
     torch.set_num_threads(1)

@@ -193,12 +193,14 @@ def require_folder(path: Path, expected: str) -> Path:
     return path
 
 
-def image_problem(path: Path, width: int, height: int, verify: Verify = "header") -> str | None:
+def image_problem(
+    path: Path, width: int | None = None, height: int | None = None, verify: Verify = "header"
+) -> str | None:
     """What is wrong with an image file, None if nothing is.
 
     Args:
         path: the file.
-        width, height: what its annotations say, in pixels.
+        width, height: what its annotations say, in pixels; None: any size is right.
         verify: "header" reads the header and looks for the end of a JPEG or PNG file, well under a millisecond, and
             decodes only where there is no end; "full" decodes every image, which finds damage in between.
     """
@@ -216,7 +218,7 @@ def image_problem(path: Path, width: int, height: int, verify: Verify = "header"
                 size, marker = image.size, END_MARKERS.get(image.format or "")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f"no readable image header ({error})"
-    if size != (width, height):
+    if width is not None and size != (width, height):
         return f"the image is {size[0]}x{size[1]} pixels, its annotations say {width}x{height}"
     # Phones append whole films: an image without an end in sight may still be complete.
     endless = marker is not None and marker not in end

@@ -7,14 +7,24 @@ from pathlib import Path
 from torch import nn
 
 import backbones
-from detection.config import Config
+from detection.checkpoint import Run, Weights
+from detection.config import Backbone as BackboneSettings
+from detection.config import ClassificationConfig, Config, read_recipe
 from detection.models.fasterrcnn import build_fasterrcnn
 from detection.models.fcos import build_fcos
 from detection.models.neck import BackboneWithNeck, SpikingFPN, SpikingMaps, check_levels
 from detection.models.retinanet import build_retinanet
 from detection.models.ssd import build_ssd
 
-__all__ = ["BackboneWithNeck", "SpikingFPN", "SpikingMaps", "build_detector"]
+__all__ = [
+    "BackboneWithNeck",
+    "SpikingFPN",
+    "SpikingMaps",
+    "build_backbone",
+    "build_classifier",
+    "build_detector",
+    "load_model",
+]
 
 BUILDERS = {"fasterrcnn": build_fasterrcnn, "retinanet": build_retinanet, "fcos": build_fcos, "ssd": build_ssd}
 NUM_EXTRA = {"fasterrcnn": 1, "retinanet": 2, "fcos": 2, "ssd": 3}
@@ -35,16 +45,8 @@ def build_detector(config: Config) -> nn.Module:
     if not config.data.classes:
         raise ValueError("data.classes is empty: a detector needs the class names; reading the data fills them in")
     model, settings = config.model, config.model.backbone
-    spike_options = {"extremum": settings.extremum, "momentum": settings.momentum}
-    body = backbones.create(
-        settings.name,
-        activation=settings.activation,
-        stem=settings.stem,
-        width=settings.width,
-        weights=weights_file(settings.weights),
-        **spike_options,
-    )
-    spike = backbones.SpikeFactory(settings.activation, **spike_options)
+    body = build_backbone(settings)
+    spike = backbones.SpikeFactory(settings.activation, extremum=settings.extremum, momentum=settings.momentum)
     levels = model.neck.levels or (["c2", "c3", "c4", "c5"] if model.detector == "fasterrcnn" else ["c3", "c4", "c5"])
     channels = [info.channels for info in check_levels(body, levels)]
     num_extra = NUM_EXTRA[model.detector] if model.neck.extra_levels is None else model.neck.extra_levels
@@ -64,8 +66,72 @@ def build_detector(config: Config) -> nn.Module:
     return BUILDERS[model.detector](model, BackboneWithNeck(body, neck, levels), len(config.data.classes), spike)
 
 
-def weights_file(path: str | None) -> Path | None:
-    """The file that `model.backbone.weights` means: itself, or the last weights of a run folder."""
-    if path is None:
-        return None
-    return Path(path) / "last.safetensors" if Path(path).is_dir() else Path(path)
+def build_classifier(config: ClassificationConfig) -> backbones.Classifier:
+    """The classifier of a recipe: images (N, 3, size, size) normalised -> logits (N, K), K = len(data.classes).
+
+    Raises:
+        ValueError: `config.data.classes` is empty, or the backbone's weights do not fit.
+    """
+    if not config.data.classes:
+        raise ValueError("data.classes is empty: a classifier needs the class names; reading the data fills them in")
+    backbone = build_backbone(config.model.backbone)
+    return backbones.Classifier(backbone, len(config.data.classes), dropout=config.model.dropout)
+
+
+def load_model(run: Run, which: Weights = "last") -> nn.Module:
+    """The network of a saved run, a detector or a classifier, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the run has no such weights.
+        ValueError: they are damaged or do not fit.
+    """
+    config = run.config.model_copy(deep=True)
+    config.model.backbone.weights = None  # what the training started from: the run brings its own
+    model = build_detector(config) if isinstance(config, Config) else build_classifier(config)
+    run.load(model, which)
+    return model.eval()
+
+
+def build_backbone(settings: BackboneSettings) -> backbones.Backbone:
+    """The backbone of a recipe, with its pretrained weights if it names any.
+
+    Raises:
+        FileNotFoundError: no such weights.
+        ValueError: the weights do not fit; the message names what differs.
+    """
+    weights = None
+    if settings.weights is not None:
+        weights = Path(settings.weights)
+        if weights.is_dir():
+            weights = weights / "last.safetensors"
+        _check_origin(settings, weights.parent / "config.yaml")
+    return backbones.create(
+        settings.name,
+        activation=settings.activation,
+        stem=settings.stem,
+        width=settings.width,
+        weights=weights,
+        pool_first=settings.pool_first,
+        extremum=settings.extremum,
+        momentum=settings.momentum,
+    )
+
+
+def _check_origin(settings: BackboneSettings, recipe: Path) -> None:
+    """Raises ValueError if the weights come from a run, whose recipe says that its backbone was another one."""
+    if not recipe.is_file():
+        return
+    origin = read_recipe(recipe).model.backbone
+    for key in ("name", "width", "stem", "activation", "extremum", "pool_first"):
+        theirs, ours = getattr(origin, key), getattr(settings, key)
+        if theirs != ours:
+            why = ""
+            if key == "stem":
+                why = (
+                    "; a stem for 32x32 images and one for large images differ in their layers and strides, so what "
+                    "one has learnt is of no use behind the other: pretrain with the stem that the detector has"
+                )
+            raise ValueError(
+                f"model.backbone.weights {recipe.parent}: trained with {key} {theirs!r}, "
+                f"this recipe's model.backbone.{key} is {ours!r}{why}"
+            )

@@ -1,0 +1,176 @@
+"""Trains and evaluates a classifier: pretraining of a backbone, by the same loop and into the same kind of run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from backbones import record_activity, record_potentials, spike_activity
+from detection.checkpoint import Run, Weights
+from detection.config import ClassificationConfig
+from detection.data import limit_threads
+from detection.data.images import (
+    FolderImages,
+    ImageFiles,
+    Images,
+    MemoryBatches,
+    check_files,
+    read_folder,
+    read_images,
+)
+from detection.distillation import learn_from
+from detection.models import build_classifier, load_model
+from detection.tasks import check_run, logged_line, make_accelerator, sum_activity, train_into_run
+
+
+def train_classifier(
+    config: ClassificationConfig, folder: str | Path, command: Sequence[str], *, download: bool = False
+) -> dict[str, Any]:
+    """Trains the classifier of a recipe into a new run folder; gives the last line of its log.
+
+    Args:
+        config: the recipe.
+        folder: where the run goes; must not exist, or be empty.
+        command: how the run was started, for its log.
+        download: fetch CIFAR if it is missing.
+    """
+    check_run(config, folder)
+    accelerator = make_accelerator(config, folder)
+    batches, val_batches, classes = make_batches(config, accelerator, download=download)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"classes": list(classes)})})
+    model = build_classifier(config)
+
+    def compute_losses(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        images, labels = batch
+        return {"classification": F.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)}
+
+    if config.distillation.teacher is not None:
+        compute_losses = learn_from(config.distillation, compute_losses, model, config, accelerator)
+    _, line = train_into_run(
+        model,
+        batches,
+        compute_losses=compute_losses,
+        evaluate=lambda model: evaluate_classifier(model, val_batches, accelerator),
+        best_by="top1",
+        config=config,
+        folder=folder,
+        command=command,
+        accelerator=accelerator,
+    )
+    return line
+
+
+def evaluate_classification_run(folder: str | Path, which: Weights = "last") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics of a saved run, computed anew, and the log line of the epoch that the weights come from.
+
+    Raises:
+        FileNotFoundError: no such run, weights, or data.
+        ValueError: the weights are damaged or do not fit.
+    """
+    run = Run.open(folder)
+    if not isinstance(run.config, ClassificationConfig):
+        raise ValueError(f"{folder}: a run of {run.config.task}, not of classification")
+    logged = logged_line(run, which, "top1")
+    accelerator = Accelerator(mixed_precision=run.config.train.precision)
+    model = accelerator.unwrap_model(accelerator.prepare(load_model(run, which)))
+    _, val_batches, _ = make_batches(run.config, accelerator)
+    return evaluate_classifier(model, val_batches, accelerator), logged
+
+
+def make_batches(
+    config: ClassificationConfig, accelerator: Accelerator, *, download: bool = False
+) -> tuple[Iterable[Any], Iterable[Any], tuple[str, ...]]:
+    """Training batches, this process's share of the validation batches, and the class names.
+
+    What had to be left out is told on standard error.
+    """
+    data, train = config.data, config.train
+    share = (accelerator.process_index, accelerator.num_processes)
+    if data.in_memory or data.format != "folder":
+        splits = read_images(data, download=download)
+        _tell(*splits)
+        options = {"batch_size": train.batch_size, "mean": data.mean, "std": data.std, "share": share}
+        return (
+            MemoryBatches(splits[0], accelerator.device, augment=data.augment, seed=train.seed, **options),
+            MemoryBatches(splits[1], accelerator.device, **options),
+            splits[0].classes,
+        )
+    files = check_files(read_folder(data.root / data.train, data.classes))
+    val_files = check_files(read_folder(data.root / data.val, files.classes))
+    _tell(files, val_files)
+    val = FolderImages(val_files, data, train=False)
+    return (
+        _loader(FolderImages(files, data, train=True), config, shuffle=True),
+        _loader(Subset(val, range(share[0], len(val), share[1])), config, shuffle=False),
+        files.classes,
+    )
+
+
+@torch.no_grad()
+def evaluate_classifier(model: nn.Module, batches: Iterable[Any], accelerator: Accelerator) -> dict[str, Any]:
+    """Accuracy "top1" and "top5" in [0, 1], "val_loss" (mean cross entropy), and the spike activity on the way.
+
+    "activity" is the share of all spiking neurons that fire per image, "activity_per_layer" the same by layer; these
+    and "potentials" (`record_potentials` of the first batch) are absent from a model without spike layers. With fewer
+    than five classes "top5" takes as many as there are.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    # Hooks count the spikes, and compiled code may skip hooks.
+    with (
+        record_activity(model) as activity,
+        record_potentials(model) as potentials,
+        torch.compiler.set_stance("force_eager"),
+    ):
+        for images, labels in batches:
+            images, labels = images.to(accelerator.device), labels.to(accelerator.device)
+            with accelerator.autocast():
+                logits = model(images)
+            sums += torch.stack(_count(logits.float(), labels))
+    number, top1, top5, loss = accelerator.reduce(sums, "sum").tolist()
+    metrics: dict[str, Any] = {"top1": top1 / number, "top5": top5 / number, "val_loss": loss / number}
+    activity = sum_activity(gather_object([activity]))
+    if activity:
+        metrics["activity"] = spike_activity(activity)
+        metrics["activity_per_layer"] = {name: layer.firing_rate for name, layer in activity.items()}
+        metrics["potentials"] = potentials
+    return metrics
+
+
+def _tell(train: Images | ImageFiles, val: Images | ImageFiles) -> None:
+    for name, split in (("train", train), ("val", val)):
+        for sentence in split.dropped:
+            print(f"{name}: {sentence}", file=sys.stderr)
+
+
+def _count(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """Images, right answers, right answers among the first five, and summed cross entropy of a batch, in float64."""
+    best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    loss = F.cross_entropy(logits.double(), labels, reduction="sum")
+    return [
+        torch.tensor(len(labels), device=loss.device).double(),
+        best[:, 0].sum().double(),
+        best.sum().double(),
+        loss,
+    ]
+
+
+def _loader(dataset: Any, config: ClassificationConfig, *, shuffle: bool) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=config.train.batch_size,
+        shuffle=shuffle,
+        num_workers=config.data.workers,
+        generator=torch.Generator().manual_seed(config.train.seed),
+        worker_init_fn=limit_threads,
+        persistent_workers=config.data.workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )

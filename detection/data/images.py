@@ -1,0 +1,297 @@
+"""Labelled images for classification: readers, and batches that are augmented on the training device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from detection.config import ImageAugment, ImageData
+from detection.data.records import check_classes, image_problem, load_image, require_folder
+from detection.data.synthetic import CATEGORIES, draw_scene
+
+
+@dataclass(frozen=True)
+class Images:
+    """A split in memory.
+
+    Shape:
+        pixels: (N, 3, size, size) uint8 RGB.
+        labels: (N,) int64 in 0..K-1; label k is classes[k].
+
+    `dropped` has one sentence for each file that was left out.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """A split on disk: path and label of every image, sorted by class and name; what was left out, a sentence each."""
+
+    files: tuple[tuple[Path, int], ...]
+    classes: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
+
+
+def read_images(data: ImageData, *, download: bool = False) -> tuple[Images, Images]:
+    """Training and validation images in memory, both with the same classes in the same order.
+
+    Images of a folder are cut to a square in their middle and resized to the side `data.size`. Files that do not
+    decode are left out and named.
+
+    Args:
+        download: fetch CIFAR if it is missing.
+
+    Raises:
+        FileNotFoundError: no such folder, or CIFAR is missing and may not be fetched.
+        ValueError: the layout is not root/SPLIT/CLASS/*, a class has no image, a wanted class is not in the data, or
+            the data's image size is not `data.size`.
+    """
+    match data.format:
+        case "folder":
+            train = read_folder(data.root / data.train, data.classes)
+            return _decode(train, data.size), _decode(read_folder(data.root / data.val, train.classes), data.size)
+        case "synthetic":
+            return _draw(data, 0, data.num_train), _draw(data, 1, data.num_val)
+        case _:
+            return _cifar(data, True, download), _cifar(data, False, download)
+
+
+def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
+    """The image files of folder/CLASS/*.
+
+    Args:
+        folder: of one split.
+        classes: class names in label order; empty: all sub-folders, sorted.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no class folders in it, a class without images, or a wanted class that has no folder.
+    """
+    require_folder(folder, "one folder of images per class, such as train/cat and train/dog")
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not found:
+        raise ValueError(f"{folder}: no class folders in it; expected {folder.name}/CLASS/*.jpg, one folder per class")
+    check_classes(classes, found, source=str(folder))
+    names = tuple(classes) or tuple(found)
+    files: list[tuple[Path, int]] = []
+    for label, name in enumerate(names):
+        paths = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        if not paths:
+            raise ValueError(f"{folder / name}: no images in it (allowed: {', '.join(IMG_EXTENSIONS)})")
+        files += [(path, label) for path in paths]
+    return ImageFiles(tuple(files), names)
+
+
+def check_files(files: ImageFiles) -> ImageFiles:
+    """Without the files that have no readable header or are cut off; see `image_problem`.
+
+    Raises:
+        ValueError: a class has no usable image.
+    """
+    with ThreadPool() as pool:
+        problems = pool.map(image_problem, [path for path, _ in files.files], chunksize=64)
+    return _without(files, problems)
+
+
+def _without(files: ImageFiles, problems: Sequence[str | None]) -> ImageFiles:
+    """The files that have no problem, a sentence for each other one; refuses if a class has none left."""
+    pairs = list(zip(files.files, problems, strict=True))
+    kept = tuple(file for file, problem in pairs if problem is None)
+    dropped = tuple(f"{path}: {problem}; left out" for (path, _), problem in pairs if problem is not None)
+    left = {label for _, label in kept}
+    for label, name in enumerate(files.classes):
+        if label not in left:
+            raise ValueError(f"class {name!r} has no usable image; {len(dropped)} left out, the first: {dropped[0]}")
+    return ImageFiles(kept, files.classes, dropped)
+
+
+class MemoryBatches:
+    """Batches (images, labels) of a split that lies on the training device, augmented there, a whole batch at a time.
+
+    An image is padded with black, a window of its own size is cut out at a random place, flipped, and a square of it
+    blackened, as `augment` says; then the images are normalised. Without `augment` they come in order, as they are.
+
+    Args:
+        data: the split; its pixels are moved to `device`.
+        device: where the batches lie.
+        batch_size: images per batch; the last one may have fewer.
+        mean, std: RGB, of images in [0, 1].
+        augment: None in evaluation.
+        seed: of order and augmentation; every epoch draws on.
+        share: (index, number) of the processes that share the split. In training all get equally many images, so that
+            they make equally many steps; in evaluation each image goes to exactly one of them.
+
+    Shape: images (B, 3, size, size) float32, labels (B,) int64.
+    """
+
+    def __init__(
+        self,
+        data: Images,
+        device: torch.device,
+        *,
+        batch_size: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        augment: ImageAugment | None = None,
+        seed: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.pixels, self.labels = data.pixels.to(device), data.labels.to(device)
+        self.batch_size, self.augment, self.share = batch_size, augment, share
+        self.mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
+        self.std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
+        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
+
+    def __len__(self) -> int:
+        return -(-len(self._mine(torch.arange(len(self.labels)))) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        number = len(self.labels)
+        # Every process draws the same order and takes its share of it.
+        order = torch.arange(number) if self.augment is None else torch.randperm(number, generator=self.generator)
+        for chosen in self._mine(order).split(self.batch_size):
+            chosen = chosen.to(self.pixels.device)
+            images = self.pixels[chosen]
+            if self.augment is not None:
+                images = augment_batch(images, self.augment, self.generator)
+            yield (images - self.mean) / self.std, self.labels[chosen]
+
+    def _mine(self, order: Tensor) -> Tensor:
+        index, number = self.share
+        if self.augment is not None:
+            order = order[: len(order) // number * number]
+        return order[index::number]
+
+
+def augment_batch(images: Tensor, augment: ImageAugment, generator: torch.Generator) -> Tensor:
+    """Images (B, C, H, W) cut at random, flipped and blackened in part, each by draws of its own; dtype kept."""
+    device, (batch, _, height, width) = images.device, images.shape
+
+    def draw(high: int) -> Tensor:
+        return torch.randint(high, (batch,), generator=generator).to(device)
+
+    if augment.padding:
+        top, left = draw(2 * augment.padding + 1), draw(2 * augment.padding + 1)
+        rows = top[:, None] + torch.arange(height, device=device)
+        columns = left[:, None] + torch.arange(width, device=device)
+        padded = F.pad(images, [augment.padding] * 4)
+        each = torch.arange(batch, device=device)[:, None, None]
+        # Indices on both sides of the channels put these last: (B, H, W, C).
+        images = padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if augment.hflip:
+        flipped = torch.rand(batch, generator=generator) < augment.hflip
+        images = torch.where(flipped.to(device)[:, None, None, None], images.flip(-1), images)
+    if augment.cutout:
+        y, x = draw(height), draw(width)  # the square's middle: near the border a part of it falls outside
+        near_rows = (torch.arange(height, device=device) - y[:, None] + augment.cutout // 2) // augment.cutout == 0
+        near_columns = (torch.arange(width, device=device) - x[:, None] + augment.cutout // 2) // augment.cutout == 0
+        images = images.masked_fill((near_rows[:, :, None] & near_columns[:, None, :])[:, None], 0)
+    return images
+
+
+class FolderImages(Dataset):
+    """Items (image (3, size, size) float32 normalised, label) read from disk one by one.
+
+    Training cuts a random part of the image and resizes it; evaluation resizes the short side to 256/224 of `size` and
+    cuts out the centre, as is usual for ImageNet.
+
+    Args:
+        files: path and label of every image.
+        data: size, augmentation, mean and standard deviation.
+        train: with augmentation or without.
+    """
+
+    def __init__(self, files: ImageFiles, data: ImageData, *, train: bool) -> None:
+        self.files = files
+        if train:
+            shape = [
+                v2.RandomResizedCrop(data.size, scale=(data.augment.min_area, 1.0), antialias=True),
+                v2.RandomHorizontalFlip(data.augment.hflip),
+            ]
+        else:
+            shape = [v2.Resize(round(data.size * 256 / 224), antialias=True), v2.CenterCrop(data.size)]
+        self.transform = v2.Compose([*shape, v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)])
+
+    def __len__(self) -> int:
+        return len(self.files.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.files.files[index]
+        pixels = torch.from_numpy(load_image(path).transpose(2, 0, 1).copy())
+        return self.transform(pixels), label
+
+
+def _decode(files: ImageFiles, size: int) -> Images:
+    def decode(path: Path) -> np.ndarray | str:
+        try:
+            image = Image.fromarray(load_image(path))
+        except ValueError as error:
+            return f"the image does not decode: {error.__cause__}"
+        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
+
+    with ThreadPool() as pool:
+        found = pool.map(decode, [path for path, _ in files.files], chunksize=64)
+    usable = _without(files, [result if isinstance(result, str) else None for result in found])
+    labels = torch.tensor([label for _, label in usable.files], dtype=torch.long)
+    pixels = torch.from_numpy(np.stack([result for result in found if not isinstance(result, str)]))
+    return Images(pixels.permute(0, 3, 1, 2).contiguous(), labels, files.classes, usable.dropped)
+
+
+def _draw(data: ImageData, split: int, number: int) -> Images:
+    """One drawn shape per image, somewhere and of some size; the same settings, the same images."""
+    _require_classes(data, CATEGORIES)
+    pixels = np.empty((number, data.size, data.size, 3), dtype=np.uint8)
+    labels = torch.empty(number, dtype=torch.long)
+    for index in range(number):
+        rng = np.random.default_rng((split, index))
+        scene = draw_scene(2 * data.size, 1, rng)
+        # A square of one and a half to two times the shape's box, around it as far as the scene goes.
+        box = scene.boxes[0].reshape(2, 2)
+        side = min(rng.uniform(1.5, 2) * np.ptp(box, axis=0).max(), 2 * data.size)
+        corner = (box.mean(axis=0) - side / 2).clip(0, 2 * data.size - side)
+        window = Image.fromarray(scene.image).resize(
+            (data.size, data.size), Image.Resampling.BILINEAR, box=(*corner, *(corner + side))
+        )
+        pixels[index], labels[index] = np.asarray(window), int(scene.labels[0]) - 1
+    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels, CATEGORIES)
+
+
+def _cifar(data: ImageData, train: bool, download: bool) -> Images:
+    if data.size != 32:
+        raise ValueError(f"data.size {data.size}: the images of {data.format} have 32 pixels a side")
+    kind = CIFAR10 if data.format == "cifar10" else CIFAR100
+    try:
+        found = kind(str(data.root), train=train, download=download)
+    except (OSError, RuntimeError) as error:
+        if download:
+            raise OSError(f"{data.root}: the download of {data.format} failed ({error})") from error
+        raise FileNotFoundError(
+            f"{data.root}: {data.format} is not there; --download fetches it, where there is internet"
+        ) from None
+    _require_classes(data, found.classes)
+    pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+    return Images(pixels, torch.tensor(found.targets), tuple(found.classes))
+
+
+def _require_classes(data: ImageData, found: Sequence[str]) -> None:
+    if data.classes and list(data.classes) != list(found):
+        raise ValueError(
+            f"data.classes has {len(data.classes)} names ({', '.join(data.classes[:3])}, ...), {data.format} has "
+            f"{len(found)} ({', '.join(found[:3])}, ...); leave data.classes out"
+        )

@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Trains variants of a recipe with several seeds, and compares them in a table and a plot.
+
+Each run goes to OUT/VARIANT_seedN. Finished runs are left as they are, so an interrupted comparison goes on where it
+stopped, and more seeds can be added later. OUT/README.md and OUT/ablation.png are made from the logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from detection.checkpoint import Run
+from detection.cli import run_tool
+from detection.config import read_recipe
+from detection.plots import plot_comparison
+
+VARIANTS = {
+    "hoyer": [],
+    "relu": ["--model.backbone.activation", "relu"],
+    "fixed": ["--model.backbone.activation", "fixed"],
+    "no_regulariser": ["--hoyer.weight", "0"],
+    "layer_extremum": ["--model.backbone.extremum", "layer"],
+    "channel_extremum": ["--model.backbone.extremum", "channel"],
+    "norm_before_pool": ["--model.backbone.pool_first", "False"],
+}
+METRICS = {"classification": "top1", "detection": "AP50"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="recipe, a YAML file")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, the table and the plot")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of every variant (default: 0)")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["hoyer", "relu", "fixed", "no_regulariser"],
+        metavar="NAME",
+        help=f"of {', '.join(VARIANTS)}, or NAME='OVERRIDES'; the first is what the others are compared with",
+    )
+    parser.epilog = "Further arguments are overrides of the recipe, for all variants."
+    options, common = parser.parse_known_args()
+    variants = dict(parse_variant(text) for text in options.variants)
+    tool = "train_cls.py" if read_recipe(options.config).task == "classification" else "train_det.py"
+    for seed in options.seeds:
+        for name, overrides in variants.items():
+            train(tool, options.config, options.out / f"{name}_seed{seed}", [*overrides, *common], seed)
+    compare(options.out, variants)
+
+
+def parse_variant(text: str) -> tuple[str, list[str]]:
+    """A variant's name and its overrides.
+
+    Raises:
+        ValueError: neither a known name nor NAME=OVERRIDES.
+    """
+    name, equals, overrides = text.partition("=")
+    if not equals and name not in VARIANTS:
+        raise ValueError(f"--variants {name}: unknown (allowed: {', '.join(VARIANTS)}, or NAME='OVERRIDES')")
+    if "_seed" in name or "/" in name or not name:
+        raise ValueError(f"--variants {text}: a name is part of a folder's, so not empty, without '/' and '_seed'")
+    return name, shlex.split(overrides) if equals else VARIANTS[name]
+
+
+def train(tool: str, config: str, folder: Path, overrides: list[str], seed: int) -> None:
+    """One run in a process of its own, unless it is finished already.
+
+    Raises:
+        RuntimeError: it failed; its own message stands above.
+    """
+    if (folder / "run.json").is_file() and "sha256" in Run.open(folder).info():
+        print(f"{folder}: finished already")
+        return
+    command = [sys.executable, str(Path(__file__).with_name(tool)), config, *overrides, "--train.seed", str(seed)]
+    print(f"{folder}: {shlex.join(command[1:])}", flush=True)
+    if subprocess.run([*command, "--out", str(folder)]).returncode:
+        raise RuntimeError(f"{folder}: this run failed, see above; the finished ones are kept")
+
+
+def compare(out: Path, variants: dict[str, list[str]]) -> None:
+    """Writes the table and the plot of all finished runs of the variants in `out`."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for name in variants:
+        folders = sorted(out.glob(f"{name}_seed*/"), key=lambda folder: int(folder.name.rpartition("_seed")[2]))
+        runs = [Run.open(folder) for folder in folders]
+        lines[name] = [run.history()[-1] for run in runs if "sha256" in run.info()]
+        metric = METRICS[runs[0].config.task]
+    values = {name: [line[metric] for line in found] for name, found in lines.items()}
+    first = next(iter(values))
+    rows = [
+        f"# Variants of one recipe\n\nMade from the logs by `{shlex.join(['python', *sys.argv])}`: {metric} and spike "
+        "activity of the last epoch, mean and standard deviation over the seeds.\n",
+        f"| variant | override | seeds | {metric} | minus {first} | spike activity |\n|---|---|---|---|---|---|",
+    ]
+    for name, found in values.items():
+        activity = [line["activity"] for line in lines[name] if "activity" in line]
+        override = f"`{shlex.join(variants[name])}`" if variants[name] else "none"
+        gap = "" if name == first else f"{statistics.mean(found) - statistics.mean(values[first]):+.4f}"
+        spikes = spread(activity) if activity else "none"
+        rows.append(f"| {name} | {override} | {len(found)} | {spread(found)} | {gap} | {spikes} |")
+    rows.append("\n![Variants](ablation.png)\n")
+    (out / "README.md").write_text("\n".join(rows), encoding="utf-8")
+    plot_comparison(values, f"{metric}, in [0, 1]", out / "ablation.png")
+    print(f"{out / 'README.md'}, {out / 'ablation.png'}")
+
+
+def spread(values: list[float]) -> str:
+    """The mean, and the standard deviation where there are several."""
+    text = f"{statistics.mean(values):.4f}"
+    return f"{text} ± {statistics.stdev(values):.4f}" if len(values) > 1 else text
+
+
+if __name__ == "__main__":
+    run_tool(main)
