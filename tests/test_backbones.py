@@ -22,15 +22,16 @@ WIDTH = 0.125
 STEMS = ("imagenet", "cifar")
 # By family, at WIDTH: 128, 256, 512, 512 channels of a VGG; 64 ... 512 of a ResNet, four times that from resnet50 on.
 CHANNELS = {"vgg": (16, 32, 64, 64), "basic": (8, 16, 32, 64), "bottleneck": (32, 64, 128, 256)}
+CHANNELS["mobilenet"] = (16, 32, 64, 128)
 every_name = pytest.mark.parametrize("name", backbones.names())
 every_stem = pytest.mark.parametrize("stem", STEMS)
-one_of_each_family = pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet50"])
+one_of_each_family = pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet50", "mobilenetv1"])
 
 
 def family(name: str) -> str:
-    return (
-        "vgg" if name.startswith("vgg") else "basic" if name in ("resnet18", "resnet20", "resnet34") else "bottleneck"
-    )
+    if name in ("resnet18", "resnet20", "resnet34"):
+        return "basic"
+    return "bottleneck" if name.startswith("resnet") else name.rstrip("0123456789").removesuffix("v")
 
 
 def images(stem: str, num: int = 2, seed: int = 1) -> Tensor:
@@ -257,12 +258,13 @@ def test_order_of_layers_in_a_resnet():
 def test_number_of_layers_is_the_one_in_the_name(name):
     # Counted are convolutions and linear layers without the shortcuts' 1x1 convolutions.
     stem = "cifar" if name == "resnet20" else "imagenet"
-    shortcuts = {"vgg": 0, "basic": 3, "bottleneck": 4}[family(name)]
+    shortcuts = {"vgg": 0, "basic": 3, "bottleneck": 4, "mobilenet": 0}[family(name)]
+    named = 28 if family(name) == "mobilenet" else int(name.lstrip("vgresnt"))
     counts = []
     for _ in range(2):  # the second network must not find anything that the first one left
         with torch.device("meta"):
             model = Classifier(create(name, stem=stem, width=WIDTH), 10)
-        assert len(synapses(model)) == int(name.lstrip("vgresnt")) + shortcuts
+        assert len(synapses(model)) == named + shortcuts
         counts.append([type(module) for module in model.modules()])
     assert counts[0] == counts[1]
 
@@ -618,3 +620,71 @@ def test_one_training_step_inside_a_sequential(build):
         if not key.endswith(("1.bias", "4.bias")):  # of a linear layer in front of a BN, which takes it out again
             assert not torch.equal(parameter, parameters[key]), key
     assert loss().isfinite()
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet50"])
+@every_stem
+def test_norm_before_pool_has_the_same_maps_and_parameters(name, stem):
+    published, swapped = (create(name, stem=stem, width=WIDTH, pool_first=first) for first in (True, False))
+    x = images(stem)
+    shapes = [{key: value.shape for key, value in network(x).items()} for network in (published, swapped)]
+    assert shapes[0] == shapes[1]
+    assert swapped.feature_info == published.feature_info
+    assert sorted(p.shape for p in swapped.parameters()) == sorted(p.shape for p in published.parameters())
+
+    def neighbours(network: nn.Module) -> list[tuple[bool, bool]]:
+        """Of every pooling: is there a BatchNorm just before, and just after?"""
+        found = []
+        for sequence in (module for module in network.modules() if isinstance(module, nn.Sequential)):
+            kinds = [None, *(type(layer) for layer in sequence), None]
+            places = [place for place, kind in enumerate(kinds) if kind is nn.MaxPool2d]
+            found += [(kinds[p - 1] is nn.BatchNorm2d, kinds[p + 1] is nn.BatchNorm2d) for p in places]
+        return found
+
+    assert set(neighbours(published)) == {(False, True)}
+    assert neighbours(swapped) == [(True, False)] * len(neighbours(published))
+
+
+def test_mobilenet_has_no_pooling_to_move():
+    with pytest.raises(ValueError, match="pool_first must be True for mobilenetv1"):
+        create("mobilenetv1", pool_first=False)
+
+
+def test_potentials_around_the_threshold():
+    layer = HoyerSpike(2)
+    with torch.no_grad():
+        layer.v_th.fill_(-2.0)
+        layer.extremum.fill_(0.25)
+    model = nn.Sequential(layer).eval()
+    # The threshold is 0.5: in units of it the potentials lie at -1.5 (outside), -0.96, 0.02, 0.98, 1.0, 1.06, 2.98, 4.
+    u = 0.5 * torch.tensor([-1.5, -0.96, 0.02, 0.98, 1.0, 1.06, 2.98, 4.0]).view(4, 2)
+    with backbones.record_potentials(model) as histograms:
+        spikes = model(u)
+        model(torch.zeros_like(u))  # only the first pass counts
+    shares = histograms["0"]
+    assert len(shares) == 40
+    assert {index: share for index, share in enumerate(shares) if share} == {
+        0: 0.125,
+        10: 0.125,
+        19: 0.125,
+        20: 0.25,
+        39: 0.125,
+    }
+    assert spikes.sum() == 4
+    assert not model[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("options", [{"per_channel": True}, {"fixed": True}])
+def test_potentials_of_other_thresholds(options):
+    layer = HoyerSpike(3, **options).eval()
+    with torch.no_grad():
+        layer.v_th.fill_(2.0)
+        layer.extremum.copy_(torch.tensor([0.25, 0.5, 1.0])) if layer.per_channel else layer.extremum.fill_(0.5)
+    u = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with backbones.record_potentials(layer) as histograms:
+        spikes = layer(u)
+    ratio = u / (2 * layer.extremum.view(-1, 1, 1)) if layer.per_channel else u / 2
+    assert torch.equal(spikes, (ratio >= 1).float())
+    (shares,) = histograms.values()
+    assert sum(shares[20:]) == pytest.approx(((ratio >= 1) & (ratio <= 3)).float().mean().item())
+    assert sum(shares) == pytest.approx((ratio.abs() <= 1).logical_or((ratio > 1) & (ratio <= 3)).float().mean().item())

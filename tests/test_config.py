@@ -3,7 +3,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from detection.config import Config, Data, load_config, override, save_config
+from detection.config import (
+    ClassificationConfig,
+    Config,
+    Data,
+    ImageData,
+    load_config,
+    override,
+    read_recipe,
+    save_config,
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 MINIMAL = {"data": {"format": "synthetic"}}
@@ -16,8 +25,9 @@ def write(path: Path, values) -> Path:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_recipe_loads_and_names_its_own_command(path):
-    assert isinstance(load_config(path), Config)
-    assert f"configs/{path.name}" in path.read_text()
+    text = path.read_text()
+    assert type(read_recipe(path)) is (ClassificationConfig if "task: classification" in text else Config)
+    assert f"configs/{path.name}" in text
 
 
 def test_there_are_recipes():
@@ -98,7 +108,7 @@ def test_missing_file(tmp_path):
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words", ""])
 def test_a_file_without_sections(tmp_path, text):
-    with pytest.raises(ValueError, match="expected sections model, data"):
+    with pytest.raises(ValueError, match="expected sections task, model, data"):
         load_config(write(tmp_path / "a.yaml", text))
 
 
@@ -126,7 +136,15 @@ def test_a_wrong_override_ends_the_command_with_an_explanation(tmp_path, capsys,
         assert part in text
 
 
-def test_help_documents_every_field(capsys):
+@pytest.mark.parametrize(
+    ("config", "least"),
+    [
+        (Config(data=Data(format="synthetic")), 60),
+        (ClassificationConfig(data=ImageData(format="synthetic")), 40),
+    ],
+    ids=["detection", "classification"],
+)
+def test_help_documents_every_field(capsys, config, least):
     def fields(model, prefix=""):
         for name, field in model.model_fields.items():
             if hasattr(field.annotation, "model_fields"):
@@ -135,14 +153,39 @@ def test_help_documents_every_field(capsys):
                 yield f"--{prefix}{name}", field.description
 
     with pytest.raises(SystemExit) as stop:
-        override(Config(data=Data(format="synthetic")), ["--help"])
+        override(config, ["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     flat = " ".join(text.replace("│", " ").split())
     seen = 0
-    for flag, description in fields(Config):
+    for flag, description in fields(type(config)):
         assert flag in text
         assert description, flag
         assert " ".join(description.split())[:25] in flat, flag
         seen += 1
-    assert seen > 40
+    assert seen > least
+
+
+# The table of the authors' recipes: optimiser, learning rate, epochs, batch, weight decay, Hoyer weight, extremum
+PUBLISHED = {
+    "cifar10_vgg16": ("adam", 1e-4, 600, 128, 1e-4, 1e-8, "channel"),
+    "cifar10_resnet18": ("sgd", 0.1, 600, 128, 1e-4, 1e-8, "channel"),
+    "cifar10_resnet34": ("sgd", 0.2, 400, 256, 1e-4, 1e-8, "channel"),
+    "cifar10_mobilenetv1": ("adam", 1e-4, 600, 256, 1e-4, 1e-9, "channel"),
+    "imagenet_vgg16": ("adam", 1e-4, 150, 4 * 128, 5e-4, 1e-8, "channel"),
+    "imagenet_resnet50": ("sgd", 0.2, 400, 4 * 64, 5e-4, 2e-9, "layer"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_have_the_published_values(name):
+    config = read_recipe(CONFIGS[0].parent / f"{name}.yaml")
+    devices = 4 if name.startswith("imagenet") else 1
+    optimizer, train = config.optimizer, config.train
+    found = (optimizer.name, optimizer.lr, train.epochs, devices * train.batch_size, optimizer.weight_decay)
+    assert (*found, config.hoyer.weight, config.model.backbone.extremum) == PUBLISHED[name]
+    assert config.hoyer.reduction == "sum"
+    assert (optimizer.schedule, optimizer.gamma) == ("step", 0.2)
+    assert optimizer.milestones == ([0.5, 0.7, 0.85] if "mobilenet" in name else [0.6, 0.8, 0.9])
+    assert optimizer.warmup_steps == (1000 if name == "imagenet_vgg16" else 0)
+    assert config.model.backbone.pool_first

@@ -11,9 +11,9 @@ from torch import nn
 
 import backbones
 from backbones import HoyerSpike, hoyer_penalty
-from detection.config import Config, load_config
+from detection.config import Config, load_config, read_recipe
 from detection.data import build_datasets
-from detection.models import BackboneWithNeck, SpikingFPN, build_detector
+from detection.models import BackboneWithNeck, SpikingFPN, build_classifier, build_detector
 
 DETECTORS = ["fasterrcnn", "retinanet", "fcos", "ssd"]
 LOSSES = {
@@ -363,10 +363,13 @@ def test_pretrained_backbone_is_taken_over_bit_by_bit(tmp_path: Path, name):
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda path: path.stem
 )
-def test_every_recipe_builds_its_detector_and_by_one_override_its_twin(path):
-    small = ["--model.backbone.width", "0.125", "--model.neck.out_channels", "16", "--data.classes", "a", "b"]
-    spiking = build_detector(load_config(path, small))
-    twin = build_detector(load_config(path, [*small, "--model.backbone.activation", "relu"]))
+def test_every_recipe_builds_its_network_and_by_one_override_its_twin(path):
+    kind = type(read_recipe(path))
+    small = ["--model.backbone.width", "0.125", "--data.classes", "a", "b"]
+    small += ["--model.neck.out_channels", "16"] if kind is Config else []
+    build = build_detector if kind is Config else build_classifier
+    spiking = build(load_config(path, small, kind=kind))
+    twin = build(load_config(path, [*small, "--model.backbone.activation", "relu"], kind=kind))
     assert sum(isinstance(module, HoyerSpike) for module in spiking.modules()) > 10
     assert not any(isinstance(module, HoyerSpike) for module in twin.modules())
 

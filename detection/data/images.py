@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from detection.config import ImageAugment, ImageData
 from detection.data.records import check_classes, image_problem, load_image, require_folder
-from detection.data.synthetic import CATEGORIES, draw_scene
+from detection.data.synthetic import CATEGORIES, SCALE, draw_scene
 
 
 @dataclass(frozen=True)
@@ -254,20 +254,21 @@ def _decode(files: ImageFiles, size: int) -> Images:
 
 
 def _draw(data: ImageData, split: int, number: int) -> Images:
-    """One drawn shape per image, somewhere and of some size; the same settings, the same images."""
+    """A light shape on a dark ground per image, somewhere and of some size; the same settings, the same images."""
     _require_classes(data, CATEGORIES)
     pixels = np.empty((number, data.size, data.size, 3), dtype=np.uint8)
     labels = torch.empty(number, dtype=torch.long)
     for index in range(number):
         rng = np.random.default_rng((split, index))
         scene = draw_scene(2 * data.size, 1, rng)
+        # Lighter by a constant: which colours meet is then no part of the task, and a small network learns it soon.
+        mask = scene.masks[0].reshape(2 * data.size, SCALE, 2 * data.size, SCALE).mean(axis=(1, 3))
+        image = Image.fromarray((scene.image / 2 + 127 * mask[:, :, None]).astype(np.uint8))
         # A square of one and a half to two times the shape's box, around it as far as the scene goes.
         box = scene.boxes[0].reshape(2, 2)
         side = min(rng.uniform(1.5, 2) * np.ptp(box, axis=0).max(), 2 * data.size)
         corner = (box.mean(axis=0) - side / 2).clip(0, 2 * data.size - side)
-        window = Image.fromarray(scene.image).resize(
-            (data.size, data.size), Image.Resampling.BILINEAR, box=(*corner, *(corner + side))
-        )
+        window = image.resize((data.size, data.size), Image.Resampling.BILINEAR, box=(*corner, *(corner + side)))
         pixels[index], labels[index] = np.asarray(window), int(scene.labels[0]) - 1
     return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels, CATEGORIES)
 
