@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from detection.evaluation import PrecisionRecall
-from detection.plots import plot_curves, plot_precision_recall, plot_predictions
+from detection.plots import plot_comparison, plot_curves, plot_dynamics, plot_precision_recall, plot_predictions
 
 NAMES = ["cat", "dog", "a class with a very long name indeed"]
 TOP, LEFT = 40, 8  # pixels above the first picture (the legend) and left of it
@@ -274,3 +274,39 @@ def test_global_state_of_matplotlib_is_left_alone(tmp_path: Path) -> None:
     plot_precision_recall({"a": curve([True], 1)}, tmp_path / "pr.png")
     assert matplotlib.rcParams.copy() == before
     assert pyplot.get_fignums() == []
+
+
+# Spike layers, variants
+
+
+def test_dynamics_show_every_layer(tmp_path):
+    log = [epoch(number, num_layers=7) for number in (1, 2, 3)]
+    for entry, center in ((log[0], 10), (log[-1], 30)):
+        shares = np.exp(-((np.arange(40) - center) ** 2) / 20)
+        entry["potentials"] = {layer: list(shares / shares.sum()) for layer in entry["v_th"]}
+    plot_dynamics(log, tmp_path / "with.png")
+    with_histograms = read(tmp_path / "with.png")
+    plot_dynamics([{key: value for key, value in e.items() if key != "potentials"} for e in log], tmp_path / "no.png")
+    without = read(tmp_path / "no.png")
+    assert with_histograms.shape[1] == without.shape[1] == 1200
+    assert with_histograms.shape[0] > without.shape[0] + 300  # two rows of five
+    red = (with_histograms[..., 0] > 180) & (with_histograms[..., 1:].max(axis=2) < 90)
+    lines = red[without.shape[0] :].sum(axis=0)  # the threshold of each histogram is a red line
+    columns = np.flatnonzero(lines > 60)
+    assert len(np.split(columns, np.flatnonzero(np.diff(columns) > 5) + 1)) == 5
+
+
+def test_dynamics_need_spike_layers(tmp_path):
+    with pytest.raises(ValueError, match="no spike layers in 2 epochs"):
+        plot_dynamics([epoch(1, spiking=False), epoch(2, spiking=False)], tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_comparison_has_a_bar_as_long_as_its_mean(tmp_path):
+    plot_comparison({"all": [0.8, 0.8], "half": [0.3, 0.5], "none": [0.0]}, "top1", tmp_path / "a.png")
+    picture = read(tmp_path / "a.png")
+    grey = (picture == 204).all(axis=2).sum(axis=1)  # length of the bar in each row
+    lengths = sorted(set(grey[grey > 30].tolist()))
+    assert max(lengths) / np.median([length for length in lengths if length < 0.7 * max(lengths)]) == pytest.approx(
+        2, abs=0.15
+    )
