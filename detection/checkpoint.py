@@ -29,7 +29,7 @@ class Run:
 
     Files: config.yaml (the whole recipe), run.json (command, versions, machine; weights' checksums at the end),
     metrics.jsonl (a line per epoch), best.safetensors, last.safetensors and, where there is one, the
-    average ema.safetensors, curves.png, predictions.png.
+    average ema.safetensors, curves.png, dynamics.png (with spike layers), predictions.png (a detector's).
 
     Attributes:
         folder: where all that lies.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 ARCHIVES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -32,3 +33,10 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return unpack
+
+
+@pytest.fixture(autouse=True)
+def new_process():
+    """Runs of other precision may follow each other: accelerate keeps the first one's for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

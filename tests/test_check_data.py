@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from helpers import ROOT, run_tool
 from PIL import Image
 
 from detection.config import load_config
@@ -18,16 +17,14 @@ from detection.data import build_datasets
 from detection.data.records import image_problem
 from detection.data.report import report, shared_images
 
-ROOT = Path(__file__).parents[1]
 BCCD = ROOT / "configs" / "bccd_retinanet_resnet18.yaml"
 
 
 def check(monkeypatch, capsys, *arguments) -> tuple[int, list[str]]:
     """Exit status and output lines of tools/check_data.py."""
-    monkeypatch.setattr(sys, "argv", ["tools/check_data.py", *map(str, arguments)])
     status = 0
     try:
-        runpy.run_path(str(ROOT / "tools" / "check_data.py"), run_name="__main__")
+        run_tool(monkeypatch, "check_data", *arguments)
     except SystemExit as stop:
         status = stop.code
     return status, capsys.readouterr().out.splitlines()

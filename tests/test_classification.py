@@ -4,7 +4,6 @@ import json
 import math
 import os
 import pickle
-import runpy
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
+from helpers import ROOT, run_tool
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,7 +23,6 @@ from detection.config import ClassificationConfig, Config, ImageAugment, ImageDa
 from detection.data.images import FolderImages, Images, MemoryBatches, augment_batch, read_folder, read_images
 from detection.models import build_classifier, build_detector
 
-ROOT = Path(__file__).parents[1]
 CLASSES = ("circle", "square", "triangle", "star")
 LEARNS = {
     "model": {"backbone": {"name": "vgg11", "width": 0.25, "stem": "cifar"}},
@@ -49,18 +47,6 @@ def recipe(folder: Path, **sections) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-@pytest.fixture(autouse=True)
-def new_process():
-    """Runs of other precision may follow each other here: accelerate keeps the first one's for the whole process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def run_tool(monkeypatch, name: str, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
 
 
 def error_of(monkeypatch, capsys, name: str, *arguments) -> str:

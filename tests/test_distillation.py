@@ -1,21 +1,18 @@
 """Learning from a teacher: the distances by hand, and trainings of both tasks."""
 
 import math
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
+from helpers import run_tool
 from safetensors.torch import load_file
 
 from detection.checkpoint import Run
 from detection.config import Config
 from detection.distillation import detection_distance, feature_distance, softened_distance
 
-ROOT = Path(__file__).parents[1]
 SMALL = {"hoyer": {"weight": 0.01}, "optimizer": {"lr": 0.003, "warmup_steps": 1, "clip_norm": 1.0}}
 CLASSIFIER = SMALL | {
     "task": "classification",
@@ -36,21 +33,13 @@ DETECTOR = SMALL | {
 }
 
 
-@pytest.fixture(autouse=True)
-def new_process():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def train(monkeypatch, folder: Path, recipe: dict, name: str, *arguments) -> Run:
     """A run of `recipe` in folder/name."""
     if "task" not in recipe:
         recipe = recipe | {"data": recipe["data"] | {"root": str(folder / "scenes")}}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    tool = ROOT / "tools" / ("train_cls.py" if "task" in recipe else "train_det.py")
-    monkeypatch.setattr(sys, "argv", [str(tool), str(path), "--out", str(folder / name), *map(str, arguments)])
-    runpy.run_path(str(tool), run_name="__main__")
+    run_tool(monkeypatch, "train_cls" if "task" in recipe else "train_det", path, "--out", folder / name, *arguments)
     return Run.open(folder / name)
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -12,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from helpers import ROOT, run_tool
 from PIL import Image
 
 from backbones import hoyer_penalty
@@ -23,7 +22,6 @@ from detection.data import build_datasets, build_loader
 from detection.evaluation import METRICS
 from detection.models import build_detector
 
-ROOT = Path(__file__).parents[1]
 TINY_MODEL = {
     "backbone": {"name": "resnet18", "width": 0.125},
     "neck": {"levels": ["c3", "c4"], "extra_levels": 0, "out_channels": 16},
@@ -53,18 +51,6 @@ def tiny_recipe(folder: Path, **sections) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def new_process():
-    """Runs of other precision may follow each other here: accelerate keeps the first one's for the whole process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def run_tool(monkeypatch, name: str, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A tiny training that went through: (recipe, run folder)."""
@@ -84,6 +70,7 @@ def test_run_folder_is_complete(finished):
         "best.safetensors",
         "last.safetensors",
         "curves.png",
+        "dynamics.png",
         "predictions.png",
     }
     config = load_config(folder / "config.yaml")
@@ -93,7 +80,7 @@ def test_run_folder_is_complete(finished):
     assert str(recipe) in info["command"]
     assert info["versions"]["torch"] == torch.__version__.split("+")[0]
     assert info["sha256"] == Run.open(folder).checksums()
-    for name in ("curves.png", "predictions.png"):
+    for name in ("curves.png", "dynamics.png", "predictions.png"):
         assert min(Image.open(folder / name).size) > 100
 
 
@@ -163,6 +150,7 @@ def test_twin_trains_by_one_override_and_has_no_activity(finished, monkeypatch, 
     (line,) = Run.open(tmp_path / "twin").history()
     assert "loss/hoyer" not in line
     assert "activity" not in line
+    assert not (tmp_path / "twin" / "dynamics.png").exists()
 
 
 def real_config(folder: Path, name: str) -> Config:

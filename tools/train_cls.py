@@ -21,7 +21,7 @@ def main() -> None:
     line = train_classifier(config, folder, command_line(), download=options.download)
     numbers = [f"{key} {line[key]:.4f}" for key in ("top1", "top5", "activity") if key in line]
     print(f"{'  '.join(numbers)}  run folder: {folder}")
-    print(f"picture: {folder / 'curves.png'}")
+    print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
 
 
 if __name__ == "__main__":

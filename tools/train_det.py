@@ -23,7 +23,7 @@ def main() -> None:
     line = train_detector(config, folder, command_line())
     numbers = [f"{key} {line[key]:.4f}" for key in ("AP", "AP50", "activity") if key in line]
     print(f"{'  '.join(numbers)}  run folder: {folder}")
-    print(f"pictures: {folder / 'curves.png'}, {folder / 'predictions.png'}")
+    print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
 
 
 if __name__ == "__main__":
