@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--log", type=Path, help="JSON file to write")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least 1")
     device = torch.device(options.device)
     rng = np.random.default_rng(0)
     pixels = torch.from_numpy(rng.integers(0, 256, (options.images, 3, 32, 32), dtype=np.uint8))

@@ -104,8 +104,8 @@ def make_batches(
             MemoryBatches(splits[1], accelerator.device, **options),
             splits[0].classes,
         )
-    files = check_files(read_folder(data.root / data.train, data.classes))
-    val_files = check_files(read_folder(data.root / data.val, files.classes))
+    files = check_files(read_folder(data.root / data.train, data.classes), data.verify)
+    val_files = check_files(read_folder(data.root / data.val, files.classes), data.verify)
     _tell(files, val_files)
     val = FolderImages(val_files, data, train=False)
     return (
@@ -168,6 +168,7 @@ def _loader(dataset: Any, config: ClassificationConfig, *, shuffle: bool) -> Dat
         dataset,
         batch_size=config.train.batch_size,
         shuffle=shuffle,
+        drop_last=shuffle and len(dataset) % config.train.batch_size == 1 < len(dataset),  # as MemoryBatches
         num_workers=config.data.workers,
         generator=torch.Generator().manual_seed(config.train.seed),
         worker_init_fn=limit_threads,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -47,7 +48,9 @@ def run_tool(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A loader process sends its whole traceback as the message: the sentence stands in its last line.
+        sentence = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)
+        print(f"error: {re.sub(r'^[A-Za-z]+Error: ', '', sentence)}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)

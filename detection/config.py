@@ -6,13 +6,15 @@ import difflib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import backbones
+
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -111,7 +113,7 @@ class Model(Section):
     )
     max_size: int = Field(1333, gt=0, description="upper bound of the long side in pixels")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="RGB mean, images in [0, 1]")
-    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
+    std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
 
     @model_validator(mode="after")
     def _fits_the_detector(self) -> Model:
@@ -328,7 +330,12 @@ class ImageData(Section):
     num_val: int = Field(500, gt=0, description="synthetic: validation images")
     augment: ImageAugment = ImageAugment()
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="RGB mean, images in [0, 1]")
-    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
+    std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
+    verify: Literal["header", "full"] = Field(
+        "header",
+        description="not in memory: how images are checked before training, header and end of file, or decoded "
+        "completely; what fails is left out and named",
+    )
     workers: int = Field(2, ge=0, description="loader processes, if not in memory")
 
 
@@ -368,7 +375,10 @@ def load_config(
         ValueError: the file is not YAML, or a key or value is not allowed; the message names file, key and remedy.
         SystemExit: an override is wrong (explained on standard error), or `--help` was among them.
     """
-    values = _read_values(path, kind)
+    values = _read_values(path)
+    if _kind(path, values) is not kind:
+        wanted = kind.model_fields["task"].default
+        raise ValueError(f"{path}: task is {values.get('task', 'detection')!r}; a recipe of {wanted} is needed here")
     try:
         config = kind.model_validate(values)
     except ValidationError as error:
@@ -378,8 +388,7 @@ def load_config(
 
 def read_recipe(path: str | Path) -> Config | ClassificationConfig:
     """The recipe in `path`, of the kind that its `task` says; errors as in `load_config`."""
-    task = _read_values(path, Config).get("task", "detection")
-    return load_config(path, kind=ClassificationConfig if task == "classification" else Config)
+    return load_config(path, kind=_kind(path, _read_values(path)))
 
 
 def override(config: AnyConfig, overrides: Sequence[str], *, prog: str | None = None) -> AnyConfig:
@@ -401,7 +410,15 @@ def save_config(config: Section, path: str | Path) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _read_values(path: str | Path, kind: type[Section]) -> dict[str, Any]:
+def _kind(path: str | Path, values: dict[str, Any]) -> type[Config] | type[ClassificationConfig]:
+    kinds = {"detection": Config, "classification": ClassificationConfig}
+    task = values.get("task", "detection")
+    if task not in kinds:
+        raise ValueError(f"{path}: task: expected {' or '.join(kinds)}, got {task!r}")
+    return kinds[task]
+
+
+def _read_values(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config file")
@@ -410,7 +427,7 @@ def _read_values(path: str | Path, kind: type[Section]) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected sections {', '.join(kind.model_fields)}, got {type(values).__name__}")
+        raise ValueError(f"{path}: expected sections {', '.join(Config.model_fields)}, got {type(values).__name__}")
     return values
 
 

@@ -110,7 +110,15 @@ def detection_distance(student: Tensor, teacher: Tensor, temperature: float) -> 
     drowned by the many places that hold nothing. `temperature` is not used: the scores are sigmoids.
 
     Shape: two (N, anchors, K) -> ().
+
+    Raises:
+        ValueError: the shapes differ.
     """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"distillation.logits: the student predicts {student.shape[1]} places, the teacher {teacher.shape[1]}; "
+            "give both the same pyramid and anchors, or set the weight to 0"
+        )
     target = teacher.sigmoid()
     gap = (target - student.sigmoid()).detach().square()
     distance = F.binary_cross_entropy_with_logits(student, target, reduction="none")
@@ -123,8 +131,13 @@ def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Te
     Shape: lists of (N, C, H, W) -> ().
 
     Raises:
-        ValueError: a map differs in shape.
+        ValueError: a map differs in shape, or there are more of one than of the other.
     """
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"distillation.features: the student's head sees {len(student)} maps, the teacher's {len(teacher)}; give "
+            "both the same pyramid, or set the weight to 0"
+        )
     for index, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
         if ours.shape != theirs.shape:
             raise ValueError(

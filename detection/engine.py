@@ -176,8 +176,16 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel | None:
     """An exponential moving average of weights and buffers, so of the extremum too; None for a decay of 0."""
     if not decay:
         return None
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    return average.requires_grad_(False)
+    blend = get_ema_multi_avg_fn(decay)
+
+    def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
+        if averaged[0].is_floating_point():
+            blend(averaged, current, num_averaged)
+        else:  # counters of batches
+            for count, value in zip(averaged, current, strict=True):
+                count.copy_(value)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True).requires_grad_(False)
 
 
 def spike_layers(model: nn.Module) -> dict[str, HoyerSpike]:

@@ -178,6 +178,8 @@ def logged_line(run: Run, which: Weights, best_by: str) -> dict[str, Any]:
         FileNotFoundError: the run has no such weights, or no log.
     """
     history = [line for line in run.history() if best_by in line]
+    if not history:
+        raise FileNotFoundError(f"{run.folder}: its log has no {best_by} yet; it ended before its first evaluation")
     if which == "ema":
         if "ema" not in history[-1]:
             raise FileNotFoundError(f"{run.folder}: no such weights as ema; it was trained without train.ema_decay")

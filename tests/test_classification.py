@@ -137,6 +137,8 @@ def test_average_of_weights_follows_the_definition(finished, monkeypatch, tmp_pa
         if value.is_floating_point():
             torch.testing.assert_close(value, 0.8 * first[key] + 0.2 * last[key], rtol=1e-4, atol=1e-5)
             moved += int(not torch.equal(first[key], last[key]))
+        else:  # a count is not averaged
+            assert torch.equal(value, last[key])
     assert moved > 40
     assert any(key.endswith("extremum") for key in average)
 
@@ -241,15 +243,33 @@ def test_without_augmentation_pixels_are_only_normalised():
 
 @pytest.mark.parametrize("train", [True, False])
 def test_processes_get_all_images_between_them(train):
-    images = Images(torch.zeros(11, 3, 4, 4, dtype=torch.uint8), torch.arange(11), tuple(map(str, range(11))))
+    images = Images(torch.zeros(14, 3, 4, 4, dtype=torch.uint8), torch.arange(14), tuple(map(str, range(14))))
     options = {"batch_size": 2, "mean": (0, 0, 0), "std": (1, 1, 1), "augment": ImageAugment() if train else None}
     shares = [MemoryBatches(images, torch.device("cpu"), share=(index, 3), **options) for index in range(3)]
     for _ in range(2):
         seen = [torch.cat([labels for _, labels in share]).tolist() for share in shares]
         everything = [label for labels in seen for label in labels]
-        assert len(set(everything)) == len(everything) == (9 if train else 11)
-        assert [len(list(share)) for share in seen] == ([3, 3, 3] if train else [4, 4, 3])
+        assert len(set(everything)) == len(everything) == (12 if train else 14)
+        assert [len(list(share)) for share in seen] == ([4, 4, 4] if train else [5, 5, 4])
         assert all(len(share) == math.ceil(len(labels) / 2) for share, labels in zip(shares, seen, strict=True))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_single_image_is_not_left_to_batch_norm(processes):
+    images = Images(torch.zeros(9 * processes, 3, 4, 4, dtype=torch.uint8), torch.arange(9 * processes), ("a",))
+    options = {"batch_size": 4, "mean": (0, 0, 0), "std": (1, 1, 1), "share": (0, processes)}
+    training = MemoryBatches(images, torch.device("cpu"), augment=ImageAugment(), **options)
+    assert len(training) == 2 and [len(labels) for _, labels in training] == [4, 4]
+    evaluation = MemoryBatches(images, torch.device("cpu"), **options)
+    assert len(evaluation) == 3 and [len(labels) for _, labels in evaluation] == [4, 4, 1]
+
+
+def test_processes_augment_each_in_its_own_way():
+    images = Images(torch.randint(256, (1, 3, 8, 8)).byte().expand(64, 3, 8, 8), torch.zeros(64).long(), ("a",))
+    options = {"batch_size": 32, "mean": (0, 0, 0), "std": (1, 1, 1), "augment": ImageAugment()}
+    shares = [MemoryBatches(images, torch.device("cpu"), share=(index, 2), **options) for index in range(2)]
+    first, second = (next(iter(share))[0] for share in shares)
+    assert (first != second).flatten(1).any(dim=1).float().mean() > 0.8
 
 
 def test_epochs_differ_and_the_seed_decides():
@@ -325,6 +345,25 @@ def test_unreadable_image_is_named_and_left_out(folder, monkeypatch, capsys, tmp
     assert not (tmp_path / "run2").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_image_that_is_damaged_inside(folder, monkeypatch, capsys, tmp_path, workers):
+    """By workers it is found when it is its turn, or beforehand by data.verify full; in memory always."""
+    damaged = folder / "train" / "dog" / "1.png"
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(damaged)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 8] = bytes(8)
+    damaged.write_bytes(content)
+    path = folder_recipe(tmp_path, in_memory=False, workers=workers)
+    message = error_of(monkeypatch, capsys, "train_cls", path, "--out", tmp_path / "run")
+    assert message.startswith(f"error: {damaged}: the image does not decode") and "data.verify full" in message
+    assert not (tmp_path / "run").exists()
+    for number, overrides in enumerate((["--data.verify", "full"], ["--data.in_memory", "True"])):
+        run_tool(monkeypatch, "train_cls", path, *overrides, "--out", tmp_path / f"run{number}")
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if str(damaged) in line]
+        assert line.startswith("train: ") and line.endswith("left out")
+
+
 def test_wrong_layouts(folder, monkeypatch, capsys, tmp_path):
     def error(**data) -> str:
         return error_of(monkeypatch, capsys, "train_cls", folder_recipe(tmp_path, **data), "--out", tmp_path / "run")
@@ -388,10 +427,21 @@ def test_failed_download_says_so(monkeypatch, capsys, tmp_path):
 
 def test_a_recipe_of_the_other_task_is_refused(finished, monkeypatch, capsys, tmp_path):
     message = error_of(monkeypatch, capsys, "train_det", finished[0], "--out", tmp_path / "run")
-    assert "task" in message and "'detection'" in message
+    assert "task is 'classification'; a recipe of detection is needed here" in message
     other = ROOT / "configs" / "scenes_retinanet_resnet18.yaml"
     message = error_of(monkeypatch, capsys, "train_cls", other, "--out", tmp_path / "run")
-    assert "'classification'" in message or "unknown key" in message
+    assert "task is 'detection'; a recipe of classification is needed here" in message
+    message = error_of(monkeypatch, capsys, "train_cls", recipe(tmp_path, task="clasification"))
+    assert "task: expected detection or classification, got 'clasification'" in message
+
+
+def test_values_that_cannot_train_are_refused(monkeypatch, capsys, tmp_path):
+    path = recipe(tmp_path, data={"std": [0.2, 0.0, 0.2]})
+    assert "data.std.1" in error_of(monkeypatch, capsys, "train_cls", path, "--out", tmp_path / "run")
+    path = recipe(tmp_path, model={"backbone": {"name": "vgg11", "width": 0.125, "stem": "cifar"}}, data={"size": 12})
+    message = error_of(monkeypatch, capsys, "train_cls", path, "--out", tmp_path / "run")
+    assert "data.size 12" in message and "stride is 16" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_real_images_train_in_memory_and_by_workers(real_data, monkeypatch, tmp_path):
@@ -549,23 +599,42 @@ def test_published_networks_at_imagenet_size(name):
 def test_ablation_trains_each_variant_once_and_compares_them(finished, monkeypatch, capsys, tmp_path):
     short = ["--train.epochs", "1", "--train.ema_decay", "0"]
     arguments = [finished[0], "--out", tmp_path / "runs", "--variants", "hoyer", "half=--model.backbone.width 0.25"]
-    run_tool(monkeypatch, "ablate", *arguments, "--seeds", "0", "1", *short)
-    folders = sorted(path.name for path in (tmp_path / "runs").iterdir() if path.is_dir())
-    assert folders == ["half_seed0", "half_seed1", "hoyer_seed0", "hoyer_seed1"]
-    runs = {name: Run.open(tmp_path / "runs" / name) for name in folders}
-    assert runs["half_seed1"].config.model.backbone.width == 0.25 and runs["half_seed1"].config.train.seed == 1
-    top1 = {name: run.history()[-1]["top1"] for name, run in runs.items()}
+    run_tool(monkeypatch, "ablate", *arguments, "--seeds", "3", *short)
+    names = ["half_seed3", "hoyer_seed3"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()) == names
+    half = Run.open(tmp_path / "runs" / "half_seed3").config
+    assert half.model.backbone.width == 0.25 and half.train.seed == 3 and half.train.epochs == 1
+    # A second seed, as if it had been trained: nothing is left to do but to compare.
+    top1 = {}
+    for name, value in zip(names, (0.25, 0.75), strict=True):
+        copy = tmp_path / "runs" / name.replace("3", "4")
+        shutil.copytree(tmp_path / "runs" / name, copy)
+        line = json.loads((copy / "metrics.jsonl").read_text())
+        top1[name], top1[copy.name] = line["top1"], value
+        (copy / "metrics.jsonl").write_text(json.dumps(line | {"top1": value}) + "\n")
+    capsys.readouterr()
+    run_tool(monkeypatch, "ablate", *arguments, "--seeds", "3", "4", *short)
+    assert capsys.readouterr().out.count("finished already") == 4
     table = (tmp_path / "runs" / "README.md").read_text()
     (row,) = [line for line in table.splitlines() if line.startswith("| half |")]
-    mean = np.mean([top1["half_seed0"], top1["half_seed1"]])
-    gap = mean - np.mean([top1["hoyer_seed0"], top1["hoyer_seed1"]])
-    assert f"{mean:.4f}" in row and f"{gap:+.4f}" in row and "| 2 |" in row
+    mean = np.mean([top1["half_seed3"], top1["half_seed4"]])
+    gap = mean - np.mean([top1["hoyer_seed3"], top1["hoyer_seed4"]])
+    assert f"{mean:.4f} ±" in row and f"{gap:+.4f}" in row and "| 2 |" in row
     assert Image.open(tmp_path / "runs" / "ablation.png").width == 800
-    before = {name: (run.folder / "last.safetensors").stat().st_mtime_ns for name, run in runs.items()}
+    (tmp_path / "runs" / "hoyer_seed3_old").mkdir()  # somebody's copy
+    (tmp_path / "runs" / "hoyer_seed7").mkdir()
+    shutil.copy(tmp_path / "runs" / "hoyer_seed3" / "config.yaml", tmp_path / "runs" / "hoyer_seed7")
+    (tmp_path / "runs" / "hoyer_seed7" / "run.json").write_text("{}")
+    run_tool(monkeypatch, "ablate", *arguments, "--seeds", "3", *short)
+    assert "| hoyer | none | 2 |" in (tmp_path / "runs" / "README.md").read_text()  # and an unfinished run
     capsys.readouterr()
-    run_tool(monkeypatch, "ablate", *arguments, "--seeds", "0", "1", *short)
-    assert capsys.readouterr().out.count("finished already") == 4
-    assert before == {name: (run.folder / "last.safetensors").stat().st_mtime_ns for name, run in runs.items()}
-    message = error_of(monkeypatch, capsys, "ablate", finished[0], "--out", tmp_path / "x", "--variants", "rleu")
-    assert "rleu" in message and "relu" in message
-    assert json.loads((tmp_path / "runs" / "hoyer_seed0" / "run.json").read_text())["sha256"]
+    run_tool(monkeypatch, "results", tmp_path / "runs")
+    found = capsys.readouterr()
+    assert "hoyer_seed7: not finished, left out" in found.err and "4 runs" in found.out
+    for name in ("rleu", "a/b=", "x_seed1=", "train.epochs=1"):
+        message = error_of(monkeypatch, capsys, "ablate", finished[0], "--out", tmp_path / "x", "--variants", name)
+        assert name in message and "allowed" in message
+    message = error_of(
+        monkeypatch, capsys, "ablate", finished[0], "--out", tmp_path / "x", "--variants", "bad=--train.epochs no"
+    )
+    assert "this run failed" in message and not (tmp_path / "x").exists()

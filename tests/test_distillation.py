@@ -91,6 +91,13 @@ def test_feature_distance_by_hand():
         feature_distance([one, one], [one, one[:, :1]])
 
 
+def test_distances_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match="predicts 6 places, the teacher 9"):
+        detection_distance(torch.zeros(1, 6, 2), torch.zeros(1, 9, 2), 1.0)
+    with pytest.raises(ValueError, match="sees 1 maps, the teacher's 2"):
+        feature_distance([torch.zeros(1, 2, 3, 3)], [torch.zeros(1, 2, 3, 3)] * 2)
+
+
 @pytest.mark.parametrize("task", ["classifier", "detector"])
 def test_a_student_learns_from_its_twin(teachers, monkeypatch, tmp_path, task):
     recipe, teacher = (CLASSIFIER, teachers[1]) if task == "classifier" else (DETECTOR, teachers[2])

@@ -8,6 +8,7 @@ stopped, and more seeds can be added later. OUT/README.md and OUT/ablation.png a
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import statistics
 import subprocess
@@ -63,8 +64,10 @@ def parse_variant(text: str) -> tuple[str, list[str]]:
     name, equals, overrides = text.partition("=")
     if not equals and name not in VARIANTS:
         raise ValueError(f"--variants {name}: unknown (allowed: {', '.join(VARIANTS)}, or NAME='OVERRIDES')")
-    if "_seed" in name or "/" in name or not name:
-        raise ValueError(f"--variants {text}: a name is part of a folder's, so not empty, without '/' and '_seed'")
+    if not re.fullmatch(r"[A-Za-z0-9-]+(_[A-Za-z0-9-]+)*", name) or "_seed" in name:
+        raise ValueError(
+            f"--variants {text}: the name becomes part of a folder's (allowed: letters, digits, '-' and '_', not _seed)"
+        )
     return name, shlex.split(overrides) if equals else VARIANTS[name]
 
 
@@ -72,7 +75,7 @@ def train(tool: str, config: str, folder: Path, overrides: list[str], seed: int)
     """One run in a process of its own, unless it is finished already.
 
     Raises:
-        RuntimeError: it failed; its own message stands above.
+        ChildProcessError: it failed; its own message stands above.
     """
     if (folder / "run.json").is_file() and "sha256" in Run.open(folder).info():
         print(f"{folder}: finished already")
@@ -80,15 +83,15 @@ def train(tool: str, config: str, folder: Path, overrides: list[str], seed: int)
     command = [sys.executable, str(Path(__file__).with_name(tool)), config, *overrides, "--train.seed", str(seed)]
     print(f"{folder}: {shlex.join(command[1:])}", flush=True)
     if subprocess.run([*command, "--out", str(folder)]).returncode:
-        raise RuntimeError(f"{folder}: this run failed, see above; the finished ones are kept")
+        raise ChildProcessError(f"{folder}: this run failed, see above; the finished ones are kept")
 
 
 def compare(out: Path, variants: dict[str, list[str]]) -> None:
     """Writes the table and the plot of all finished runs of the variants in `out`."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for name in variants:
-        folders = sorted(out.glob(f"{name}_seed*/"), key=lambda folder: int(folder.name.rpartition("_seed")[2]))
-        runs = [Run.open(folder) for folder in folders]
+        folders = [folder for folder in out.glob(f"{name}_seed*/") if folder.name.rpartition("_seed")[2].isdecimal()]
+        runs = [Run.open(folder) for folder in sorted(folders, key=lambda folder: int(folder.name.split("_seed")[1]))]
         lines[name] = [run.history()[-1] for run in runs if "sha256" in run.info()]
         metric = METRICS[runs[0].config.task]
     values = {name: [line[metric] for line in found] for name, found in lines.items()}

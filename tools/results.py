@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from detection.checkpoint import Run
@@ -49,8 +50,11 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="folder of run folders")
     options = parser.parse_args()
     folders = sorted(path.parent for path in options.folder.rglob("config.yaml"))
+    for folder in [folder for folder in folders if "sha256" not in Run.open(folder).info()]:
+        print(f"{folder}: not finished, left out", file=sys.stderr)
+        folders.remove(folder)
     if not folders:
-        raise FileNotFoundError(f"{options.folder}: no run folder in it")
+        raise FileNotFoundError(f"{options.folder}: no finished run in it")
     text = HEADER
     for task, metrics in COLUMNS.items():
         rows = [table_row(options.folder, folder) for folder in folders if Run.open(folder).config.task == task]

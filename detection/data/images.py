@@ -18,7 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from detection.config import ImageAugment, ImageData
-from detection.data.records import check_classes, image_problem, load_image, require_folder
+from detection.data.records import Verify, check_classes, image_problem, load_image, require_folder
 from detection.data.synthetic import CATEGORIES, SCALE, draw_scene
 
 
@@ -98,14 +98,14 @@ def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
     return ImageFiles(tuple(files), names)
 
 
-def check_files(files: ImageFiles) -> ImageFiles:
-    """Without the files that have no readable header or are cut off; see `image_problem`.
+def check_files(files: ImageFiles, verify: Verify) -> ImageFiles:
+    """Without the files that do not pass `image_problem`.
 
     Raises:
         ValueError: a class has no usable image.
     """
     with ThreadPool() as pool:
-        problems = pool.map(image_problem, [path for path, _ in files.files], chunksize=64)
+        problems = pool.map(lambda file: image_problem(file[0], verify=verify), files.files, chunksize=64)
     return _without(files, problems)
 
 
@@ -156,27 +156,31 @@ class MemoryBatches:
         self.batch_size, self.augment, self.share = batch_size, augment, share
         self.mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
         self.std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
-        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
+        # On the CPU: the same draws on every device. The order is the same in every process, the augmentation is not.
+        self.order_generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed + 1_000_003 * (1 + share[0]))
 
     def __len__(self) -> int:
-        return -(-len(self._mine(torch.arange(len(self.labels)))) // self.batch_size)
+        return len(self._batches(torch.arange(len(self.labels))))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         number = len(self.labels)
         # Every process draws the same order and takes its share of it.
-        order = torch.arange(number) if self.augment is None else torch.randperm(number, generator=self.generator)
-        for chosen in self._mine(order).split(self.batch_size):
+        order = torch.arange(number) if self.augment is None else torch.randperm(number, generator=self.order_generator)
+        for chosen in self._batches(order):
             chosen = chosen.to(self.pixels.device)
             images = self.pixels[chosen]
             if self.augment is not None:
                 images = augment_batch(images, self.augment, self.generator)
             yield (images - self.mean) / self.std, self.labels[chosen]
 
-    def _mine(self, order: Tensor) -> Tensor:
+    def _batches(self, order: Tensor) -> list[Tensor]:
         index, number = self.share
-        if self.augment is not None:
-            order = order[: len(order) // number * number]
-        return order[index::number]
+        if self.augment is None:
+            return [chosen for chosen in order[index::number].split(self.batch_size) if len(chosen)]
+        batches = list(order[: len(order) // number * number][index::number].split(self.batch_size))
+        # BatchNorm cannot learn from one image: should it be left over, it comes in another epoch.
+        return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
 
 
 def augment_batch(images: Tensor, augment: ImageAugment, generator: torch.Generator) -> Tensor:

@@ -70,11 +70,18 @@ def build_classifier(config: ClassificationConfig) -> backbones.Classifier:
     """The classifier of a recipe: images (N, 3, size, size) normalised -> logits (N, K), K = len(data.classes).
 
     Raises:
-        ValueError: `config.data.classes` is empty, or the backbone's weights do not fit.
+        ValueError: `config.data.classes` is empty, the images are too small for the backbone, or its weights do not
+            fit.
     """
     if not config.data.classes:
         raise ValueError("data.classes is empty: a classifier needs the class names; reading the data fills them in")
     backbone = build_backbone(config.model.backbone)
+    stride = backbone.feature_info[-1].stride
+    if config.data.size < stride:
+        raise ValueError(
+            f"data.size {config.data.size}: smaller than a cell of the last feature map, whose stride is {stride} "
+            f"({config.model.backbone.name} with the {config.model.backbone.stem} stem)"
+        )
     return backbones.Classifier(backbone, len(config.data.classes), dropout=config.model.dropout)
 
 
