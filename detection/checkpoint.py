@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from detection.config import ClassificationConfig, Config, read_recipe, save_config
+from detection.config import Recipe, read_recipe, save_config
 
 Weights = Literal["best", "last", "ema"]
 PACKAGES = ("torch", "torchvision", "numpy", "albumentations", "pycocotools", "accelerate", "safetensors")
@@ -36,7 +36,7 @@ class Run:
         config: the recipe, class names filled in.
     """
 
-    def __init__(self, folder: Path, config: Config | ClassificationConfig) -> None:
+    def __init__(self, folder: Path, config: Recipe) -> None:
         self.folder, self.config = folder, config
 
     @staticmethod
@@ -52,7 +52,7 @@ class Run:
         return folder
 
     @classmethod
-    def create(cls, folder: str | Path, config: Config | ClassificationConfig, command: list[str]) -> Run:
+    def create(cls, folder: str | Path, config: Recipe, command: list[str]) -> Run:
         """A new run folder with config.yaml and run.json in it.
 
         Raises:

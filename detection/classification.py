@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from backbones import record_activity, record_potentials, spike_activity
 from detection.checkpoint import Run, Weights
 from detection.config import ClassificationConfig
 from detection.data import limit_threads
@@ -29,7 +28,7 @@ from detection.data.images import (
 )
 from detection.distillation import learn_from
 from detection.models import build_classifier, load_model
-from detection.tasks import check_run, logged_line, make_accelerator, sum_activity, train_into_run
+from detection.tasks import check_run, logged_line, make_accelerator, train_into_run, watch_spikes
 
 
 def train_classifier(
@@ -45,8 +44,10 @@ def train_classifier(
     """
     check_run(config, folder)
     accelerator = make_accelerator(config, folder)
-    batches, val_batches, classes = make_batches(config, accelerator, download=download)
+    batches, classes = training_batches(config, accelerator, download=download)
     config = config.model_copy(update={"data": config.data.model_copy(update={"classes": list(classes)})})
+    val_batches = validation_batches(config, accelerator)
+    set_seed(config.train.seed)
     model = build_classifier(config)
 
     def compute_losses(model: nn.Module, batch: Any) -> dict[str, Tensor]:
@@ -82,36 +83,58 @@ def evaluate_classification_run(folder: str | Path, which: Weights = "last") -> 
     logged = logged_line(run, which, "top1")
     accelerator = Accelerator(mixed_precision=run.config.train.precision)
     model = accelerator.unwrap_model(accelerator.prepare(load_model(run, which)))
-    _, val_batches, _ = make_batches(run.config, accelerator)
-    return evaluate_classifier(model, val_batches, accelerator), logged
+    return evaluate_classifier(model, validation_batches(run.config, accelerator), accelerator), logged
 
 
-def make_batches(
+def training_batches(
     config: ClassificationConfig, accelerator: Accelerator, *, download: bool = False
-) -> tuple[Iterable[Any], Iterable[Any], tuple[str, ...]]:
-    """Training batches, this process's share of the validation batches, and the class names.
+) -> tuple[Iterable[Any], tuple[str, ...]]:
+    """Training batches, in memory this process's share of them, and the class names.
 
-    What had to be left out is told on standard error.
+    What had to be left out is told on standard error, here and in `validation_batches`.
     """
     data, train = config.data, config.train
-    share = (accelerator.process_index, accelerator.num_processes)
-    if data.in_memory or data.format != "folder":
-        splits = read_images(data, download=download)
-        _tell(*splits)
-        options = {"batch_size": train.batch_size, "mean": data.mean, "std": data.std, "share": share}
-        return (
-            MemoryBatches(splits[0], accelerator.device, augment=data.augment, seed=train.seed, **options),
-            MemoryBatches(splits[1], accelerator.device, **options),
-            splits[0].classes,
-        )
+    if in_memory(config):
+        with accelerator.main_process_first():  # which fetches what the others find
+            images = read_images(data, "train", download=download)
+        tell(images, "train", accelerator)
+        batches = memory_batches(images, config, accelerator, augment=data.augment, seed=train.seed)
+        return batches, images.classes
     files = check_files(read_folder(data.root / data.train, data.classes), data.verify)
-    val_files = check_files(read_folder(data.root / data.val, files.classes), data.verify)
-    _tell(files, val_files)
-    val = FolderImages(val_files, data, train=False)
-    return (
-        _loader(FolderImages(files, data, train=True), config, shuffle=True),
-        _loader(Subset(val, range(share[0], len(val), share[1])), config, shuffle=False),
-        files.classes,
+    tell(files, "train", accelerator)
+    return _loader(FolderImages(files, data, train=True), config, shuffle=True), files.classes
+
+
+def validation_batches(config: ClassificationConfig, accelerator: Accelerator) -> Iterable[Any]:
+    """This process's share of the validation batches of a recipe whose class names are filled in."""
+    data = config.data
+    if in_memory(config):
+        images = read_images(data, "val")
+        tell(images, "val", accelerator)
+        return memory_batches(images, config, accelerator)
+    files = check_files(read_folder(data.root / data.val, data.classes), data.verify)
+    tell(files, "val", accelerator)
+    mine = range(accelerator.process_index, len(files.files), accelerator.num_processes)
+    return _loader(Subset(FolderImages(files, data, train=False), mine), config, shuffle=False)
+
+
+def in_memory(config: ClassificationConfig) -> bool:
+    """Whether all pixels lie on the training device: always, but for large images in folders."""
+    return config.data.in_memory or config.data.format != "folder"
+
+
+def memory_batches(
+    images: Images, config: ClassificationConfig, accelerator: Accelerator, **options: Any
+) -> MemoryBatches:
+    """This process's share of the images as batches of the recipe."""
+    return MemoryBatches(
+        images,
+        accelerator.device,
+        batch_size=config.train.batch_size,
+        mean=config.data.mean,
+        std=config.data.std,
+        share=(accelerator.process_index, accelerator.num_processes),
+        **options,
     )
 
 
@@ -124,31 +147,20 @@ def evaluate_classifier(model: nn.Module, batches: Iterable[Any], accelerator: A
     than five classes "top5" takes as many as there are.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    # Hooks count the spikes, and compiled code may skip hooks.
-    with (
-        record_activity(model) as activity,
-        record_potentials(model) as potentials,
-        torch.compiler.set_stance("force_eager"),
-    ):
+    with watch_spikes(model) as spikes:
         for images, labels in batches:
             images, labels = images.to(accelerator.device), labels.to(accelerator.device)
             with accelerator.autocast():
                 logits = model(images)
             sums += torch.stack(_count(logits.float(), labels))
     number, top1, top5, loss = accelerator.reduce(sums, "sum").tolist()
-    metrics: dict[str, Any] = {"top1": top1 / number, "top5": top5 / number, "val_loss": loss / number}
-    activity = sum_activity(gather_object([activity]))
-    if activity:
-        metrics["activity"] = spike_activity(activity)
-        metrics["activity_per_layer"] = {name: layer.firing_rate for name, layer in activity.items()}
-        metrics["potentials"] = potentials
-    return metrics
+    return {"top1": top1 / number, "top5": top5 / number, "val_loss": loss / number, **spikes()}
 
 
-def _tell(train: Images | ImageFiles, val: Images | ImageFiles) -> None:
-    for name, split in (("train", train), ("val", val)):
-        for sentence in split.dropped:
-            print(f"{name}: {sentence}", file=sys.stderr)
+def tell(split: Images | ImageFiles, name: str, accelerator: Accelerator) -> None:
+    """Says once on standard error what had to be left out of a split."""
+    for sentence in split.dropped if accelerator.is_main_process else ():
+        print(f"{name}: {sentence}", file=sys.stderr)
 
 
 def _count(logits: Tensor, labels: Tensor) -> list[Tensor]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 import backbones
 
 Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
@@ -210,7 +211,8 @@ class Hoyer(Section):
     weight: float = Field(0.0, ge=0, description="weight of the term; it belongs to the reduction")
     reduction: Literal["sum", "mean"] = Field(
         "mean",
-        description="sum: H as in the paper, grows with batch and resolution (1e-8 belongs to 128 images of 32x32); "
+        description="sum: H as in the paper, grows with resolution and with the batch of each process (1e-8 belongs "
+        "to 128 images of 32x32); "
         "mean: H / number of neurons, in (0, 1], carries over between sizes",
     )
 
@@ -224,7 +226,7 @@ class Optimizer(Section):
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(1e-4, ge=0, description="only on tensors of two or more dimensions, so not on v_th")
     schedule: Literal["cosine", "step"] = Field("cosine", description="cosine to zero, or steps at `milestones`")
-    milestones: list[float] = Field([0.6, 0.8, 0.9], description="step: fractions of the run where lr falls")
+    milestones: list[Fraction] = Field([0.6, 0.8, 0.9], description="step: fractions of the run where lr falls")
     gamma: float = Field(0.2, gt=0, le=1, description="step: factor at each milestone")
     warmup_steps: int = Field(100, ge=0, description="optimiser steps of linear warm-up")
     clip_norm: float = Field(0.0, ge=0, description="gradients are scaled down to this norm; 0: never")
@@ -237,6 +239,12 @@ class Distillation(Section):
     logits: float = Field(1.0, ge=0, description="weight of the distance to the teacher's predictions")
     temperature: float = Field(4.0, gt=0, description="softens both predictions (classification)")
     features: float = Field(0.0, ge=0, description="weight of the distance to what the teacher's head sees")
+
+    @model_validator(mode="after")
+    def _teaches_something(self) -> Distillation:
+        if self.teacher is not None and not self.logits and not self.features:
+            raise ValueError("logits and features are both 0: the teacher would teach nothing")
+        return self
 
 
 class Train(Section):
@@ -295,7 +303,7 @@ class Config(Section):
 class Classifier(Section):
     """A backbone with the classification head of its family."""
 
-    backbone: Backbone = Backbone(stem="cifar")
+    backbone: Backbone = Backbone()
     dropout: float = Field(0.0, ge=0, lt=1, description="probability in the head, while training")
 
 
@@ -352,6 +360,7 @@ class ClassificationConfig(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
 
 
+Recipe = Config | ClassificationConfig
 AnyConfig = TypeVar("AnyConfig", Config, ClassificationConfig)
 
 
@@ -386,7 +395,7 @@ def load_config(
     return override(config, overrides, prog=prog)
 
 
-def read_recipe(path: str | Path) -> Config | ClassificationConfig:
+def read_recipe(path: str | Path) -> Recipe:
     """The recipe in `path`, of the kind that its `task` says; errors as in `load_config`."""
     return load_config(path, kind=_kind(path, _read_values(path)))
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from detection.checkpoint import Run
-from detection.config import AnyConfig, Distillation
+from detection.config import Distillation, Recipe
 from detection.engine import ComputeLosses
 from detection.models import load_model
 
@@ -20,7 +20,7 @@ def learn_from(
     settings: Distillation,
     compute_losses: ComputeLosses,
     student: nn.Module,
-    config: AnyConfig,
+    config: Recipe,
     accelerator: Accelerator,
 ) -> ComputeLosses:
     """`compute_losses` with "distillation" and, if wanted, "features" beside the task's losses, weighted.
@@ -65,7 +65,7 @@ def learn_from(
     return compute
 
 
-def load_teacher(settings: Distillation, config: AnyConfig) -> nn.Module:
+def load_teacher(settings: Distillation, config: Recipe) -> nn.Module:
     """The teacher with its last weights, in evaluation mode; errors as in `learn_from`."""
     run = Run.open(settings.teacher)
     if run.config.task != config.task:
@@ -79,6 +79,14 @@ def load_teacher(settings: Distillation, config: AnyConfig) -> nn.Module:
     if config.task == "detection" and run.config.model.detector != config.model.detector:
         kinds = f"is a {run.config.model.detector}, this recipe a {config.model.detector}"
         raise ValueError(f"distillation.teacher {run.folder}: {kinds}")
+    # The teacher is given the pixels as the student's recipe has normalised them.
+    theirs, ours = (each.model if each.task == "detection" else each.data for each in (run.config, config))
+    for key in ("mean", "std"):
+        if getattr(theirs, key) != getattr(ours, key):
+            raise ValueError(
+                f"distillation.teacher {run.folder}: its images were normalised with {key} {getattr(theirs, key)}, "
+                f"this recipe's are with {getattr(ours, key)}"
+            )
     return load_model(run)
 
 

@@ -33,7 +33,7 @@ def fit(
     compute_losses: ComputeLosses,
     evaluate: Evaluate,
     best_by: str,
-    config: settings.AnyConfig,
+    config: settings.Recipe,
     run: Run,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
@@ -54,10 +54,13 @@ def fit(
         accelerator: device, mixed precision and processes.
 
     Raises:
+        ValueError: there are no batches.
         FloatingPointError: the loss is not finite; names epoch, step, each loss and the images.
     """
     optimizer = build_optimizer(model, config.optimizer)
     model, prepared, batches = accelerator.prepare(model, optimizer, batches)
+    if not len(batches):
+        raise ValueError("no training batches: there are fewer images than processes")
     # From here on a process sees its share of the batches: the schedule counts those.
     schedule = build_schedule(optimizer, config.optimizer, len(batches) * config.train.epochs)
     console = Console(highlight=False, soft_wrap=True, quiet=not accelerator.is_main_process)

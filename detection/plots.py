@@ -406,11 +406,8 @@ def _draw_histograms(
     edges = np.linspace(-1, 3, len(histograms[-1][1][layers[0]]) + 1)
     names = dict(zip(layers, _without_common_module(layers), strict=True))
     for axes, layer in zip(axes_of, layers, strict=False):
-        for (epoch, shares), style in zip(
-            (histograms[0], histograms[-1]),
-            ({"fill": True, "color": "0.8"}, {"color": "tab:blue", "linewidth": 1.4}),
-            strict=True,
-        ):
+        first = [(histograms[0], {"fill": True, "color": "0.8"})] if len(histograms) > 1 else []
+        for (epoch, shares), style in [*first, (histograms[-1], {"color": "tab:blue", "linewidth": 1.4})]:
             axes.stairs(100 * np.array(shares[layer]), edges, label=f"epoch {epoch}", **style)
         axes.axvline(1, color="tab:red", linewidth=1, label="threshold")
         axes.set_title(names[layer], fontsize=8)

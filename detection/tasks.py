@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch.utils.data import DataLoader, Subset
 
 from backbones import LayerActivity, record_activity, record_potentials, spike_activity
 from detection.checkpoint import Run, Weights, write_whole
-from detection.config import AnyConfig, Config
+from detection.config import Config, Recipe
 from detection.data import DetectionDataset, build_datasets, build_loader
+from detection.data.download import download as fetch
 from detection.distillation import learn_from
 from detection.engine import ComputeLosses, Evaluate, fit
 from detection.evaluation import CocoEvaluator, import_backend, mean_average_precision, precision_recall
@@ -28,7 +30,9 @@ from detection.plots import plot_curves, plot_dynamics, plot_precision_recall, p
 NUM_PICTURES = 12
 
 
-def train_detector(config: Config, folder: str | Path, command: Sequence[str]) -> dict[str, Any]:
+def train_detector(
+    config: Config, folder: str | Path, command: Sequence[str], *, download: bool = False
+) -> dict[str, Any]:
     """Trains the detector of a recipe into a new run folder; gives the last line of its log.
 
     The folder is made only once data and model are known to be sound.
@@ -37,14 +41,19 @@ def train_detector(config: Config, folder: str | Path, command: Sequence[str]) -
         config: the recipe.
         folder: where the run goes; must not exist, or be empty.
         command: how the run was started, for its log.
+        download: fetch VOC or COCO if it is missing.
     """
     check_run(config, folder)
     import_backend(config.evaluation.backend)
-    train, val = read_data(config)
+    accelerator = make_accelerator(config, folder)
+    with accelerator.main_process_first():  # which fetches what the others find
+        if download:
+            fetch(config.data)
+    train, val = read_data(config, quiet=not accelerator.is_main_process)
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"classes": list(train.annotations.categories)})}
     )
-    accelerator = make_accelerator(config, folder)
+    set_seed(config.train.seed)
     model = build_detector(config)
     loader = build_loader(
         train,
@@ -77,22 +86,20 @@ def train_detector(config: Config, folder: str | Path, command: Sequence[str]) -
     return line
 
 
-def check_run(config: AnyConfig, folder: str | Path) -> None:
+def check_run(config: Recipe, folder: str | Path) -> None:
     """Nothing; raises if `folder` is taken already, or a package that the recipe asks for is missing."""
     Run.check_free(folder)
     if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ImportError("train.tensorboard needs TensorBoard: pip install hoyer-det[tensorboard]")
 
 
-def make_accelerator(config: AnyConfig, folder: str | Path) -> Accelerator:
-    """Device, precision and processes of a training, and its seed set in all of them."""
-    accelerator = Accelerator(
+def make_accelerator(config: Recipe, folder: str | Path) -> Accelerator:
+    """Device, precision and processes of a training."""
+    return Accelerator(
         mixed_precision=config.train.precision,
         log_with="tensorboard" if config.train.tensorboard else None,
         project_dir=folder if config.train.tensorboard else None,
     )
-    set_seed(config.train.seed)
-    return accelerator
 
 
 def train_into_run(
@@ -102,7 +109,7 @@ def train_into_run(
     compute_losses: ComputeLosses,
     evaluate: Evaluate,
     best_by: str,
-    config: AnyConfig,
+    config: Recipe,
     folder: str | Path,
     command: Sequence[str],
     accelerator: Accelerator,
@@ -215,19 +222,13 @@ def evaluate_detector(
     ground_truth, category_ids = dataset.ground_truth(), dataset.annotations.category_ids
     evaluator = CocoEvaluator(ground_truth, category_ids, config.evaluation.backend)
     device = next(model.parameters()).device
-    # Hooks count the spikes, and compiled code may skip hooks.
-    with (
-        record_activity(model) as activity,
-        record_potentials(model) as potentials,
-        torch.compiler.set_stance("force_eager"),
-    ):
+    with watch_spikes(model) as spikes:
         for images, targets in loader:
             with accelerator.autocast():
                 predictions = model([image.to(device) for image in images])
             evaluator.update([target["image_id"] for target in targets], [to_cpu(each) for each in predictions])
     # VOC ranks equal scores in order of arrival, which must not depend on the number of processes.
     evaluator.results = sorted(gather_object(evaluator.results), key=lambda row: row["image_id"])
-    activity = sum_activity(gather_object([activity]))
     metrics: dict[str, Any] = evaluator.compute()
     metrics["per_class"] = evaluator.per_class()
     curves = precision_recall(ground_truth, evaluator.results, category_ids)
@@ -235,16 +236,36 @@ def evaluate_detector(
         "AP50_11point": mean_average_precision(curves, "11-point"),
         "AP50_area": mean_average_precision(curves, "area"),
     }
-    if activity:
-        metrics["activity"] = spike_activity(activity)
-        metrics["activity_per_layer"] = {name: layer.firing_rate for name, layer in activity.items()}
-        metrics["potentials"] = potentials
+    metrics |= spikes()
     if save is not None and accelerator.is_main_process:
         save.mkdir(parents=True, exist_ok=True)
         evaluator.save_results(save / "predictions.json")
         write_whole(save / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
         plot_precision_recall(curves, save / "precision_recall.png")
     return metrics
+
+
+@contextmanager
+def watch_spikes(model: nn.Module) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Watches an evaluation; what it gives can be called afterwards, in all processes together, for the metrics.
+
+    They are "activity", "activity_per_layer" and "potentials", or none for a model without spike layers.
+    """
+
+    def metrics() -> dict[str, Any]:
+        layers = sum_activity(gather_object([activity]))
+        if not layers:
+            return {}
+        rates = {name: layer.firing_rate for name, layer in layers.items()}
+        return {"activity": spike_activity(layers), "activity_per_layer": rates, "potentials": potentials}
+
+    # Hooks count the spikes, and compiled code may skip hooks.
+    with (
+        record_activity(model) as activity,
+        record_potentials(model) as potentials,
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield metrics
 
 
 def sum_activity(shares: Sequence[dict[str, LayerActivity]]) -> dict[str, LayerActivity]:
@@ -269,11 +290,11 @@ def evaluation_loader(dataset: DetectionDataset, config: Config, accelerator: Ac
     )
 
 
-def read_data(config: Config) -> tuple[DetectionDataset, DetectionDataset]:
-    """Training and validation data; what had to be left out is told on standard error."""
+def read_data(config: Config, *, quiet: bool = False) -> tuple[DetectionDataset, DetectionDataset]:
+    """Training and validation data; what had to be left out is told on standard error, unless `quiet`."""
     datasets = build_datasets(config.data)
     for name, dataset in zip(("train", "val"), datasets, strict=True):
-        for sentence in dataset.annotations.dropped:
+        for sentence in () if quiet else dataset.annotations.dropped:
             print(f"{name}: {sentence}", file=sys.stderr)
     return datasets
 

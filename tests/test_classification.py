@@ -319,7 +319,7 @@ def test_folder_of_class_folders_trains(folder, monkeypatch, tmp_path, in_memory
 
 def test_folder_images_are_cut_and_resized(folder):
     data = ImageData(root=folder, size=16)
-    train, val = read_images(data)
+    train, val = read_images(data, "train"), read_images(data, "val")
     assert train.pixels.shape == (6, 3, 16, 16) and train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert train.pixels[0].unique().tolist() == [50] and val.pixels[-1].unique().tolist() == [200]
     files = read_folder(folder / "train")
@@ -328,6 +328,46 @@ def test_folder_images_are_cut_and_resized(folder):
         assert image.shape == (3, 16, 16) and label == 1
         expected = (200 / 255 - torch.tensor(data.mean)) / torch.tensor(data.std)
         torch.testing.assert_close(image.mean(dim=(1, 2)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_evaluation_crops_the_middle_as_usual_for_imagenet(tmp_path):
+    """224/256 of the short side, centred: of a 64x32 picture a square from column 18 and row 2."""
+    columns = np.broadcast_to(np.arange(64, dtype=np.uint8) * 4, (32, 64))
+    rows = np.broadcast_to(np.arange(32, dtype=np.uint8)[:, None] * 8, (32, 64))
+    path = tmp_path / "a" / "x.png"
+    path.parent.mkdir()
+    Image.fromarray(np.stack([columns, rows, np.zeros_like(rows)], axis=2)).save(path)
+    data = ImageData(size=28, mean=(0, 0, 0), std=(1, 1, 1))
+    image, _ = FolderImages(read_folder(tmp_path), data, train=False)[0]
+    pixels = (255 * image).round().long()
+    assert pixels[0, 5].tolist() == [4 * column for column in range(18, 46)]
+    assert pixels[1, :, 5].tolist() == [8 * row for row in range(2, 30)]
+    whole = read_images(ImageData(root=tmp_path, train="", size=32), "train").pixels[0]  # in memory: the middle square
+    assert whole[0, 0].tolist() == [4 * column for column in range(16, 48)]
+    torch.manual_seed(0)
+    training = FolderImages(read_folder(tmp_path), data, train=True)
+    shares = [(255 * training[0][0][0]).max() - (255 * training[0][0][0]).min() for _ in range(20)]
+    assert max(shares) - min(shares) > 60  # parts of several sizes
+
+
+def test_class_folders_that_training_does_not_have_are_named(folder, monkeypatch, capsys, tmp_path):
+    write_image(folder / "val" / "bird" / "0.png")
+    run_tool(monkeypatch, "train_cls", folder_recipe(tmp_path), "--out", tmp_path / "run")
+    assert f"val: {folder / 'val' / 'bird'}: not among the classes; left out" in capsys.readouterr().err
+
+
+def test_evaluation_needs_no_training_images(folder, monkeypatch, capsys, tmp_path):
+    run_tool(monkeypatch, "train_cls", folder_recipe(tmp_path), "--out", tmp_path / "run")
+    shutil.rmtree(folder / "train")
+    run_tool(monkeypatch, "evaluate", tmp_path / "run")
+    assert "equal to the log in every digit" in capsys.readouterr().out
+
+
+def test_run_that_ended_before_its_first_evaluation(finished, monkeypatch, capsys, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "run")
+    line = {"epoch": 1, "loss": 1.0}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert "its log has no top1 yet" in error_of(monkeypatch, capsys, "evaluate", tmp_path / "run")
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -397,14 +437,14 @@ def write_cifar(root: Path, monkeypatch, *, labels: int = 10) -> None:
 
 def test_cifar_is_read_by_torchvision(monkeypatch, tmp_path):
     write_cifar(tmp_path, monkeypatch)
-    train, val = read_images(ImageData(format="cifar10", root=tmp_path))
+    train, val = (read_images(ImageData(format="cifar10", root=tmp_path), split) for split in ("train", "val"))
     assert train.pixels.shape == (50, 3, 32, 32) and val.pixels.shape == (10, 3, 32, 32)
     assert train.pixels.dtype == torch.uint8 and train.labels[:10].tolist() == list(range(10))
     assert train.classes == val.classes and train.classes[3] == "cat"
     with pytest.raises(ValueError, match=r"data\.classes has 2 names .*cifar10 has 10"):
-        read_images(ImageData(format="cifar10", root=tmp_path, classes=["cat", "dog"]))
+        read_images(ImageData(format="cifar10", root=tmp_path, classes=["cat", "dog"]), "train")
     with pytest.raises(ValueError, match=r"data\.size 64: .* 32 pixels"):
-        read_images(ImageData(format="cifar10", root=tmp_path, size=64))
+        read_images(ImageData(format="cifar10", root=tmp_path, size=64), "val")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -438,6 +478,10 @@ def test_a_recipe_of_the_other_task_is_refused(finished, monkeypatch, capsys, tm
 def test_values_that_cannot_train_are_refused(monkeypatch, capsys, tmp_path):
     path = recipe(tmp_path, data={"std": [0.2, 0.0, 0.2]})
     assert "data.std.1" in error_of(monkeypatch, capsys, "train_cls", path, "--out", tmp_path / "run")
+    path = recipe(tmp_path, optimizer={"milestones": [60, 80]})
+    assert "optimizer.milestones.0" in error_of(monkeypatch, capsys, "train_cls", path, "--out", tmp_path / "run")
+    path = recipe(tmp_path, distillation={"teacher": "runs/x", "logits": 0})
+    assert "would teach nothing" in error_of(monkeypatch, capsys, "train_cls", path, "--out", tmp_path / "run")
     path = recipe(tmp_path, model={"backbone": {"name": "vgg11", "width": 0.125, "stem": "cifar"}}, data={"size": 12})
     message = error_of(monkeypatch, capsys, "train_cls", path, "--out", tmp_path / "run")
     assert "data.size 12" in message and "stride is 16" in message
@@ -611,6 +655,7 @@ def test_ablation_trains_each_variant_once_and_compares_them(finished, monkeypat
         shutil.copytree(tmp_path / "runs" / name, copy)
         line = json.loads((copy / "metrics.jsonl").read_text())
         top1[name], top1[copy.name] = line["top1"], value
+        (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("seed: 3", "seed: 4"))
         (copy / "metrics.jsonl").write_text(json.dumps(line | {"top1": value}) + "\n")
     capsys.readouterr()
     run_tool(monkeypatch, "ablate", *arguments, "--seeds", "3", "4", *short)
@@ -634,7 +679,26 @@ def test_ablation_trains_each_variant_once_and_compares_them(finished, monkeypat
     for name in ("rleu", "a/b=", "x_seed1=", "train.epochs=1"):
         message = error_of(monkeypatch, capsys, "ablate", finished[0], "--out", tmp_path / "x", "--variants", name)
         assert name in message and "allowed" in message
+    message = error_of(monkeypatch, capsys, "ablate", *arguments, "--seeds", "3", *short[2:], "--train.epochs", "2")
+    assert "hoyer_seed3: trained with train.epochs 1, wanted is 2" in message
+    message = error_of(monkeypatch, capsys, "ablate", finished[0], "--out", "x", "--variants", "hoyer", "hoyer=")
+    assert "a name stands there twice" in message
+    with pytest.raises(SystemExit):  # before anything is trained
+        run_tool(monkeypatch, "ablate", *arguments, "bad=--optimizer.lr no", "--seeds", "5", *short)
+    assert not list((tmp_path / "runs").glob("*_seed5"))
+    # What fails in the middle is said in a sentence; what was left unfinished is moved aside and trained again.
+    shutil.rmtree(tmp_path / "runs" / "hoyer_seed7")
+    info = json.loads((tmp_path / "runs" / "half_seed3" / "run.json").read_text())
+    del info["sha256"]
+    (tmp_path / "runs" / "half_seed3" / "run.json").write_text(json.dumps(info))
     message = error_of(
-        monkeypatch, capsys, "ablate", finished[0], "--out", tmp_path / "x", "--variants", "bad=--train.epochs no"
+        monkeypatch, capsys, "ablate", *arguments, "--seeds", "3", *short, "--model.backbone.weights", tmp_path / "none"
     )
-    assert "this run failed" in message and not (tmp_path / "x").exists()
+    assert "hoyer_seed3: trained with model.backbone.weights None" in message
+    run_tool(monkeypatch, "ablate", *arguments, "--seeds", "3", *short)
+    assert "was not finished" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "half_seed3.unfinished" / "metrics.jsonl").is_file()
+    assert "sha256" in Run.open(tmp_path / "runs" / "half_seed3").info()
+    arguments[2] = tmp_path / "failing"
+    message = error_of(monkeypatch, capsys, "ablate", *arguments, *short, "--model.backbone.weights", tmp_path / "none")
+    assert "hoyer_seed0: this run failed" in message

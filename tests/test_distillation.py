@@ -154,6 +154,13 @@ def test_teachers_that_cannot_teach_are_refused(teachers, monkeypatch, capsys, t
     few = DETECTOR | {"data": DETECTOR["data"] | {"classes": ["circle", "star"]}}
     message = refusal(monkeypatch, capsys, tmp_path, few | teacher(detector))
     assert "knows the classes circle, square, triangle, star (4 in all)" in message and "circle, star" in message
+    other = CLASSIFIER | {"data": CLASSIFIER["data"] | {"mean": [0.5, 0.5, 0.5]}}
+    message = refusal(monkeypatch, capsys, tmp_path, other | teacher(classifier))
+    assert "normalised with mean (0.485, 0.456, 0.406), this recipe's are with (0.5, 0.5, 0.5)" in message
+    neck = {"levels": ["c3"], "extra_levels": 0, "out_channels": 16}
+    flatter = DETECTOR | {"model": DETECTOR["model"] | {"neck": neck}}
+    message = refusal(monkeypatch, capsys, tmp_path, flatter | teacher(detector))
+    assert "the student predicts" in message and "places, the teacher" in message
     wide = CLASSIFIER | {"model": {"backbone": {"name": "resnet18", "width": 0.25, "stem": "imagenet"}}}
     wide |= {"distillation": {"teacher": str(classifier.folder), "features": 1.0}}
     assert "map 0 of the student is" in refusal(monkeypatch, capsys, tmp_path, wide)

@@ -17,8 +17,9 @@ from PIL import Image
 
 from backbones import hoyer_penalty
 from detection.checkpoint import Run
-from detection.config import Config, load_config
+from detection.config import Config, Optimizer, load_config
 from detection.data import build_datasets, build_loader
+from detection.engine import build_optimizer
 from detection.evaluation import METRICS
 from detection.models import build_detector
 
@@ -356,3 +357,11 @@ def test_evaluate_names_what_is_wrong_with_a_run(finished, monkeypatch, capsys, 
     assert "last.safetensors: damaged weights file" in error_of(damaged)
     weights.unlink()
     assert "last.safetensors: no such weights" in error_of(damaged)
+
+
+def test_adam_is_the_authors():
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, Optimizer(name="adam", lr=1e-4, weight_decay=1e-4))
+    assert type(optimizer) is torch.optim.Adam
+    assert all(group["amsgrad"] for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 0]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from detection.checkpoint import command_line
 from detection.cli import parse_recipe, recipe_parser, run_tool
-from detection.data.download import download
 from detection.tasks import train_detector
 
 
@@ -18,9 +17,7 @@ def main() -> None:
     parser.add_argument("--download", action="store_true", help="fetch VOC or COCO into data.root first, if missing")
     config, options = parse_recipe(parser, sys.argv[1:])
     folder = Path(options.out) if options.out else Path("runs") / Path(options.config).stem
-    if options.download:
-        download(config.data)
-    line = train_detector(config, folder, command_line())
+    line = train_detector(config, folder, command_line(), download=options.download)
     numbers = [f"{key} {line[key]:.4f}" for key in ("AP", "AP50", "activity") if key in line]
     print(f"{'  '.join(numbers)}  run folder: {folder}")
     print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")

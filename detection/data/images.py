@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from detection.config import ImageAugment, ImageData
-from detection.data.records import Verify, check_classes, image_problem, load_image, require_folder
+from detection.data.records import NUM_THREADS, Verify, check_classes, image_problem, load_image, require_folder
 from detection.data.synthetic import CATEGORIES, SCALE, draw_scene
 
 
@@ -48,8 +49,8 @@ class ImageFiles:
     dropped: tuple[str, ...] = ()
 
 
-def read_images(data: ImageData, *, download: bool = False) -> tuple[Images, Images]:
-    """Training and validation images in memory, both with the same classes in the same order.
+def read_images(data: ImageData, split: Literal["train", "val"], *, download: bool = False) -> Images:
+    """A split in memory, its classes those of `data.classes` or, if that is empty, all that the split has.
 
     Images of a folder are cut to a square in their middle and resized to the side `data.size`. Files that do not
     decode are left out and named.
@@ -64,12 +65,11 @@ def read_images(data: ImageData, *, download: bool = False) -> tuple[Images, Ima
     """
     match data.format:
         case "folder":
-            train = read_folder(data.root / data.train, data.classes)
-            return _decode(train, data.size), _decode(read_folder(data.root / data.val, train.classes), data.size)
+            return _decode(read_folder(data.root / getattr(data, split), data.classes), data.size)
         case "synthetic":
-            return _draw(data, 0, data.num_train), _draw(data, 1, data.num_val)
+            return _draw(data, 0, data.num_train) if split == "train" else _draw(data, 1, data.num_val)
         case _:
-            return _cifar(data, True, download), _cifar(data, False, download)
+            return _cifar(data, split == "train", download)
 
 
 def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
@@ -77,7 +77,7 @@ def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
 
     Args:
         folder: of one split.
-        classes: class names in label order; empty: all sub-folders, sorted.
+        classes: class names in label order, other sub-folders are left out; empty: all sub-folders, sorted.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -95,7 +95,8 @@ def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
         if not paths:
             raise ValueError(f"{folder / name}: no images in it (allowed: {', '.join(IMG_EXTENSIONS)})")
         files += [(path, label) for path in paths]
-    return ImageFiles(tuple(files), names)
+    others = [f"{folder / name}: not among the classes; left out" for name in found if name not in names]
+    return ImageFiles(tuple(files), names, tuple(others))
 
 
 def check_files(files: ImageFiles, verify: Verify) -> ImageFiles:
@@ -104,7 +105,7 @@ def check_files(files: ImageFiles, verify: Verify) -> ImageFiles:
     Raises:
         ValueError: a class has no usable image.
     """
-    with ThreadPool() as pool:
+    with ThreadPool(NUM_THREADS) as pool:
         problems = pool.map(lambda file: image_problem(file[0], verify=verify), files.files, chunksize=64)
     return _without(files, problems)
 
@@ -118,7 +119,7 @@ def _without(files: ImageFiles, problems: Sequence[str | None]) -> ImageFiles:
     for label, name in enumerate(files.classes):
         if label not in left:
             raise ValueError(f"class {name!r} has no usable image; {len(dropped)} left out, the first: {dropped[0]}")
-    return ImageFiles(kept, files.classes, dropped)
+    return ImageFiles(kept, files.classes, files.dropped + dropped)
 
 
 class MemoryBatches:
@@ -249,7 +250,7 @@ def _decode(files: ImageFiles, size: int) -> Images:
             return f"the image does not decode: {error.__cause__}"
         return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
 
-    with ThreadPool() as pool:
+    with ThreadPool(NUM_THREADS) as pool:
         found = pool.map(decode, [path for path, _ in files.files], chunksize=64)
     usable = _without(files, [result if isinstance(result, str) else None for result in found])
     labels = torch.tensor([label for _, label in usable.files], dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Detectors: torchvision's, over spiking backbones and necks."""
+"""Networks of recipes and of saved runs: torchvision's detectors over spiking backbones and necks, classifiers."""
 
 from __future__ import annotations
 
