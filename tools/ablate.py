@@ -47,7 +47,9 @@ def main() -> None:
         metavar="NAME",
         help=f"of {', '.join(VARIANTS)}, or NAME='OVERRIDES'; the first is what the others are compared with",
     )
-    parser.epilog = "Further arguments are overrides of the recipe, for all variants."
+    parser.epilog = (
+        "Further arguments are overrides of the recipe, for all variants, whose own overrides come after them."
+    )
     options, common = parser.parse_known_args()
     parsed = [parse_variant(text) for text in options.variants]
     variants = dict(parsed)
@@ -56,10 +58,10 @@ def main() -> None:
     recipe = read_recipe(options.config)
     tool = "train_cls.py" if recipe.task == "classification" else "train_det.py"
     for name, overrides in variants.items():  # all of them, before hours are spent on some
-        override(recipe, [*overrides, *common], prog=f"{parser.prog}, {name}")
+        override(recipe, [*common, *overrides], prog=f"{parser.prog}, {name}")
     for seed in options.seeds:
         for name, overrides in variants.items():
-            train(tool, options.config, options.out / f"{name}_seed{seed}", [*overrides, *common], seed)
+            train(tool, options.config, options.out / f"{name}_seed{seed}", [*common, *overrides], seed)
     compare(options.out, variants)
 
 
