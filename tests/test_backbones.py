@@ -100,7 +100,8 @@ def assert_equal_state(state: dict[str, Tensor], other: dict[str, Tensor]) -> No
 
 def test_names():
     vggs, resnets = (11, 13, 16, 19), (18, 20, 34, 50, 101, 152)
-    assert backbones.names() == [*(f"vgg{depth}" for depth in vggs), *(f"resnet{depth}" for depth in resnets)]
+    published = [*(f"vgg{depth}" for depth in vggs), *(f"resnet{depth}" for depth in resnets), "mobilenetv1"]
+    assert backbones.names() == published
 
 
 @every_name

@@ -5,22 +5,22 @@
 
 is the method's spike for n = 1, and approaches the ramp clip(z / 2E, 0, 1) for large n.
 
-    python results/c2_cifar10_vgg11_levels/train.py NUM_LEVELS configs/cifar10_vgg11.yaml [overrides] --out FOLDER
+    python results/c2_cifar10_vgg11_levels/train.py configs/cifar10_vgg11.yaml --levels 3 --out runs/levels3
 """
 
 from __future__ import annotations
 
-import runpy
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import backbones.hoyer
-
-ROOT = Path(__file__).parents[2]
+from detection.checkpoint import command_line
+from detection.classification import train_classifier
+from detection.cli import parse_recipe, recipe_parser, run_tool
+from detection.config import ClassificationConfig
 
 
 def staircase(num_levels: int):
@@ -37,6 +37,14 @@ def staircase(num_levels: int):
     return spike
 
 
+def main() -> None:
+    parser = recipe_parser(__doc__)
+    parser.add_argument("--levels", type=int, required=True, help="n")
+    parser.add_argument("--out", required=True, help="folder of the new run")
+    config, options = parse_recipe(parser, sys.argv[1:], ClassificationConfig)
+    backbones.hoyer.spike = staircase(options.levels)
+    train_classifier(config, options.out, command_line())
+
+
 if __name__ == "__main__":
-    backbones.hoyer.spike = staircase(int(sys.argv.pop(1)))
-    runpy.run_path(str(ROOT / "tools" / "train_cls.py"), run_name="__main__")
+    run_tool(main)
