@@ -249,7 +249,8 @@ def evaluate_detector(
 def watch_spikes(model: nn.Module) -> Iterator[Callable[[], dict[str, Any]]]:
     """Watches an evaluation; what it gives can be called afterwards, in all processes together, for the metrics.
 
-    They are "activity", "activity_per_layer" and "potentials", or none for a model without spike layers.
+    They are "activity" and "activity_per_layer" of all processes and "potentials" of this process's first batch, or
+    none for a model without spike layers.
     """
 
     def metrics() -> dict[str, Any]:

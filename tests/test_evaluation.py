@@ -556,7 +556,13 @@ def test_evaluate_detector_writes_what_it_returns(tmp_path: Path, backend: str) 
 
 def test_numbers_of_two_processes_are_those_of_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process sees one image; both report the boxes and the spikes of both, whoever comes first."""
-    whole = evaluate_stub(slice(None))
+
+    def numbers(images: slice) -> dict:  # the histograms are of each process's own first batch
+        metrics = evaluate_stub(images)
+        assert len(metrics.pop("potentials")["spike"]) == 40
+        return metrics
+
+    whole = numbers(slice(None))
     given_away: list[list] = []
     monkeypatch.setattr(tasks, "gather_object", lambda share: given_away.append(share) or share)
     shares = [evaluate_stub(slice(i, i + 1)) for i in (0, 1)]
@@ -565,10 +571,10 @@ def test_numbers_of_two_processes_are_those_of_all_images(monkeypatch: pytest.Mo
     first, second = given_away[:2], given_away[2:]
     other = iter(second)
     monkeypatch.setattr(tasks, "gather_object", lambda share: share + next(other))
-    assert evaluate_stub(slice(0, 1)) == whole
+    assert numbers(slice(0, 1)) == whole
     other = iter(first)
     monkeypatch.setattr(tasks, "gather_object", lambda share: share + next(other))
-    assert evaluate_stub(slice(1, 2)) == whole
+    assert numbers(slice(1, 2)) == whole
 
 
 def test_evaluate_detector_takes_the_backend_of_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
