@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import backbones
@@ -96,6 +97,8 @@ def load_model(run: Run, which: Weights = "last") -> nn.Module:
     config.model.backbone.weights = None  # what the training started from: the run brings its own
     model = build_detector(config) if isinstance(config, Config) else build_classifier(config)
     run.load(model, which)
+    if config.train.channels_last:  # as in training, for the same rounding
+        model.to(memory_format=torch.channels_last)
     return model.eval()
 
 
