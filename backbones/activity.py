@@ -70,8 +70,8 @@ def record_potentials(model: nn.Module) -> Iterator[dict[str, list[float]]]:
     handles: dict[str, RemovableHandle] = {}
 
     def count(name: str, layer: HoyerSpike, u: Tensor) -> None:
-        threshold = layer.threshold.float()
-        ratio = u.float() / (threshold.view(-1, *[1] * (u.dim() - 2)) if threshold.dim() else threshold)
+        u = u.float()
+        ratio = u / layer._broadcast(layer.threshold, u)
         histograms[name] = (torch.histc(ratio, 40, -1, 3) / u.numel()).tolist()
         handles.pop(name).remove()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,14 @@ from detection.config import ClassificationConfig
 from detection.data import limit_threads
 from detection.data.images import (
     FolderImages,
-    ImageFiles,
     Images,
     MemoryBatches,
     check_files,
     read_folder,
     read_images,
 )
-from detection.distillation import learn_from
 from detection.models import build_classifier, load_model
-from detection.tasks import check_run, logged_line, make_accelerator, train_into_run, watch_spikes
+from detection.tasks import check_run, logged_line, make_accelerator, tell, train_into_run, watch_spikes
 
 
 def train_classifier(
@@ -54,8 +51,6 @@ def train_classifier(
         images, labels = batch
         return {"classification": F.cross_entropy(model(images), labels, label_smoothing=config.label_smoothing)}
 
-    if config.distillation.teacher is not None:
-        compute_losses = learn_from(config.distillation, compute_losses, model, config, accelerator)
     _, line = train_into_run(
         model,
         batches,
@@ -97,11 +92,13 @@ def training_batches(
     if in_memory(config):
         with accelerator.main_process_first():  # which fetches what the others find
             images = read_images(data, "train", download=download)
-        tell(images, "train", accelerator)
+        if accelerator.is_main_process:
+            tell("train", images.dropped)
         batches = memory_batches(images, config, accelerator, augment=data.augment, seed=train.seed)
         return batches, images.classes
     files = check_files(read_folder(data.root / data.train, data.classes), data.verify)
-    tell(files, "train", accelerator)
+    if accelerator.is_main_process:
+        tell("train", files.dropped)
     return _loader(FolderImages(files, data, train=True), config, shuffle=True), files.classes
 
 
@@ -110,10 +107,12 @@ def validation_batches(config: ClassificationConfig, accelerator: Accelerator) -
     data = config.data
     if in_memory(config):
         images = read_images(data, "val")
-        tell(images, "val", accelerator)
+        if accelerator.is_main_process:
+            tell("val", images.dropped)
         return memory_batches(images, config, accelerator)
     files = check_files(read_folder(data.root / data.val, data.classes), data.verify)
-    tell(files, "val", accelerator)
+    if accelerator.is_main_process:
+        tell("val", files.dropped)
     mine = range(accelerator.process_index, len(files.files), accelerator.num_processes)
     return _loader(Subset(FolderImages(files, data, train=False), mine), config, shuffle=False)
 
@@ -155,12 +154,6 @@ def evaluate_classifier(model: nn.Module, batches: Iterable[Any], accelerator: A
             sums += torch.stack(_count(logits.float(), labels))
     number, top1, top5, loss = accelerator.reduce(sums, "sum").tolist()
     return {"top1": top1 / number, "top5": top5 / number, "val_loss": loss / number, **spikes()}
-
-
-def tell(split: Images | ImageFiles, name: str, accelerator: Accelerator) -> None:
-    """Says once on standard error what had to be left out of a split."""
-    for sentence in split.dropped if accelerator.is_main_process else ():
-        print(f"{name}: {sentence}", file=sys.stderr)
 
 
 def _count(logits: Tensor, labels: Tensor) -> list[Tensor]:

@@ -384,20 +384,21 @@ def load_config(
         ValueError: the file is not YAML, or a key or value is not allowed; the message names file, key and remedy.
         SystemExit: an override is wrong (explained on standard error), or `--help` was among them.
     """
-    values = _read_values(path)
-    if _kind(path, values) is not kind:
+    config = read_recipe(path)
+    if not isinstance(config, kind):
         wanted = kind.model_fields["task"].default
-        raise ValueError(f"{path}: task is {values.get('task', 'detection')!r}; a recipe of {wanted} is needed here")
-    try:
-        config = kind.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"{path}: " + "; ".join(_explain(error, kind))) from None
+        raise ValueError(f"{path}: task is {config.task!r}; a recipe of {wanted} is needed here")
     return override(config, overrides, prog=prog)
 
 
 def read_recipe(path: str | Path) -> Recipe:
     """The recipe in `path`, of the kind that its `task` says; errors as in `load_config`."""
-    return load_config(path, kind=_kind(path, _read_values(path)))
+    values = _read_values(path)
+    kind = _kind(path, values)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: " + "; ".join(_explain(error, kind))) from None
 
 
 def override(config: AnyConfig, overrides: Sequence[str], *, prog: str | None = None) -> AnyConfig:

@@ -64,16 +64,10 @@ def train_detector(
         aspect_groups=config.data.aspect_groups,
     )
     val_loader = evaluation_loader(val, config, accelerator)
-
-    def compute_losses(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        return model(*batch)
-
-    if config.distillation.teacher is not None:
-        compute_losses = learn_from(config.distillation, compute_losses, model, config, accelerator)
     run, line = train_into_run(
         model,
         loader,
-        compute_losses=compute_losses,
+        compute_losses=lambda model, batch: model(*batch),
         evaluate=lambda model: evaluate_detector(model, val_loader, val, config, accelerator),
         best_by="AP",
         config=config,
@@ -114,10 +108,12 @@ def train_into_run(
     command: Sequence[str],
     accelerator: Accelerator,
 ) -> tuple[Run, dict[str, Any]]:
-    """Trains `model` into a new run folder, its backbone compiled or in channels-last order as the recipe says.
+    """Trains `model` into a new run folder, with a teacher, compiled, in channels-last order as the recipe says.
 
     A run that ends before its first epoch does leaves no folder. See `fit` for the rest.
     """
+    if config.distillation.teacher is not None:
+        compute_losses = learn_from(config.distillation, compute_losses, model, config, accelerator)
     if config.train.channels_last:  # of the weights; the feature maps follow them
         model.to(memory_format=torch.channels_last)
     if config.train.compile:
@@ -295,9 +291,15 @@ def read_data(config: Config, *, quiet: bool = False) -> tuple[DetectionDataset,
     """Training and validation data; what had to be left out is told on standard error, unless `quiet`."""
     datasets = build_datasets(config.data)
     for name, dataset in zip(("train", "val"), datasets, strict=True):
-        for sentence in () if quiet else dataset.annotations.dropped:
-            print(f"{name}: {sentence}", file=sys.stderr)
+        if not quiet:
+            tell(name, dataset.annotations.dropped)
     return datasets
+
+
+def tell(split: str, dropped: Iterable[str]) -> None:
+    """Says on standard error what had to be left out of a split."""
+    for sentence in dropped:
+        print(f"{split}: {sentence}", file=sys.stderr)
 
 
 @torch.no_grad()

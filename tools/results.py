@@ -22,14 +22,13 @@ COLUMNS = {
 }
 
 
-def table_row(root: Path, folder: Path) -> str:
+def table_row(root: Path, run: Run) -> str:
     """One run as a row of its table."""
-    run = Run.open(folder)
     history, info, model = run.history(), run.info(), run.config.model
     last = history[-1]
     minutes = sum(line["seconds"] + line.get("eval_seconds", 0.0) for line in history) / 60
     machine = info["machine"]["gpu"] or f"{info['machine']['threads']} of {info['machine']['cores']} CPU cores"
-    name = folder.relative_to(root).as_posix()
+    name = run.folder.relative_to(root).as_posix()
     network = f"{model.backbone.name} x{model.backbone.width:g}"
     cells = [
         f"[{name}]({name}/)",
@@ -49,21 +48,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="folder of run folders")
     options = parser.parse_args()
-    folders = sorted(path.parent for path in options.folder.rglob("config.yaml"))
-    for folder in [folder for folder in folders if "sha256" not in Run.open(folder).info()]:
-        print(f"{folder}: not finished, left out", file=sys.stderr)
-        folders.remove(folder)
-    if not folders:
+    runs = []
+    for path in sorted(options.folder.rglob("config.yaml")):
+        run = Run.open(path.parent)
+        if "sha256" in run.info():
+            runs.append(run)
+        else:
+            print(f"{run.folder}: not finished, left out", file=sys.stderr)
+    if not runs:
         raise FileNotFoundError(f"{options.folder}: no finished run in it")
     text = HEADER
     for task, metrics in COLUMNS.items():
-        rows = [table_row(options.folder, folder) for folder in folders if Run.open(folder).config.task == task]
+        rows = [table_row(options.folder, run) for run in runs if run.config.task == task]
         if rows:
             columns = ["run", "network", "activation", "epochs", *metrics, "spike activity", "minutes", "machine"]
             columns += ["SHA-256 of the weights"]
             text += f"\n## {task.capitalize()}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n" + "".join(rows)
     (options.folder / "README.md").write_text(text, encoding="utf-8")
-    print(f"{options.folder / 'README.md'}: {len(folders)} runs")
+    print(f"{options.folder / 'README.md'}: {len(runs)} runs")
 
 
 if __name__ == "__main__":
