@@ -9,29 +9,59 @@ from typing import Any
 from torch import Tensor
 
 from . import mobilenet, resnet, vgg
-from .activity import LayerActivity, record_activity, record_potentials, spike_activity
-from .base import Activation, Backbone, Classifier, FeatureInfo, SpikeFactory, Stem, load_weights
+from .activity import (
+    Certificate,
+    Finding,
+    LayerActivity,
+    Measurement,
+    WeightedLayer,
+    certify,
+    measure_activity,
+    record_activity,
+    record_layers,
+    record_potentials,
+    spike_activity,
+)
+from .base import Activation, Backbone, Classifier, FeatureInfo, SpikeFactory, Stem
+from .energy import HOROWITZ_45NM, CostTable, EnergyReport, FirstLayer, NetworkEnergy, energy, read_costs
 from .hoyer import HoyerSpike, extremum, hoyer_penalties, hoyer_penalty, moments, regulariser, spike
+from .weights import load_weights, read_tensors, tensors_to_bytes
 
 __all__ = [
+    "HOROWITZ_45NM",
     "Backbone",
+    "Certificate",
     "Classifier",
+    "CostTable",
+    "EnergyReport",
     "FeatureInfo",
+    "Finding",
+    "FirstLayer",
     "HoyerSpike",
     "LayerActivity",
+    "Measurement",
+    "NetworkEnergy",
     "SpikeFactory",
+    "WeightedLayer",
+    "certify",
     "create",
+    "energy",
     "extremum",
     "hoyer_penalties",
     "hoyer_penalty",
     "load_weights",
+    "measure_activity",
     "moments",
     "names",
+    "read_costs",
+    "read_tensors",
     "record_activity",
+    "record_layers",
     "record_potentials",
     "regulariser",
     "spike",
     "spike_activity",
+    "tensors_to_bytes",
 ]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -136,52 +134,3 @@ def pool_and_norm(pool: nn.Module, channels: int, *, pool_first: bool) -> list[n
     """A pooling and a BatchNorm, in the published order or the other way round."""
     layers = [pool, nn.BatchNorm2d(channels)]
     return layers if pool_first else layers[::-1]
-
-
-def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor]) -> None:
-    """Loads weights into `backbone`, strictly.
-
-    Args:
-        backbone: changed in place, only if every key fits.
-        weights: a .safetensors file, or a state dict. The keys are those of a bare backbone, of a `Classifier`
-            ("backbone.*") or of a detector ("backbone.body.*"); other parts of those are left out.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a key is missing, unknown, or of another shape; the message names it.
-    """
-    source = "state dict" if isinstance(weights, Mapping) else str(weights)
-    state = dict(weights) if isinstance(weights, Mapping) else _read_safetensors(Path(weights))
-    for prefix in ("backbone.body.", "backbone."):
-        if any(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            break
-    wanted = backbone.state_dict()
-    problems = [f"{key!r} is missing" for key in wanted if key not in state]
-    problems += [f"{key!r} is unknown to this backbone" for key in state if key not in wanted]
-    problems += [
-        f"{key!r} has the shape {tuple(state[key].shape)}, this backbone wants {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(
-            f"{source} does not fit the backbone: {problems[0]}{more}; "
-            "name, width, stem, activation, extremum and pool_first must be those that the weights were trained with"
-        )
-    backbone.load_state_dict(state)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights file")
-    try:
-        from safetensors import SafetensorError  # the one thing that needs more than torch
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ImportError(f"reading {path} needs safetensors: pip install safetensors") from None
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None

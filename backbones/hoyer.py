@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,6 +65,22 @@ def spike(z: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
     return hard + (g - g.detach())
 
 
+def sum_over_processes(*sums: Tensor) -> list[Tensor]:
+    """The sums of all processes of torch.distributed together, in float32 or wider; as they are where there is one.
+
+    Every process must call it with the same shapes. The gradient of a sum goes to this process's own share, times the
+    number of processes: averaged over them, as DistributedDataParallel does, it is the gradient of the whole.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return list(sums)
+    own = torch.cat([value.reshape(-1) for value in sums])
+    total = own.detach().clone()
+    dist.all_reduce(total)
+    total = total + dist.get_world_size() * (own - own.detach())  # the bracket is exactly 0
+    parts = total.split([value.numel() for value in sums])
+    return [part.view_as(value) for part, value in zip(parts, sums, strict=True)]
+
+
 class HoyerSpike(nn.Module):
     """Spikes of one layer: 0/1 in the shape and dtype of the membrane potential.
 
@@ -79,6 +96,8 @@ class HoyerSpike(nn.Module):
             belongs to the whole layer.
         momentum: weight of a batch in the running average, once 1 / momentum batches have been seen.
         fixed: E = 1 at all times, that is a plain threshold v_th: the ablation without the extremum.
+        sync: take the moments over the batches of all processes, so that E and H are those of one process with all
+            the images. For training by `DistributedDataParallel`, which averages the gradients.
 
     Shape: (N, C, *) -> (N, C, *), also (N, C).
 
@@ -88,26 +107,38 @@ class HoyerSpike(nn.Module):
         num_batches_tracked: batches averaged so far, int64, shape ().
     """
 
-    def __init__(self, channels: int, *, per_channel: bool = False, momentum: float = 0.1, fixed: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        per_channel: bool = False,
+        momentum: float = 0.1,
+        fixed: bool = False,
+        sync: bool = False,
+    ) -> None:
         super().__init__()
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1], got {momentum}")
-        self.channels, self.per_channel, self.momentum, self.fixed = channels, per_channel, momentum, fixed
+        self.channels, self.per_channel, self.momentum = channels, per_channel, momentum
+        self.fixed, self.sync = fixed, sync
         self.v_th = nn.Parameter(torch.ones(()))
         self.register_buffer("extremum", torch.ones(channels if per_channel else ()))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
         self._penalty: Tensor | None = None  # H of the training passes since the last hoyer_penalty
-        self._neurons = 0  # neurons that H was taken over
+        self._neurons: int | Tensor = 0  # that H was taken over
 
     def forward(self, u: Tensor) -> Tensor:
         z = u / self.v_th.abs().clamp_min(1e-6).to(u.dtype)  # the bound is only to keep z finite should v_th cross 0
         if not self.training:
             return spike(z) if self.fixed else spike(z, self._broadcast(self.extremum, z))
         sum_c, sum_c2 = moments(F.hardtanh(z, 0.0, 1.0), per_channel=self.per_channel)
+        neurons: int | Tensor = z.numel()
+        if self.sync:
+            sum_c, sum_c2, neurons = sum_over_processes(sum_c, sum_c2, sum_c.new_tensor(neurons))
         if torch.is_grad_enabled():
             penalty = regulariser(sum_c, sum_c2)
             self._penalty = penalty if self._penalty is None else self._penalty + penalty
-            self._neurons += z.numel()
+            self._neurons = self._neurons + neurons
         if self.fixed:
             return spike(z)
         batch_extremum = extremum(sum_c, sum_c2)

@@ -1,0 +1,380 @@
+"""Energy of a measured network, and of its analogue, quantised and binary twins, in picojoules per image.
+
+The twins have the topology of the measured network and see the same images, so one measurement serves for all:
+
+    network        a layer whose inputs were 0/1             any other layer        numbers
+    spiking        synaptic operations, each an AC           exact MACs             float32
+    spiking_int8   the same                                  the same               8 bits
+    twin           exact MACs                                exact MACs             float32
+    twin_int8      exact MACs                                exact MACs             8 bits
+    binary         exact MACs, each an AC                    exact MACs             float32
+
+"twin" has ReLU in place of the spike layers, "binary" has 1-bit activations and does not skip zeros. Conventions:
+
+- Operations are counted exactly at the borders: nothing falls into the padding. A MAC or AC with a zero input is paid
+  in "twin", "twin_int8" and "binary"; the "spiking" networks skip it where inputs are 0/1, and pay it elsewhere.
+- A neuron of a spike layer costs a comparison, in "binary" too; a ReLU costs nothing. BatchNorm costs nothing: it folds
+  into the threshold, in the twins into the weights. Nor do pooling, residual sums, or what follows the last layer.
+- Memory: every weight is read once per image, also where several calls share it; every input of a layer is read once
+  and every output written once. 0/1 inputs are 1 bit. An output leaves as 1 bit for each spike layer that takes it
+  straight, or as a real value where something else needs it too (a residual sum). In the twins all of them are real
+  values. A real value has 32 bits, with 8-bit numbers 8; a weight likewise, but a bias has always 32.
+- Memory traffic is priced as if all of it went to SRAM, and as if all of it went to DRAM; caches are left aside.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .activity import Measurement, WeightedLayer
+
+SPIKING = ("spiking", "spiking_int8", "binary")  # there only for a network with spike layers
+NETWORKS = ("spiking", "spiking_int8", "twin", "twin_int8", "binary")
+RATIOS = (("spiking", "twin"), ("spiking", "twin_int8"), ("spiking_int8", "twin_int8"), ("spiking", "binary"))
+WORD_BITS = 32
+BIAS_BITS = 32
+PIXEL_BITS = 8  # of a channel of the raw image
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """What an operation and a memory access cost, in picojoules.
+
+    Attributes:
+        name: of the table, for the report.
+        mac_pj: multiply-accumulate, 32-bit float.
+        ac_pj: accumulate, 32-bit float.
+        comparison_pj: of a potential with its threshold, 32-bit float.
+        int8_mac_pj: multiply-accumulate of 8-bit integers.
+        int8_ac_pj: accumulate of an 8-bit weight.
+        int8_comparison_pj: of an accumulator with its threshold.
+        sram_pj: access to on-chip memory, per 32-bit word.
+        dram_pj: access to off-chip memory, per 32-bit word.
+    """
+
+    name: str
+    mac_pj: float
+    ac_pj: float
+    comparison_pj: float
+    int8_mac_pj: float
+    int8_ac_pj: float
+    int8_comparison_pj: float
+    sram_pj: float
+    dram_pj: float
+
+    def __post_init__(self) -> None:
+        for key in _COSTS:
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{key} {value!r}: a cost is a number of picojoules, 0 or more")
+
+
+_COSTS = tuple(field.name for field in fields(CostTable) if field.name != "name")
+
+HOROWITZ_45NM = CostTable(
+    name="45 nm (Horowitz, ISSCC 2014)",
+    mac_pj=4.6,
+    ac_pj=0.9,
+    comparison_pj=0.9,
+    int8_mac_pj=0.3,
+    int8_ac_pj=0.1,
+    int8_comparison_pj=0.1,
+    sram_pj=5.0,
+    dram_pj=640.0,
+)
+"""45 nm at 0.9 V: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014.
+
+32-bit float: multiply 3.7 and add 0.9, so a MAC is 4.6; a comparison is priced like an add. 8-bit integers: a multiply
+is 0.2 and the sum of many products needs a 32-bit integer add, 0.1, so a MAC is 0.3 and an AC or a comparison 0.1 (an
+8-bit add would be 0.03). SRAM 5 and DRAM 640 per 32-bit word.
+"""
+
+
+def read_costs(path: str | Path) -> CostTable:
+    """The cost table in a YAML or JSON file: every key of `CostTable` in picojoules; `name` may be left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: a YAML file, and PyYAML is not installed.
+        ValueError: the file is neither, or a key is unknown, missing or no cost; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such cost file")
+    values = _read_mapping(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected the keys {', '.join(_COSTS)}, got {type(values).__name__}")
+    allowed = ("name", *_COSTS)
+    unknown = [str(key) for key in values if key not in allowed]
+    if unknown:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r} (allowed: {', '.join(allowed)})")
+    missing = [key for key in _COSTS if key not in values]
+    if missing:
+        raise ValueError(f"{path}: missing {', '.join(missing)}, in picojoules")
+    try:
+        return CostTable(**{"name": path.stem} | values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_mapping(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file") from None
+    if path.suffix == ".json":
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not a JSON file: {error}") from None
+    try:
+        import yaml  # the one thing that needs more than torch
+    except ImportError:
+        raise ImportError(f"reading {path} needs PyYAML: pip install pyyaml (or give a .json file)") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+
+
+@dataclass(frozen=True)
+class NetworkEnergy:
+    """Operations, memory traffic and energy of a layer or a whole network, per image.
+
+    Attributes:
+        macs, acs, comparisons: operations.
+        compute_pj: of MACs and ACs.
+        comparison_pj: of comparisons.
+        weight_bits: weights and biases read.
+        read_bits: activations read.
+        write_bits: activations written.
+        memory_sram_pj: of all traffic, if all of it is SRAM.
+        memory_dram_pj: if all of it is DRAM.
+    """
+
+    macs: float
+    acs: float
+    comparisons: float
+    compute_pj: float
+    comparison_pj: float
+    weight_bits: float
+    read_bits: float
+    write_bits: float
+    memory_sram_pj: float
+    memory_dram_pj: float
+
+    @property
+    def activation_bits(self) -> float:
+        """Activations read and written."""
+        return self.read_bits + self.write_bits
+
+    @property
+    def total_pj(self) -> float:
+        """Operations, memory left aside."""
+        return self.compute_pj + self.comparison_pj
+
+    @property
+    def total_sram_pj(self) -> float:
+        """Operations, and memory traffic to SRAM."""
+        return self.total_pj + self.memory_sram_pj
+
+    @property
+    def total_dram_pj(self) -> float:
+        """Operations, and memory traffic to DRAM."""
+        return self.total_pj + self.memory_dram_pj
+
+    def to_dict(self) -> dict[str, float]:
+        """Every attribute and total by name."""
+        totals = ("activation_bits", "total_pj", "total_sram_pj", "total_dram_pj")
+        return asdict(self) | {key: getattr(self, key) for key in totals}
+
+
+@dataclass(frozen=True)
+class FirstLayer:
+    """What leaves a first layer that is computed in the sensor, against the raw image; bits per image.
+
+    Attributes:
+        spike_layer: the first spike layer that ran.
+        num_neurons: of it, per image.
+        firing_rate: of it, in [0, 1].
+        spike_bits: 1 per neuron.
+        entropy_bits: a bound for any code that knows the firing rate alone: neurons times the binary entropy of it.
+        image_bits: 8 for each channel of each pixel that the network sees, so after resizing and padding.
+        spikes_suffice: whether these spikes are all that the rest of the network needs. Where they are not, as with a
+            residual stream that starts in front of the spike layer, real values would have to leave the sensor too.
+    """
+
+    spike_layer: str
+    num_neurons: float
+    firing_rate: float
+    spike_bits: float
+    entropy_bits: float
+    image_bits: float
+    spikes_suffice: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every attribute by name, and how many times fewer bits the spikes and their bound are than the image."""
+        return asdict(self) | {
+            "reduction": _quotient(self.image_bits, self.spike_bits),
+            "entropy_reduction": _quotient(self.image_bits, self.entropy_bits),
+        }
+
+
+@dataclass(frozen=True)
+class EnergyReport:
+    """Networks side by side, per image.
+
+    Attributes:
+        costs: the table that was used.
+        layers: by layer and network. The comparisons of a spike layer stand with the layer that its spikes enter
+            first; where they enter none, they are in `networks` only.
+        networks: of all layers together, by network; the twins alone for a network without spike layers.
+        ratios: "spiking/twin" and so on: the quotient of "operations" (memory left aside), "with_sram" and
+            "with_dram"; None where the divisor is 0.
+        first_layer: None without spike layers.
+    """
+
+    costs: CostTable
+    layers: dict[str, dict[str, NetworkEnergy]]
+    networks: dict[str, NetworkEnergy]
+    ratios: dict[str, dict[str, float | None]]
+    first_layer: FirstLayer | None
+
+
+def energy(measured: Measurement, costs: CostTable = HOROWITZ_45NM) -> EnergyReport:
+    """The energy of a measured network and of its twins; this module's text has the conventions.
+
+    Args:
+        measured: of `measure_activity` or `record_layers`.
+        costs: picojoules by operation.
+
+    Raises:
+        RuntimeError: nothing was measured.
+    """
+    if not measured.num_images:
+        raise RuntimeError("nothing was measured: pass images through the model first")
+    names = [name for name in NETWORKS if measured.spikes or name not in SPIKING]
+    layers = {
+        layer.name: {name: _layer_energy(name, layer, measured, costs) for name in names}
+        for layer in measured.layers.values()
+    }
+    comparisons = sum(spikes.num_neurons for spikes in measured.spikes.values()) / measured.num_images
+    networks = {
+        name: _total((layer[name] for layer in layers.values()), comparisons if name in SPIKING else 0.0, name, costs)
+        for name in names
+    }
+    ratios = {
+        f"{one}/{other}": {
+            key: _quotient(getattr(networks[one], total), getattr(networks[other], total))
+            for key, total in (
+                ("operations", "total_pj"),
+                ("with_sram", "total_sram_pj"),
+                ("with_dram", "total_dram_pj"),
+            )
+        }
+        for one, other in RATIOS
+        if one in networks
+    }
+    return EnergyReport(costs, layers, networks, ratios, _first_layer(measured))
+
+
+def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, costs: CostTable) -> NetworkEnergy:
+    spiking, real_bits = network in SPIKING, _real_bits(network)
+    ones_and_zeros = spiking and layer.is_binary
+    macs = 0 if ones_and_zeros else layer.num_exact_macs
+    acs = 0
+    if ones_and_zeros:
+        acs = layer.num_exact_macs if network == "binary" else layer.num_synops
+    comparisons = sum(measured.spikes[name].num_neurons for name in layer.spikes_from) if spiking else 0
+    read_bits = layer.num_inputs * (1 if ones_and_zeros else real_bits)
+    leave_as_spikes = spiking and layer.output_bits is not None
+    write_bits = layer.num_outputs * (min(layer.output_bits, real_bits) if leave_as_spikes else real_bits)
+    # Once per image in which the layer ran, however many levels of a pyramid share it.
+    weight_bits = (layer.num_weights * real_bits + layer.num_biases * BIAS_BITS) * layer.num_images
+    return _price(
+        network,
+        costs,
+        macs=macs / measured.num_images,
+        acs=acs / measured.num_images,
+        comparisons=comparisons / measured.num_images,
+        weight_bits=weight_bits / measured.num_images,
+        read_bits=read_bits / measured.num_images,
+        write_bits=write_bits / measured.num_images,
+    )
+
+
+def _total(layers: Iterable[NetworkEnergy], comparisons: float, network: str, costs: CostTable) -> NetworkEnergy:
+    summed = ("macs", "acs", "weight_bits", "read_bits", "write_bits")
+    sums = dict.fromkeys(summed, 0.0)
+    for layer in layers:
+        for key in summed:
+            sums[key] += getattr(layer, key)
+    return _price(network, costs, comparisons=comparisons, **sums)
+
+
+def _price(
+    network: str,
+    costs: CostTable,
+    *,
+    macs: float,
+    acs: float,
+    comparisons: float,
+    weight_bits: float,
+    read_bits: float,
+    write_bits: float,
+) -> NetworkEnergy:
+    int8 = network.endswith("_int8")
+    mac_pj, ac_pj, comparison_pj = (
+        (costs.int8_mac_pj, costs.int8_ac_pj, costs.int8_comparison_pj)
+        if int8
+        else (costs.mac_pj, costs.ac_pj, costs.comparison_pj)
+    )
+    words = (weight_bits + read_bits + write_bits) / WORD_BITS
+    return NetworkEnergy(
+        macs=macs,
+        acs=acs,
+        comparisons=comparisons,
+        compute_pj=macs * mac_pj + acs * ac_pj,
+        comparison_pj=comparisons * comparison_pj,
+        weight_bits=weight_bits,
+        read_bits=read_bits,
+        write_bits=write_bits,
+        memory_sram_pj=words * costs.sram_pj,
+        memory_dram_pj=words * costs.dram_pj,
+    )
+
+
+def _real_bits(network: str) -> int:
+    return 8 if network.endswith("_int8") else 32
+
+
+def _first_layer(measured: Measurement) -> FirstLayer | None:
+    stem = measured.stem
+    first = next((name for name in measured.ran if name in measured.spikes), None)
+    if stem is None or first is None:
+        return None
+    spikes, layer = measured.spikes[first], measured.layers[stem]
+    num_neurons, rate = spikes.num_neurons / measured.num_images, spikes.firing_rate
+    return FirstLayer(
+        spike_layer=first,
+        num_neurons=num_neurons,
+        firing_rate=rate,
+        spike_bits=num_neurons,
+        entropy_bits=num_neurons * _entropy(rate),
+        image_bits=PIXEL_BITS * layer.num_inputs / measured.num_images,
+        spikes_suffice=layer.output_bits is not None and layer.spikes_to == [first],
+    )
+
+
+def _entropy(rate: float) -> float:
+    """Bits per neuron that fires with this probability."""
+    return -sum(share * math.log2(share) for share in (rate, 1 - rate) if share > 0)
+
+
+def _quotient(one: float, other: float) -> float | None:
+    return one / other if other else None

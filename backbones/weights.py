@@ -1,0 +1,103 @@
+"""Weights on disk: safetensors files that carry a checksum of what they hold, loaded strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .base import Backbone
+
+# The one entry in the metadata of a file that this project wrote: the checksum, and behind it a text. One, because the
+# order of several in the file would be random; of a shape that is known even where its name is damaged.
+CHECKSUM = "sha256"
+DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor]) -> None:
+    """Loads weights into `backbone`, strictly.
+
+    Args:
+        backbone: changed in place, only if every key fits.
+        weights: a .safetensors file, or a state dict. The keys are those of a bare backbone, of a `Classifier`
+            ("backbone.*") or of a detector ("backbone.body.*"); other parts of those are left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a key is missing, unknown, or of another shape; the message names it.
+    """
+    source = "state dict" if isinstance(weights, Mapping) else str(weights)
+    state = dict(weights) if isinstance(weights, Mapping) else read_tensors(Path(weights))[0]
+    for prefix in ("backbone.body.", "backbone."):
+        if any(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            break
+    wanted = backbone.state_dict()
+    problems = [f"{key!r} is missing" for key in wanted if key not in state]
+    problems += [f"{key!r} is unknown to this backbone" for key in state if key not in wanted]
+    problems += [
+        f"{key!r} has the shape {tuple(state[key].shape)}, this backbone wants {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(
+            f"{source} does not fit the backbone: {problems[0]}{more}; "
+            "name, width, stem, activation, extremum and pool_first must be those that the weights were trained with"
+        )
+    backbone.load_state_dict(state)
+
+
+def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256, in 64 hexadecimal digits, of names, types, shapes and bytes of the tensors, and of a text."""
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor], text: str = "") -> bytes:
+    """A .safetensors file of tensors and a text with a checksum of both, for `read_tensors`; needs safetensors.
+
+    The same content gives the same bytes.
+    """
+    from safetensors.torch import save
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return save(tensors, {CHECKSUM: checksum(tensors, text) + text})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors, on the CPU, and text of a .safetensors file; nothing is unpickled.
+
+    A file by `tensors_to_bytes` must have the content that its checksum says; files of others have none, and no text.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: safetensors is not installed.
+        ValueError: the file is no safetensors file, or is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file")
+    try:
+        from safetensors import SafetensorError, safe_open  # the one thing that needs more than torch
+    except ImportError:
+        raise ImportError(f"reading {path} needs safetensors: pip install safetensors") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: damaged weights file ({' '.join(str(error).split())})") from None
+    if not (CHECKSUM in metadata or any(DIGEST.match(value) for value in metadata.values())):
+        return tensors, ""
+    entry = metadata.get(CHECKSUM, "")
+    if entry[:64] != checksum(tensors, entry[64:]):
+        raise ValueError(f"{path}: damaged weights file (its content is not what its checksum says)")
+    return tensors, entry[64:]
