@@ -8,17 +8,17 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
+from backbones import read_tensors, tensors_to_bytes
 from detection.config import Recipe, read_recipe, save_config
+from detection.files import write_whole
 
 Weights = Literal["best", "last", "ema"]
 PACKAGES = ("torch", "torchvision", "numpy", "albumentations", "pycocotools", "accelerate", "safetensors")
@@ -29,7 +29,8 @@ class Run:
 
     Files: config.yaml (the whole recipe), run.json (command, versions, machine; weights' checksums at the end),
     metrics.jsonl (a line per epoch), best.safetensors, last.safetensors and, where there is one, the
-    average ema.safetensors, curves.png, dynamics.png (with spike layers), predictions.png (a detector's).
+    average ema.safetensors, curves.png, dynamics.png (with spike layers), predictions.png (a detector's). Until the
+    training has ended also state.safetensors, from which it can go on, see `detection.resume`.
 
     Attributes:
         folder: where all that lies.
@@ -48,11 +49,12 @@ class Run:
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"{folder} exists already; name another folder, or remove it first")
+            go_on = ", or go on with --resume" if (folder / "config.yaml").is_file() else ""
+            raise FileExistsError(f"{folder} exists already; name another folder, or remove it first{go_on}")
         return folder
 
     @classmethod
-    def create(cls, folder: str | Path, config: Recipe, command: list[str]) -> Run:
+    def create(cls, folder: str | Path, config: Recipe, command: Sequence[str]) -> Run:
         """A new run folder with config.yaml and run.json in it.
 
         Raises:
@@ -77,9 +79,24 @@ class Run:
             raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
         return cls(folder, read_recipe(folder / "config.yaml"))
 
+    def note_resumption(self, command: Sequence[str]) -> None:
+        """Adds to run.json that the training went on, by which command; config.yaml takes what may have changed."""
+        save_config(self.config, self.folder / "config.yaml")
+        started = (self.folder / "run.json").is_file()  # not if it was killed before its first step
+        info = self.info() if started else {"command": " ".join(command), **describe_environment()}
+        self.write_info(info | {"resumed": [*info.get("resumed", []), " ".join(command)]})
+
     def info(self) -> dict[str, Any]:
-        """What run.json holds."""
-        return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+        """What run.json holds.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged.
+        """
+        path = self.folder / "run.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; a run folder has one from its beginning")
+        return _parse(path.read_bytes(), str(path))
 
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Replaces run.json."""
@@ -87,12 +104,25 @@ class Run:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl."""
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.folder / "metrics.jsonl"
+        whole = path.read_bytes() if path.is_file() else b""
+        write_whole(path, whole + (json.dumps(line) + "\n").encode())
+
+    def forget_after(self, num_epochs: int) -> None:
+        """Takes the lines of later epochs out of metrics.jsonl: they were logged after the last saved state."""
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            lines = path.read_bytes().splitlines(keepends=True)
+            write_whole(path, b"".join(lines[:num_epochs]))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training went to its end."""
+        return "sha256" in self.info()
 
     def discard_if_empty(self) -> None:
-        """Removes the folder again if no epoch was logged: a run that failed at once leaves nothing behind."""
-        if not (self.folder / "metrics.jsonl").exists():
+        """Removes the folder again if the training left nothing in it: one that failed at once leaves no trace."""
+        if not any((self.folder / name).exists() for name in ("metrics.jsonl", "state.safetensors")):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def history(self) -> list[dict[str, Any]]:
@@ -100,18 +130,17 @@ class Run:
 
         Raises:
             FileNotFoundError: the run has not finished an epoch.
+            ValueError: a line is damaged.
         """
         path = self.folder / "metrics.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such log; the run has not finished its first epoch")
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = enumerate(path.read_bytes().splitlines(), start=1)
+        return [_parse(line, f"{path}, line {number}") for number, line in lines]
 
     def save(self, model: nn.Module, which: Weights) -> None:
         """Writes the weights and buffers of `model`; the file is replaced in one step or not at all."""
-        path = self.folder / f"{which}.safetensors"
-        part = path.with_suffix(".part")
-        save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, part)
-        os.replace(part, path)
+        write_whole(self.folder / f"{which}.safetensors", tensors_to_bytes(model.state_dict()))
 
     def load(self, model: nn.Module, which: Weights = "last") -> None:
         """Loads saved weights into `model`, strictly.
@@ -121,7 +150,7 @@ class Run:
             ValueError: the file is damaged, or a key is missing, unknown or of another shape.
         """
         path = self.folder / f"{which}.safetensors"
-        state = read_weights(path)
+        state, _ = read_tensors(path)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
@@ -131,25 +160,18 @@ class Run:
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of each weights file by its name."""
-        return {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(self.folder.glob("*.safetensors"))
-        }
+        paths = [self.folder / f"{which}.safetensors" for which in sorted(get_args(Weights))]
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, on the CPU.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights")
+def _parse(text: bytes, where: str) -> dict[str, Any]:
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged weights file ({error})") from None
+        value = json.loads(text)
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{where}: damaged, no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: damaged, expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def describe_environment() -> dict[str, Any]:
@@ -174,10 +196,3 @@ def describe_environment() -> dict[str, Any]:
 def command_line() -> list[str]:
     """The command that started this process, as a user would type it."""
     return ["python", *sys.argv]
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Replaces the file in one step or not at all."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from detection.checkpoint import Run, Weights
 from detection.config import ClassificationConfig
-from detection.data import limit_threads
+from detection.data import SeededItems, TrainingBatches, TrainingLoader, evaluation_batches, loader_options
 from detection.data.images import (
     FolderImages,
     Images,
@@ -24,22 +25,29 @@ from detection.data.images import (
     read_folder,
     read_images,
 )
+from detection.engine import Batches
 from detection.models import build_classifier, load_model
 from detection.tasks import check_run, logged_line, make_accelerator, tell, train_into_run, watch_spikes
 
 
 def train_classifier(
-    config: ClassificationConfig, folder: str | Path, command: Sequence[str], *, download: bool = False
+    config: ClassificationConfig,
+    folder: str | Path,
+    command: Sequence[str],
+    *,
+    download: bool = False,
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Trains the classifier of a recipe into a new run folder; gives the last line of its log.
+    """Trains the classifier of a recipe into a run folder; gives the last line of its log.
 
     Args:
         config: the recipe.
-        folder: where the run goes; must not exist, or be empty.
+        folder: where the run goes; must not exist, or be empty, or with `resume` be a run of this recipe.
         command: how the run was started, for its log.
         download: fetch CIFAR if it is missing.
+        resume: go on with the run in `folder` from its last saved state, or from the beginning if it has none.
     """
-    check_run(config, folder)
+    check_run(config, folder, resume=resume)
     accelerator = make_accelerator(config, folder)
     batches, classes = training_batches(config, accelerator, download=download)
     config = config.model_copy(update={"data": config.data.model_copy(update={"classes": list(classes)})})
@@ -61,6 +69,7 @@ def train_classifier(
         folder=folder,
         command=command,
         accelerator=accelerator,
+        resume=resume,
     )
     return line
 
@@ -76,15 +85,15 @@ def evaluate_classification_run(folder: str | Path, which: Weights = "last") -> 
     if not isinstance(run.config, ClassificationConfig):
         raise ValueError(f"{folder}: a run of {run.config.task}, not of classification")
     logged = logged_line(run, which, "top1")
-    accelerator = Accelerator(mixed_precision=run.config.train.precision)
+    accelerator = make_accelerator(run.config)
     model = accelerator.unwrap_model(accelerator.prepare(load_model(run, which)))
     return evaluate_classifier(model, validation_batches(run.config, accelerator), accelerator), logged
 
 
 def training_batches(
     config: ClassificationConfig, accelerator: Accelerator, *, download: bool = False
-) -> tuple[Iterable[Any], tuple[str, ...]]:
-    """Training batches, in memory this process's share of them, and the class names.
+) -> tuple[Batches, tuple[str, ...]]:
+    """This process's share of the training batches, and the class names.
 
     What had to be left out is told on standard error, here and in `validation_batches`.
     """
@@ -99,7 +108,15 @@ def training_batches(
     files = check_files(read_folder(data.root / data.train, data.classes), data.verify)
     if accelerator.is_main_process:
         tell("train", files.dropped)
-    return _loader(FolderImages(files, data, train=True), config, shuffle=True), files.classes
+    order = TrainingBatches(
+        len(files.files),
+        train.batch_size,
+        seed=train.seed,
+        share=(accelerator.process_index, accelerator.num_processes),
+        drop_single=True,
+    )
+    items = SeededItems(FolderImages(files, data, train=True))
+    return TrainingLoader(items, batch_sampler=order, **loader_options(data.workers)), files.classes
 
 
 def validation_batches(config: ClassificationConfig, accelerator: Accelerator) -> Iterable[Any]:
@@ -113,8 +130,9 @@ def validation_batches(config: ClassificationConfig, accelerator: Accelerator) -
     files = check_files(read_folder(data.root / data.val, data.classes), data.verify)
     if accelerator.is_main_process:
         tell("val", files.dropped)
-    mine = range(accelerator.process_index, len(files.files), accelerator.num_processes)
-    return _loader(Subset(FolderImages(files, data, train=False), mine), config, shuffle=False)
+    share = (accelerator.process_index, accelerator.num_processes)
+    batches = evaluation_batches(len(files.files), config.train.batch_size, share)
+    return DataLoader(FolderImages(files, data, train=False), batch_sampler=batches, **loader_options(data.workers))
 
 
 def in_memory(config: ClassificationConfig) -> bool:
@@ -145,14 +163,17 @@ def evaluate_classifier(model: nn.Module, batches: Iterable[Any], accelerator: A
     and "potentials" (`record_potentials` of the first batch) are absent from a model without spike layers. With fewer
     than five classes "top5" takes as many as there are.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    counts = []
     with watch_spikes(model) as spikes:
         for images, labels in batches:
             images, labels = images.to(accelerator.device), labels.to(accelerator.device)
             with accelerator.autocast():
                 logits = model(images)
-            sums += torch.stack(_count(logits.float(), labels))
-    number, top1, top5, loss = accelerator.reduce(sums, "sum").tolist()
+            counts.append(torch.stack(_count(logits.float(), labels)))
+    # Batch b is the b // n-th of process b % n: summed in their order, for the same digits with any number of them.
+    shares = gather_object([torch.stack(counts).tolist() if counts else []])
+    in_order = [count for row in itertools.zip_longest(*shares) for count in row if count is not None]
+    number, top1, top5, loss = (sum(column) for column in zip(*in_order, strict=True))
     return {"top1": top1 / number, "top5": top5 / number, "val_loss": loss / number, **spikes()}
 
 
@@ -166,17 +187,3 @@ def _count(logits: Tensor, labels: Tensor) -> list[Tensor]:
         best.sum().double(),
         loss,
     ]
-
-
-def _loader(dataset: Any, config: ClassificationConfig, *, shuffle: bool) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_size=config.train.batch_size,
-        shuffle=shuffle,
-        drop_last=shuffle and len(dataset) % config.train.batch_size == 1 < len(dataset),  # as MemoryBatches
-        num_workers=config.data.workers,
-        generator=torch.Generator().manual_seed(config.train.seed),
-        worker_init_fn=limit_threads,
-        persistent_workers=config.data.workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import backbones
+from detection.files import write_whole
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -215,6 +216,11 @@ class Hoyer(Section):
         "to 128 images of 32x32); "
         "mean: H / number of neurons, in (0, 1], carries over between sizes",
     )
+    sync: bool = Field(
+        False,
+        description="several processes: extremum and H over the images of all of them, as if one process had them; "
+        "false: over those of each",
+    )
 
 
 class Optimizer(Section):
@@ -251,7 +257,8 @@ class Train(Section):
     """Length and size of a run."""
 
     epochs: int = Field(12, gt=0, description="passes over the training data")
-    batch_size: int = Field(8, gt=0, description="images per step and process")
+    batch_size: int = Field(8, gt=0, description="images per batch and process")
+    accumulate: int = Field(1, gt=0, description="batches whose mean gradient makes one optimiser step")
     eval_every: int = Field(1, gt=0, description="epochs between evaluations; the last epoch is always evaluated")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision; no: float32")
     compile: bool = Field(False, description="torch.compile the backbone")
@@ -265,8 +272,19 @@ class Train(Section):
         description="weights and buffers averaged over about 1 / (1 - decay) steps, evaluated and saved beside the raw "
         "ones; 0: none",
     )
+    sync_batchnorm: bool = Field(
+        False, description="several processes: BatchNorm over the images of all of them; false: over those of each"
+    )
     tensorboard: bool = Field(False, description="write TensorBoard curves too (pip install hoyer-det[tensorboard])")
     seed: int = Field(0, ge=0, description="seed of weights, data order and augmentation")
+    deterministic: bool = Field(
+        False, description="only algorithms that give the same bits every time: slower on a GPU, an error where none is"
+    )
+    save_minutes: float = Field(2.0, ge=0, description="minutes between saved states, see --resume; 0: not by time")
+    save_steps: int = Field(0, ge=0, description="optimiser steps between saved states; 0: not by steps")
+    timeout_minutes: float = Field(
+        10.0, gt=0, description="several processes: how long one waits for the others before the training ends"
+    )
 
 
 class Evaluation(Section):
@@ -417,7 +435,49 @@ def override(config: AnyConfig, overrides: Sequence[str], *, prog: str | None = 
 def save_config(config: Section, path: str | Path) -> None:
     """Writes every value of `config`, defaults included, as YAML that `load_config` reads back equal."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    write_whole(Path(path), text.encode())
+
+
+# What may differ when a run goes on, because no number depends on it.
+FREE_KEYS = {
+    "data.root",
+    "data.workers",
+    "evaluation.backend",
+    "train.save_minutes",
+    "train.save_steps",
+    "train.tensorboard",
+    "train.timeout_minutes",
+}
+
+
+def flatten(config: Section) -> dict[str, Any]:
+    """{"train.epochs": 3, ...} of a recipe, plain values."""
+
+    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(config.model_dump(mode="json"), ""))
+
+
+def require_same(found: Mapping[str, Any], wanted: Section, source: str, *, free: Collection[str] = FREE_KEYS) -> None:
+    """Nothing; raises ValueError that names the first key in which a recipe differs from a `flatten`ed one.
+
+    Args:
+        found: of the run that is there.
+        wanted: the recipe now.
+        source: what `found` belongs to, for the message.
+        free: keys that may differ.
+    """
+    now = flatten(wanted)
+    for key in sorted((found.keys() | now.keys()) - set(free)):
+        if key in found and found[key] != now.get(key):
+            raise ValueError(
+                f"{source}: trained with {key} {found[key]!r}, wanted is {now.get(key)!r}; name another folder"
+            )
 
 
 def _kind(path: str | Path, values: dict[str, Any]) -> type[Config] | type[ClassificationConfig]:

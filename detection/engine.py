@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
+import signal
+import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object, send_to_device
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -20,15 +25,112 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from backbones import HoyerSpike, hoyer_penalties
 from detection import config as settings
+from detection import resume as going_on
 from detection.checkpoint import Run
+from detection.distributed import any_process, share_buffers
+from detection.resume import Interrupted, SaveClock, StopSignals, random_states
 
 ComputeLosses = Callable[[nn.Module, Any], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module], dict[str, Any]]
 
+# Below it even the least gradients of a sane loss would be lost: what overflows then is not the precision's fault.
+LEAST_SCALE = 2.0**-10
+
+
+class Batches(Protocol):
+    """Training batches of this process, as many in every epoch and in every process."""
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """The next pass is that of `epoch`, from 1, without its first `first` batches."""
+
+    def __iter__(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass
+class Training:
+    """Everything that changes while a network is trained: what goes on, must have all of it.
+
+    Attributes:
+        model: as accelerate prepared it, wrapped where there are several processes.
+        optimizer: likewise.
+        schedule: of the learning rate, by optimiser steps.
+        average: of the weights, or None.
+        accelerator: of the run.
+        progress: how far it is.
+    """
+
+    model: nn.Module
+    optimizer: AcceleratedOptimizer
+    schedule: LRScheduler
+    average: AveragedModel | None
+    accelerator: Accelerator
+    progress: going_on.Progress = field(default_factory=going_on.Progress)
+
+    @property
+    def network(self) -> nn.Module:
+        """The model without wrapping."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def save(self, run: Run, randoms: Mapping[str, Any]) -> None:
+        """Writes the state of all processes; all of them call it, with their `random_states`."""
+        progress = dataclasses.asdict(self.progress)
+        own = {"random": randoms, "sums": progress.pop("sums"), "num_images": progress.pop("num_images")}
+        processes = gather_object([own])
+        if self.accelerator.is_main_process:
+            state = {
+                "config": settings.flatten(run.config),
+                "progress": progress,
+                "processes": processes,
+                "network": self.network.state_dict(),
+                "average": self.average and self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
+            }
+            going_on.save_state(run, state)
+
+    def restore(self, run: Run, state: Mapping[str, Any]) -> None:
+        """Takes over what `save` wrote.
+
+        Raises:
+            ValueError: it belongs to another network, recipe or number of processes.
+        """
+        path = going_on.state_path(run)
+        settings.require_same(state["config"], run.config, str(path))
+        processes = state["processes"]
+        if len(processes) != self.accelerator.num_processes:
+            raise ValueError(
+                f"{path}: saved by {len(processes)} processes, started with {self.accelerator.num_processes}; an "
+                "exact continuation needs as many"
+            )
+        try:
+            self.network.load_state_dict(state["network"])
+            if self.average:
+                self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} does not fit the network of {run.folder / 'config.yaml'}: {' '.join(str(error).split())}"
+            ) from None
+        # As when they were made: in the memory order of their weights, or else sums would round otherwise.
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter).copy_(value)
+        self.schedule.load_state_dict(state["schedule"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        own = processes[self.accelerator.process_index]
+        sums = {name: value.to(self.accelerator.device) for name, value in own["sums"].items()}
+        self.progress = going_on.Progress(**state["progress"], sums=sums, num_images=own["num_images"])
+        going_on.set_random_states(own["random"])
+
 
 def fit(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Batches,
     *,
     compute_losses: ComputeLosses,
     evaluate: Evaluate,
@@ -36,6 +138,8 @@ def fit(
     config: settings.Recipe,
     run: Run,
     accelerator: Accelerator,
+    begin: Callable[[], None] = lambda: None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Trains `model` and gives the last line of the run's log.
 
@@ -44,135 +148,240 @@ def fit(
 
     Args:
         model: trained in place.
-        batches: training batches, with a length that sets the schedule. Several processes share those of a
-            `DataLoader`; of anything else each is given its own.
+        batches: this process's training batches; their number sets the schedule.
         compute_losses: (model, batch) -> scalar losses by name.
         evaluate: model -> metrics by name; called in evaluation mode every `train.eval_every` epochs and at the end.
         best_by: the metric whose highest value decides which weights are kept as "best".
         config: the recipe.
-        run: takes the log line of each epoch and the weights.
+        run: takes the log line of each epoch, the weights and the state.
         accelerator: device, mixed precision and processes.
+        begin: called once everything is known to fit, before anything is written.
+        resume: go on from the run's state, if it has one; weights and log then become those of a run that was never
+            interrupted (bit for bit on a CPU, see the README).
 
     Raises:
-        ValueError: there are no batches.
-        FloatingPointError: the loss is not finite; names epoch, step, each loss and the images.
+        ValueError: there are no batches, or the state does not fit.
+        FloatingPointError: loss or gradient is not finite; names epoch, step, each loss and the images. The state on
+            disk is an earlier one.
+        Interrupted: SIGTERM or Ctrl-C; the step under way was finished and the state saved.
     """
-    optimizer = build_optimizer(model, config.optimizer)
-    model, prepared, batches = accelerator.prepare(model, optimizer, batches)
+    train = config.train
     if not len(batches):
-        raise ValueError("no training batches: there are fewer images than processes")
-    # From here on a process sees its share of the batches: the schedule counts those.
-    schedule = build_schedule(optimizer, config.optimizer, len(batches) * config.train.epochs)
-    console = Console(highlight=False, soft_wrap=True, quiet=not accelerator.is_main_process)
-    average = average_weights(accelerator.unwrap_model(model), config.train.ema_decay)
-    best, line, evaluated = -math.inf, {}, False
-    with progress_bar(console) as progress:
-        bar = progress.add_task("", total=len(batches))
-        for epoch in range(1, config.train.epochs + 1):
-            progress.reset(bar, description=f"epoch {epoch}/{config.train.epochs}")
-            line = {"epoch": epoch, "step": epoch * len(batches), "lr": schedule.get_last_lr()[0]}
-            line |= train_epoch(
-                model,
-                batches,
-                prepared,
-                schedule,
-                compute_losses=compute_losses,
-                hoyer=config.hoyer,
-                clip_norm=config.optimizer.clip_norm,
-                accelerator=accelerator,
-                where=f"epoch {epoch}",
-                after_step=lambda: average and average.update_parameters(accelerator.unwrap_model(model)),
-                advance=lambda: progress.advance(bar),
-            )
-            if epoch % config.train.eval_every == 0 or epoch == config.train.epochs:
-                started = time.perf_counter()
-                model.eval()
-                share_buffers(accelerator.unwrap_model(model))
-                line |= evaluate(accelerator.unwrap_model(model))
-                if average:
-                    share_buffers(average.module)
-                    line["ema"] = evaluate(average.module.eval())
-                    line["ema"].pop("potentials", None)
+        raise ValueError("no training batches: there are too few images")
+    num_steps = math.ceil(len(batches) / train.accumulate)
+    optimizer = build_optimizer(model, config.optimizer)
+    schedule = build_schedule(optimizer, config.optimizer, num_steps * train.epochs)
+    model, prepared = accelerator.prepare(model, optimizer)
+    average = average_weights(accelerator.unwrap_model(model), train.ema_decay)
+    training = Training(model, prepared, schedule, average, accelerator)
+    state = going_on.load_state(run) if resume else None
+    if state is not None:
+        training.restore(run, state)
+    progress, main = training.progress, accelerator.is_main_process
+    begin()
+    if resume and main:
+        run.forget_after(progress.epoch - 1)
+    line = run.history()[-1] if resume and main and progress.epoch > 1 else {}
+    signals, clock = StopSignals(), SaveClock(train.save_minutes, train.save_steps)
+    console = Console(highlight=False, soft_wrap=True, quiet=not main)
+
+    def interruption() -> Interrupted:
+        sentence = goodbye(run, progress, num_steps, train.epochs) if main else ""
+        return Interrupted(sentence, signals.received or signal.SIGTERM)  # a signal that came to another process
+
+    def stop_or_save() -> None:
+        stop, due = any_process(accelerator, bool(signals.received), clock.due())
+        if stop or due:
+            training.save(run, random_states())
+            clock.restart()
+        if stop:
+            raise interruption()
+
+    def after_step() -> None:
+        bar.advance(task)
+        clock.num_steps += 1
+        stop_or_save()
+
+    with signals.watch(), progress_bar(console) as bar:
+        task = bar.add_task("", total=num_steps)
+        while progress.epoch <= train.epochs:
+            epoch = progress.epoch
+            bar.reset(task, completed=progress.step, description=f"epoch {epoch}/{train.epochs}")
+            if progress.step == 0:
+                progress.lr = schedule.get_last_lr()[0]
+            line = {"epoch": epoch, "step": epoch * num_steps, "lr": progress.lr}
+            line |= train_epoch(training, batches, compute_losses=compute_losses, config=config, after_step=after_step)
+            if epoch % train.eval_every == 0 or epoch == train.epochs:
+                started, randoms = time.perf_counter(), random_states()
+                try:
+                    with signals.interruptible(accelerator.num_processes == 1):
+                        line |= evaluate_both(training, evaluate)
+                except KeyboardInterrupt:  # the epoch's steps are done, its evaluation is not
+                    if accelerator.num_processes > 1:  # a second Ctrl-C: the others are not here to save with
+                        raise
+                    training.save(run, randoms)
+                    raise interruption() from None
                 line["eval_seconds"] = round(time.perf_counter() - started, 3)
-                if evaluated and epoch < config.train.epochs:
+                if progress.evaluated and epoch < train.epochs:
                     line.pop("potentials", None)  # histograms: the first and the last say how they moved
-                evaluated = True
-            if accelerator.is_main_process:
-                whole = accelerator.unwrap_model(model)
-                run.save(whole, "last")
+                progress.evaluated = True
+            silent = silent_layers(line)
+            if silent:
+                line["silent"] = silent
+            better = line.get(best_by, -math.inf) > progress.best
+            progress.best = max(progress.best, line.get(best_by, -math.inf))
+            if main:
+                run.save(training.network, "last")
                 if average:
                     run.save(average.module, "ema")
-                if line.get(best_by, -math.inf) > best:
-                    best = line[best_by]
-                    run.save(whole, "best")
+                if better:
+                    run.save(training.network, "best")
                 run.log(line)
+                if silent:
+                    print(f"warning: spike layers silent in epoch {epoch}: {', '.join(silent)}", file=sys.stderr)
             accelerator.log({key: value for key, value in line.items() if isinstance(value, float)}, step=epoch)
-            console.print(summary(line, config.train.epochs))
+            console.print(summary(line, train.epochs))
+            progress.next_epoch()
+            if progress.epoch <= train.epochs:
+                stop_or_save()
     return line
 
 
 def train_epoch(
-    model: nn.Module,
-    batches: Iterable[Any],
-    optimizer: Optimizer,
-    schedule: LRScheduler,
+    training: Training,
+    batches: Batches,
     *,
     compute_losses: ComputeLosses,
-    hoyer: settings.Hoyer,
-    clip_norm: float,
-    accelerator: Accelerator,
-    where: str,
-    after_step: Callable[[], Any],
-    advance: Callable[[], None],
+    config: settings.Recipe,
+    after_step: Callable[[], None],
 ) -> dict[str, Any]:
-    """One pass over the data: "loss", "loss/NAME", H per layer (means over steps and processes), thresholds, speed."""
-    model.train()
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
-    layer_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
+    """The rest of an epoch: "loss", "loss/NAME", H per layer (means over steps and processes), thresholds, speed.
 
-    def mean(total: Tensor) -> float:
-        return accelerator.reduce(total / step, "mean").item()
+    An optimiser step takes the mean gradient of `train.accumulate` batches. H of the reduction "sum" grows with the
+    batch, so there the batches' H are added up, as for one batch of all their images.
+    """
+    model, progress, accelerator = training.model.train(), training.progress, training.accelerator
+    accumulate, hoyer = config.train.accumulate, config.hoyer
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_steps = math.ceil(len(batches) / accumulate)
+    batches.set_epoch(progress.epoch, progress.step * accumulate)
+    source = iter(batches) if progress.step < num_steps else iter(())
+    started = time.perf_counter() - progress.seconds
 
-    num_images, started = 0, time.perf_counter()
-    for step, batch in enumerate(batches, start=1):
-        losses = compute_losses(model, batch)
-        penalties = hoyer_penalties(accelerator.unwrap_model(model), hoyer.reduction)
-        if penalties:
-            losses["hoyer"] = hoyer.weight * torch.stack(list(penalties.values())).sum()
+    def count(name: str, value: Tensor) -> None:
+        progress.sums[name] = progress.sums.get(name, 0) + value.detach()
+
+    for step in range(progress.step + 1, num_steps + 1):
+        parts = min(accumulate, len(batches) - (step - 1) * accumulate)
+        growth = parts if hoyer.reduction == "sum" else 1
+        seen, step_losses = [], []
+        for part in range(1, parts + 1):
+            batch = send_to_device(next(source), accelerator.device)
+            # Gradients are averaged over the processes once a step.
+            with accelerator.no_sync(model) if part < parts else contextlib.nullcontext():
+                losses = compute_losses(model, batch)
+                penalties = hoyer_penalties(training.network, hoyer.reduction)
+                if penalties:
+                    each = growth * torch.stack(list(penalties.values()))
+                    losses["hoyer"] = hoyer.weight * each.sum()
+                    count("layers", each / parts)
+                loss = torch.stack(list(losses.values())).sum() / parts
+                accelerator.backward(loss)
+            seen.append(batch)
+            step_losses.append({name: value.detach() / parts for name, value in losses.items()})
+            progress.num_images += len(batch[0])
+        losses = {name: torch.stack([each[name] for each in step_losses]).sum() for name in step_losses[0]}
         loss = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(explain(losses, batch, f"{where}, step {step}"))
-        accelerator.backward(loss)
-        if clip_norm:
-            accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        after_step()
-        sums["loss"] += loss.detach()
+        accelerator.unscale_gradients(training.optimizer)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        check_finite(loss, norm, losses, seen, f"epoch {progress.epoch}, step {step}", accelerator)
+        if config.optimizer.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip_norm, norm)
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+        if not training.optimizer.step_was_skipped:  # by the gradient scaler of fp16
+            training.schedule.step()
+            if training.average:
+                training.average.update_parameters(training.network)
+        count("loss", loss)
         for name, value in losses.items():
-            sums[f"loss/{name}"] += value.detach()
-        for name, value in penalties.items():
-            layer_sums[name] += value.detach()
-        num_images += len(batch[0])
-        advance()
-    seconds = time.perf_counter() - started
-    line: dict[str, Any] = {name: mean(value) for name, value in sums.items()}
-    speed = num_images * accelerator.num_processes / seconds
-    line |= {"seconds": round(seconds, 3), "images_per_second": round(speed, 3)}
-    layers = spike_layers(accelerator.unwrap_model(model))
+            count(f"loss/{name}", value)
+        progress.step, progress.seconds = step, time.perf_counter() - started
+        after_step()
+    means = {name: accelerator.reduce(value / num_steps, "mean") for name, value in progress.sums.items()}
+    layers = spike_layers(training.network)
+    per_layer = means.pop("layers").tolist() if layers else []
+    line: dict[str, Any] = {name: value.item() for name, value in means.items()}
+    speed = progress.num_images * accelerator.num_processes / progress.seconds
+    line |= {"seconds": round(progress.seconds, 3), "images_per_second": round(speed, 3)}
     if layers:
-        line["hoyer_per_layer"] = {name: mean(value) for name, value in layer_sums.items()}
+        line["hoyer_per_layer"] = dict(zip(layers, per_layer, strict=True))
         line["v_th"] = {name: abs(layer.v_th.item()) for name, layer in layers.items()}
         line["extremum"] = {name: layer.extremum.mean().item() for name, layer in layers.items()}
     return line
 
 
-@torch.no_grad()
-def share_buffers(model: nn.Module) -> None:
-    """Gives every process the main one's running averages, which are saved: since the last step each has its own."""
-    for buffer in model.buffers():
-        buffer.copy_(broadcast(buffer))
+def check_finite(
+    loss: Tensor,
+    norm: Tensor,
+    losses: Mapping[str, Tensor],
+    batches: Sequence[Any],
+    where: str,
+    accelerator: Accelerator,
+) -> None:
+    """Nothing; raises FloatingPointError if the loss, or the norm of the gradient, is not finite.
+
+    With fp16 a gradient may overflow: the scaler then skips the step and scales less. Only at a scale that leaves
+    nothing to blame but the network it is an error.
+    """
+    finite_loss, finite_norm = torch.isfinite(torch.stack([loss, norm.to(loss.device)])).tolist()
+    scaler = accelerator.scaler
+    overflow = scaler is not None and scaler.get_scale() >= LEAST_SCALE
+    if finite_loss and (finite_norm or overflow):
+        return
+    what = "gradient" if finite_loss else "loss"
+    values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+    message = f"the {what} is not finite in {where}: {values}"
+    targets = [target for batch in batches for target in batch[1] if isinstance(target, dict)]
+    images = [str(int(target["image_id"])) for target in targets if "image_id" in target]
+    if images:
+        message += f"; image ids {', '.join(images)}"
+    raise FloatingPointError(message + "; a lower optimizer.lr or optimizer.clip_norm may help")
+
+
+def evaluate_both(training: Training, evaluate: Evaluate) -> dict[str, Any]:
+    """The metrics of the network, and under "ema" those of its average."""
+    network, average = training.network, training.average
+    share_buffers(network)
+    metrics = evaluate(network.eval())
+    if average:
+        share_buffers(average.module)
+        metrics["ema"] = evaluate(average.module.eval())
+        metrics["ema"].pop("potentials", None)
+    return metrics
+
+
+def silent_layers(line: Mapping[str, Any]) -> list[str]:
+    """Spike layers that did not fire in an epoch: no potential above 0 in training, or no spike in evaluation."""
+    training = {name for name, value in line.get("hoyer_per_layer", {}).items() if value == 0}
+    evaluation = {name for name, rate in line.get("activity_per_layer", {}).items() if rate == 0}
+    return sorted(training | evaluation)
+
+
+def goodbye(run: Run, progress: going_on.Progress, num_steps: int, num_epochs: int) -> str:
+    """The sentence for a training that was told to stop."""
+    if progress.step:
+        where = f"in epoch {progress.epoch} of {num_epochs} after step {progress.step} of {num_steps}"
+    else:
+        where = f"after epoch {progress.epoch - 1} of {num_epochs}"
+    return f"stopped {where}, state saved; go on with: {how_to_go_on(run)}"
+
+
+def how_to_go_on(run: Run) -> str:
+    """The command that continues a run."""
+    tool = "train_det" if run.config.task == "detection" else "train_cls"
+    return f"python tools/{tool}.py --resume {run.folder}"
 
 
 def average_weights(model: nn.Module, decay: float) -> AveragedModel | None:
@@ -222,16 +431,6 @@ def build_schedule(optimizer: Optimizer, config: settings.Optimizer, num_steps: 
         return main
     start = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
     return SequentialLR(optimizer, [start, main], [warmup])
-
-
-def explain(losses: dict[str, Tensor], batch: Any, where: str) -> str:
-    """The sentence for a loss that is not finite."""
-    values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-    message = f"the loss is not finite in {where}: {values}"
-    images = [target["image_id"] for target in batch[1] if isinstance(target, dict) and "image_id" in target]
-    if images:
-        message += f"; image ids {', '.join(str(int(image)) for image in images)}"
-    return message + "; a lower optimizer.lr or optimizer.clip_norm may help"
 
 
 def summary(line: dict[str, Any], num_epochs: int) -> str:

@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from detection.checkpoint import write_whole
+from detection.files import write_whole
 
 Backend = Literal["pycocotools", "faster-coco-eval"]
 Interpolation = Literal["area", "11-point"]

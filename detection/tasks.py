@@ -4,46 +4,53 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from backbones import LayerActivity, record_activity, record_potentials, spike_activity
-from detection.checkpoint import Run, Weights, write_whole
-from detection.config import Config, Recipe
+from detection.checkpoint import Run, Weights
+from detection.config import FREE_KEYS, Config, Recipe, flatten, require_same
 from detection.data import DetectionDataset, build_datasets, build_loader
 from detection.data.download import download as fetch
 from detection.distillation import learn_from
-from detection.engine import ComputeLosses, Evaluate, fit
+from detection.distributed import synchronise
+from detection.engine import Batches, ComputeLosses, Evaluate, fit
 from detection.evaluation import CocoEvaluator, import_backend, mean_average_precision, precision_recall
+from detection.files import write_whole
 from detection.models import build_detector, load_model
 from detection.plots import plot_curves, plot_dynamics, plot_precision_recall, plot_predictions
+from detection.resume import state_path
 
 NUM_PICTURES = 12
 
 
 def train_detector(
-    config: Config, folder: str | Path, command: Sequence[str], *, download: bool = False
+    config: Config, folder: str | Path, command: Sequence[str], *, download: bool = False, resume: bool = False
 ) -> dict[str, Any]:
-    """Trains the detector of a recipe into a new run folder; gives the last line of its log.
+    """Trains the detector of a recipe into a run folder; gives the last line of its log.
 
-    The folder is made only once data and model are known to be sound.
+    A new folder is made only once data and model are known to be sound.
 
     Args:
         config: the recipe.
-        folder: where the run goes; must not exist, or be empty.
+        folder: where the run goes; must not exist, or be empty, or with `resume` be a run of this recipe.
         command: how the run was started, for its log.
         download: fetch VOC or COCO if it is missing.
+        resume: go on with the run in `folder` from its last saved state, or from the beginning if it has none.
     """
-    check_run(config, folder)
+    check_run(config, folder, resume=resume)
     import_backend(config.evaluation.backend)
     accelerator = make_accelerator(config, folder)
     with accelerator.main_process_first():  # which fetches what the others find
@@ -62,6 +69,7 @@ def train_detector(
         shuffle=True,
         seed=config.train.seed,
         aspect_groups=config.data.aspect_groups,
+        share=(accelerator.process_index, accelerator.num_processes),
     )
     val_loader = evaluation_loader(val, config, accelerator)
     run, line = train_into_run(
@@ -74,31 +82,53 @@ def train_detector(
         folder=folder,
         command=command,
         accelerator=accelerator,
+        resume=resume,
     )
     if accelerator.is_main_process:
         draw_predictions(accelerator.unwrap_model(model), val, run.folder / "predictions.png")
     return line
 
 
-def check_run(config: Recipe, folder: str | Path) -> None:
-    """Nothing; raises if `folder` is taken already, or a package that the recipe asks for is missing."""
-    Run.check_free(folder)
+def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> None:
+    """Nothing; raises if `folder` cannot take the run, or a package that the recipe asks for is missing.
+
+    Raises:
+        FileExistsError: there is something in it already.
+        FileNotFoundError: with `resume`, there is no run.
+        ImportError: TensorBoard is missing.
+        ValueError: with `resume`, the run has another recipe.
+    """
+    if resume:
+        require_same(flatten(Run.open(folder).config), config, str(folder), free=FREE_KEYS)
+    else:
+        Run.check_free(folder)
     if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ImportError("train.tensorboard needs TensorBoard: pip install hoyer-det[tensorboard]")
 
 
-def make_accelerator(config: Recipe, folder: str | Path) -> Accelerator:
-    """Device, precision and processes of a training."""
-    return Accelerator(
-        mixed_precision=config.train.precision,
-        log_with="tensorboard" if config.train.tensorboard else None,
-        project_dir=folder if config.train.tensorboard else None,
+def make_accelerator(config: Recipe, folder: str | Path | None = None) -> Accelerator:
+    """Device, precision, algorithms and processes of a run; `folder` is that of a training, for its TensorBoard."""
+    train = config.train
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+    torch.use_deterministic_algorithms(train.deterministic)
+    # accelerate keeps the first precision for the whole process, in which runs of others may follow.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=train.precision,
+        log_with="tensorboard" if train.tensorboard and folder else None,
+        project_dir=folder if train.tensorboard else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=train.timeout_minutes))],
     )
+    if train.precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would train in float32 without a word; torch knows fp16 on a CPU, slow as it is.
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    return accelerator
 
 
 def train_into_run(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Batches,
     *,
     compute_losses: ComputeLosses,
     evaluate: Evaluate,
@@ -107,19 +137,31 @@ def train_into_run(
     folder: str | Path,
     command: Sequence[str],
     accelerator: Accelerator,
+    resume: bool = False,
 ) -> tuple[Run, dict[str, Any]]:
-    """Trains `model` into a new run folder, with a teacher, compiled, in channels-last order as the recipe says.
+    """Trains `model` into a run folder, with a teacher, compiled, in channels-last order as the recipe says.
 
-    A run that ends before its first epoch does leaves no folder. See `fit` for the rest.
+    A new run that ends before anything of it is saved leaves no folder. See `fit` for the rest.
+
+    Raises:
+        ConnectionError: another process of the training has ended, or does not answer.
     """
+    model = synchronise(model, spikes=config.hoyer.sync, batch_norm=config.train.sync_batchnorm)
     if config.distillation.teacher is not None:
         compute_losses = learn_from(config.distillation, compute_losses, model, config, accelerator)
     if config.train.channels_last:  # of the weights; the feature maps follow them
         model.to(memory_format=torch.channels_last)
     if config.train.compile:
         model.backbone.compile()
-    run = Run.create(folder, config, list(command)) if accelerator.is_main_process else Run(Path(folder), config)
-    accelerator.init_trackers("tensorboard")
+    run, main = Run(Path(folder), config), accelerator.is_main_process
+
+    def begin() -> None:
+        if main and resume:
+            run.note_resumption(command)
+        elif main:
+            Run.create(folder, config, command)
+        accelerator.init_trackers("tensorboard")
+
     try:
         line = fit(
             model,
@@ -130,18 +172,34 @@ def train_into_run(
             config=config,
             run=run,
             accelerator=accelerator,
+            begin=begin,
+            resume=resume,
         )
-    except BaseException:
-        if accelerator.is_main_process:
+    except BaseException as error:
+        if main and not resume:
             run.discard_if_empty()
+        if accelerator.num_processes > 1 and is_broken_connection(error):
+            raise ConnectionError(
+                f"another process of this training has ended or does not answer ({str(error).splitlines()[0]}); go on "
+                f"from the last saved state with as many processes and --resume {run.folder}"
+            ) from error
         raise
     accelerator.end_training()
-    if accelerator.is_main_process:
-        run.write_info(run.info() | {"sha256": run.checksums()})
+    if main:
         plot_curves(run.history(), run.folder / "curves.png")
         if "v_th" in line:
             plot_dynamics(run.history(), run.folder / "dynamics.png")
+        run.write_info(run.info() | {"sha256": run.checksums()})
+        state_path(run).unlink(missing_ok=True)
     return run, line
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether torch.distributed failed, which raises plain RuntimeErrors for some backends."""
+    signs = ("gloo", "nccl", "connection", "timed out", "socket")
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    )
 
 
 def evaluate_run(
@@ -166,7 +224,7 @@ def evaluate_run(
     if not isinstance(run.config, Config):
         raise ValueError(f"{folder}: a run of {run.config.task}, not of detection")
     logged = logged_line(run, which, "AP")
-    accelerator = Accelerator(mixed_precision=run.config.train.precision)
+    accelerator = make_accelerator(run.config)
     # As in training: on the device and with its precision, and layers without the name of a wrapper in front.
     model = accelerator.unwrap_model(accelerator.prepare(load_model(run, which)))
     _, val = build_datasets(run.config.data)
@@ -277,13 +335,12 @@ def sum_activity(shares: Sequence[dict[str, LayerActivity]]) -> dict[str, LayerA
 
 def evaluation_loader(dataset: DetectionDataset, config: Config, accelerator: Accelerator) -> DataLoader:
     """Batches of this process's share of `dataset`: each image goes to exactly one process."""
-    mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     return build_loader(
-        Subset(dataset, mine),
+        dataset,
         batch_size=config.train.batch_size,
         workers=config.data.workers,
         shuffle=False,
-        seed=config.train.seed,
+        share=(accelerator.process_index, accelerator.num_processes),
     )
 
 

@@ -2,14 +2,69 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import runpy
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 
 
 def run_tool(monkeypatch, name: str, *arguments) -> None:
     """Runs tools/NAME.py in this process, as the command line would."""
-    monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", sys.argv)  # put back afterwards
+    tool(name, *arguments)
+
+
+# Processes that start in a moment: forked from a server that has imported everything already.
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["detection.classification"])
+
+
+def start(function: Callable[..., None], *arguments, log: Path, **environment: str) -> multiprocessing.Process:
+    """A process that runs `function`, its output in `log`, with these variables set beforehand."""
+    process = SERVER.Process(target=_run, args=(function, arguments, log, environment))
+    process.start()
+    return process
+
+
+def start_together(number: int, function: Callable[..., None], *arguments, log: Path) -> list[multiprocessing.Process]:
+    """As many processes as one training on the CPU, as torchrun would start them."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    common = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return [
+        start(function, *arguments, log=log, **common, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number))
+        for rank in range(number)
+    ]
+
+
+def run_together(number: int, function: Callable[..., None], *arguments, log: Path) -> None:
+    """Runs them to their end, which must be a good one."""
+    processes = start_together(number, function, *arguments, log=log)
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * number, log.read_text()
+
+
+def tool(name: str, *arguments) -> None:
+    """Runs tools/NAME.py as the command line would: for the functions above."""
+    sys.argv = [f"tools/{name}.py", *map(str, arguments)]
     runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+
+
+def _run(function: Callable[..., None], arguments: tuple, log: Path, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    multiprocessing.set_start_method("fork", force=True)  # as at the command line, for the loader's processes
+    with log.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    function(*arguments)

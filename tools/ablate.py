@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Trains variants of a recipe with several seeds, and compares them in a table and a plot.
 
-Each run goes to OUT/VARIANT_seedN. Finished runs are left as they are and an unfinished one is moved aside, so an
-interrupted comparison goes on where it stopped, and more seeds can be added later. OUT/README.md and OUT/ablation.png
-are made from the logs.
+Each run goes to OUT/VARIANT_seedN. Finished runs are left as they are and an unfinished one goes on from its last saved
+state, so an interrupted comparison goes on where it stopped, and more seeds can be added later. OUT/README.md and
+OUT/ablation.png are made from the logs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 from detection.checkpoint import Run
 from detection.cli import run_tool
-from detection.config import Recipe, override, read_recipe
+from detection.config import FREE_KEYS, flatten, override, read_recipe, require_same
 from detection.plots import plot_comparison
 
 VARIANTS = {
@@ -87,39 +86,21 @@ def train(tool: str, config: str, folder: Path, overrides: list[str], seed: int)
     Raises:
         ChildProcessError: it failed; its own message stands above.
     """
-    if (folder / "run.json").is_file():
+    command = [sys.executable, str(Path(__file__).with_name(tool))]
+    if (folder / "config.yaml").is_file():
         run = Run.open(folder)
-        if "sha256" in run.info():
-            check_same(run, override(read_recipe(config), [*overrides, "--train.seed", str(seed)]))
+        wanted = override(read_recipe(config), [*overrides, "--train.seed", str(seed)])
+        # Classes are filled in from the data.
+        require_same(flatten(run.config), wanted, str(folder), free=FREE_KEYS | {"data.classes"})
+        if run.finished:
             print(f"{folder}: finished already")
             return
-        aside = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-        print(f"{folder}: was not finished, is now {aside}; trained again")
-    command = [sys.executable, str(Path(__file__).with_name(tool)), config, *overrides, "--train.seed", str(seed)]
+        command += ["--resume", str(folder), "--data.root", str(wanted.data.root)]
+    else:
+        command += [config, *overrides, "--train.seed", str(seed), "--out", str(folder)]
     print(f"{folder}: {shlex.join(command[1:])}", flush=True)
-    if subprocess.run([*command, "--out", str(folder)]).returncode:
+    if subprocess.run(command).returncode:
         raise ChildProcessError(f"{folder}: this run failed, see above; the finished ones are kept")
-
-
-def check_same(run: Run, wanted: Recipe) -> None:
-    """Raises ValueError if a finished run was trained with other settings than are wanted now."""
-    found, wanted = (flatten(config.model_dump(mode="json")) for config in (run.config, wanted))
-    # Classes are filled in from the data, and the data may have moved.
-    for key in sorted(found.keys() - {"data.classes", "data.root"}):
-        if found[key] != wanted[key]:
-            raise ValueError(
-                f"{run.folder}: trained with {key} {found[key]!r}, wanted is {wanted[key]!r}; name another --out"
-            )
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"epochs": 3}} -> {"train.epochs": 3}."""
-    flat = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def compare(out: Path, variants: dict[str, list[str]]) -> None:

@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -42,6 +43,8 @@ def main() -> None:
         keys = list(METRICS)
         metrics, logged = evaluate_run(options.run, options.weights, save=options.save)
         rows = list(detection_rows(metrics, logged))
+    if not PartialState().is_main_process:  # of several, one tells
+        return
     keys += ["activity"] if "activity" in metrics else []
     table = Table(
         "metric", "now", f"logged in epoch {logged['epoch']}", title=f"{options.run}, {options.weights} weights"

@@ -6,10 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset
 
 from detection.config import Data
-from detection.data.batches import AspectRatioBatches
+from detection.data.batches import (
+    AspectRatioBatches,
+    SeededItems,
+    TrainingBatches,
+    TrainingLoader,
+    evaluation_batches,
+)
 from detection.data.coco import read_coco
 from detection.data.records import Annotations, DetectionDataset, Record, load_image
 from detection.data.synthetic import draw_scene, draw_scenes
@@ -21,12 +27,18 @@ __all__ = [
     "AspectRatioBatches",
     "DetectionDataset",
     "Record",
+    "SeededItems",
+    "TrainingBatches",
+    "TrainingLoader",
     "build_datasets",
     "build_loader",
     "build_transform",
     "draw_scene",
     "draw_scenes",
+    "evaluation_batches",
+    "limit_threads",
     "load_image",
+    "loader_options",
     "read_coco",
     "read_voc",
 ]
@@ -56,32 +68,43 @@ def build_datasets(data: Data) -> tuple[DetectionDataset, DetectionDataset]:
 
 
 def build_loader(
-    dataset: Dataset, *, batch_size: int, workers: int, shuffle: bool, seed: int, aspect_groups: int = 0
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    workers: int,
+    shuffle: bool,
+    seed: int = 0,
+    aspect_groups: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> DataLoader[tuple[list[Tensor], list[dict[str, Any]]]]:
-    """Batches (images, targets), both lists, since images differ in size and in number of objects.
+    """This process's batches (images, targets), both lists, since images differ in size and in number of objects.
+
+    Shuffled, it is a `TrainingLoader`: `set_epoch` says which epoch the next pass is. Not shuffled, see
+    `evaluation_batches`.
 
     Args:
-        seed: of the order and, with workers, of the augmentation. Without workers the augmentation draws from the
-            process's own generator: call `torch.manual_seed`.
+        seed: of the order and the augmentation, whatever the number of loader processes.
         aspect_groups: shuffled batches hold images of similar shape, see `AspectRatioBatches`; 0: any images. A
             `DetectionDataset` is needed for it.
+        share: (index of this process, number of processes).
     """
-    generator = torch.Generator().manual_seed(seed)
-    if shuffle and aspect_groups:
-        ratios = [record.width / record.height for record in dataset.annotations.records]
-        sampler = RandomSampler(dataset, generator=generator)
-        batching: dict[str, Any] = {"batch_sampler": AspectRatioBatches(sampler, batch_size, ratios, aspect_groups)}
-    else:
-        batching = {"batch_size": batch_size, "shuffle": shuffle}
-    return DataLoader(
-        dataset,
-        **batching,
-        num_workers=workers,
-        collate_fn=_collate,
-        generator=generator,
-        worker_init_fn=limit_threads,
-        persistent_workers=workers > 0,
-    )
+    if not shuffle:
+        batches = evaluation_batches(len(dataset), batch_size, share)
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=_collate, **loader_options(workers))
+    ratios = [record.width / record.height for record in dataset.annotations.records] if aspect_groups else None
+    sampler = TrainingBatches(len(dataset), batch_size, seed=seed, share=share, ratios=ratios, num_groups=aspect_groups)
+    return TrainingLoader(SeededItems(dataset), batch_sampler=sampler, collate_fn=_collate, **loader_options(workers))
+
+
+def loader_options(workers: int) -> dict[str, Any]:
+    """What all loaders have in common."""
+    return {
+        "num_workers": workers,
+        "generator": torch.Generator(),  # for the workers' seeds, on which nothing depends, in place of the global one
+        "worker_init_fn": limit_threads,
+        "persistent_workers": workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+    }
 
 
 def _collate(items: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Any]]]:

@@ -1,12 +1,55 @@
-"""Batches of images of similar shape: less padding, so less memory and time per batch."""
+"""Which images make up a batch: order, similar shapes, shares of several processes, seeds of the augmentation.
+
+Order and augmentation are functions of the recipe's seed and the epoch alone. A training can therefore go on from any
+step of any epoch, and neither the number of loader processes nor that of training processes changes what is drawn.
+"""
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from torch.utils.data import BatchSampler, Sampler
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed below 2^63 for one purpose, such as (recipe's seed, epoch, image); other numbers give an unrelated one."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def epoch_order(number: int, seed: int, epoch: int) -> list[int]:
+    """The indices 0 to number - 1 in the order of an epoch."""
+    return torch.randperm(number, generator=torch.Generator().manual_seed(derive_seed(seed, epoch))).tolist()
+
+
+def take_share(batch: Sequence[int], share: tuple[int, int]) -> list[int]:
+    """A process's part of a batch of all processes: parts in a row, of sizes that differ by one at the most.
+
+    Where there are fewer images than processes some come twice, so that every process has one.
+
+    Args:
+        batch: indices.
+        share: (index of the process, number of processes).
+    """
+    index, number = share
+    whole = list(batch) * (-(-number // len(batch)) if len(batch) < number else 1)
+    whole = whole[: max(len(batch), number)]
+    return whole[index * len(whole) // number : (index + 1) * len(whole) // number]
+
+
+def evaluation_batches(number: int, batch_size: int, share: tuple[int, int]) -> list[list[int]]:
+    """Indices of this process's batches: every batch of the whole goes to exactly one process, and stays as it is.
+
+    An image then meets the same neighbours, and the same padding, whatever the number of processes.
+    """
+    index, processes = share
+    starts = range(index * batch_size, number, processes * batch_size)
+    return [list(range(start, min(start + batch_size, number))) for start in starts]
 
 
 class AspectRatioBatches(BatchSampler):
@@ -23,7 +66,7 @@ class AspectRatioBatches(BatchSampler):
         num_groups: bins on either side of a square. Their edges run from 1/2 to 2 in equal steps of the logarithm.
     """
 
-    def __init__(self, sampler: Sampler[int], batch_size: int, ratios: Sequence[float], num_groups: int) -> None:
+    def __init__(self, sampler: Sequence[int], batch_size: int, ratios: Sequence[float], num_groups: int) -> None:
         super().__init__(sampler, batch_size, drop_last=False)
         edges = [2 ** (step / num_groups) for step in range(-num_groups, num_groups + 1)]
         self.ratios = ratios
@@ -46,3 +89,93 @@ class AspectRatioBatches(BatchSampler):
         sizes = Counter(self.bins).values()
         rest = sum(size % self.batch_size for size in sizes)
         return sum(size // self.batch_size for size in sizes) - (-rest // self.batch_size)
+
+
+class TrainingBatches(Sampler[list[tuple[int, int]]]):
+    """This process's part of every batch of an epoch, as pairs (index, seed of its augmentation).
+
+    The batches of all processes together are those that one process would have with all of their images. The first pass
+    is epoch 1, and each further one the next epoch, unless `set_epoch` says otherwise.
+
+    Args:
+        number: of images.
+        batch_size: images per process; the last batch of an epoch may have fewer.
+        seed: of order and augmentation.
+        share: (index of the process, number of processes).
+        ratios: width / height by index, for batches of images of similar shape (`AspectRatioBatches`); None: any.
+        num_groups: bins on either side of a square.
+        drop_single: leave a last batch out in which a process would have a single image, of which BatchNorm cannot
+            learn once a map is down to one cell; another epoch has it.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        batch_size: int,
+        *,
+        seed: int,
+        share: tuple[int, int] = (0, 1),
+        ratios: Sequence[float] | None = None,
+        num_groups: int = 0,
+        drop_single: bool = False,
+    ) -> None:
+        self.number, self.batch_size, self.seed, self.share = number, batch_size, seed, share
+        self.ratios, self.num_groups, self.drop_single = ratios, num_groups, drop_single
+        self.epoch, self.first = 1, 0
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """The next pass is that of `epoch`, counted from 1, without its first `first` batches."""
+        self.epoch, self.first = epoch, first
+
+    def whole(self, order: Sequence[int]) -> BatchSampler:
+        """The batches of all processes together, for images in this order."""
+        batch_size = self.batch_size * self.share[1]
+        if self.ratios is not None and self.num_groups:
+            return AspectRatioBatches(order, batch_size, self.ratios, self.num_groups)
+        return BatchSampler(order, batch_size, drop_last=False)
+
+    def draw(self) -> tuple[int, Iterator[tuple[int, list[int]]]]:
+        """The epoch of a new pass, and (position in the epoch, indices) of its batches of all processes together."""
+        epoch, first = self.epoch, self.first
+        self.set_epoch(epoch + 1)
+        batches = enumerate(self.whole(epoch_order(self.number, self.seed, epoch)))
+        return epoch, itertools.islice(batches, first, len(self))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, batches = self.draw()
+        for _, batch in batches:
+            yield [(index, derive_seed(self.seed, epoch, index)) for index in take_share(batch, self.share)]
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        number = len(self.whole(range(self.number)))
+        rest = self.number % (self.batch_size * self.share[1])
+        single = 0 < rest < 2 * self.share[1] and self.batch_size > 1
+        return number - 1 if self.drop_single and single and number > 1 else number
+
+
+class SeededItems(Dataset):
+    """The items of a data set under pairs (index, seed): what is drawn at random for an item depends on its seed alone.
+
+    The process's own generator is left as it was.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        index, seed = key
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.dataset[index]
+
+
+class TrainingLoader(DataLoader):
+    """A DataLoader over `TrainingBatches` whose epoch can be set: the loop's contract."""
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """See `TrainingBatches.set_epoch`."""
+        self.batch_sampler.set_epoch(epoch, first)

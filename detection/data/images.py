@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -19,6 +19,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from detection.config import ImageAugment, ImageData
+from detection.data.batches import TrainingBatches, derive_seed, evaluation_batches, take_share
 from detection.data.records import NUM_THREADS, Verify, check_classes, image_problem, load_image, require_folder
 from detection.data.synthetic import CATEGORIES, SCALE, draw_scene
 
@@ -131,12 +132,11 @@ class MemoryBatches:
     Args:
         data: the split; its pixels are moved to `device`.
         device: where the batches lie.
-        batch_size: images per batch; the last one may have fewer.
+        batch_size: images per batch and process; the last one may have fewer.
         mean, std: RGB, of images in [0, 1].
         augment: None in evaluation.
-        seed: of order and augmentation; every epoch draws on.
-        share: (index, number) of the processes that share the split. In training all get equally many images, so that
-            they make equally many steps; in evaluation each image goes to exactly one of them.
+        seed: of order and augmentation, which differ from epoch to epoch.
+        share: (index, number) of the processes that share the split, see `TrainingBatches` and `evaluation_batches`.
 
     Shape: images (B, 3, size, size) float32, labels (B,) int64.
     """
@@ -154,58 +154,80 @@ class MemoryBatches:
         share: tuple[int, int] = (0, 1),
     ) -> None:
         self.pixels, self.labels = data.pixels.to(device), data.labels.to(device)
-        self.batch_size, self.augment, self.share = batch_size, augment, share
+        self.augment, self.seed, self.share = augment, seed, share
         self.mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
         self.std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
-        # On the CPU: the same draws on every device. The order is the same in every process, the augmentation is not.
-        self.order_generator = torch.Generator().manual_seed(seed)
-        self.generator = torch.Generator().manual_seed(seed + 1_000_003 * (1 + share[0]))
+        self.order = TrainingBatches(len(self.labels), batch_size, seed=seed, share=share, drop_single=True)
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """The next pass is that of `epoch`, counted from 1, without its first `first` batches."""
+        self.order.set_epoch(epoch, first)
 
     def __len__(self) -> int:
-        return len(self._batches(torch.arange(len(self.labels))))
+        if self.augment is None:
+            return len(evaluation_batches(len(self.labels), self.order.batch_size, self.share))
+        return len(self.order)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        number = len(self.labels)
-        # Every process draws the same order and takes its share of it.
-        order = torch.arange(number) if self.augment is None else torch.randperm(number, generator=self.order_generator)
-        for chosen in self._batches(order):
-            chosen = chosen.to(self.pixels.device)
-            images = self.pixels[chosen]
-            if self.augment is not None:
-                images = augment_batch(images, self.augment, self.generator)
-            yield (images - self.mean) / self.std, self.labels[chosen]
-
-    def _batches(self, order: Tensor) -> list[Tensor]:
-        index, number = self.share
         if self.augment is None:
-            return [chosen for chosen in order[index::number].split(self.batch_size) if len(chosen)]
-        batches = list(order[: len(order) // number * number][index::number].split(self.batch_size))
-        # BatchNorm cannot learn from one image: should it be left over, it comes in another epoch.
-        return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+            for batch in evaluation_batches(len(self.labels), self.order.batch_size, self.share):
+                yield self._load(torch.tensor(batch))
+            return
+        epoch, batches = self.order.draw()
+        for position, batch in batches:
+            # On the CPU, so the same on every device, and for the whole batch, so the same for every process.
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, position))
+            drawn = draw_augmentation(len(batch), self.pixels.shape[-1], self.augment, generator)
+            chosen = take_share(range(len(batch)), self.share)
+            yield self._load(torch.tensor(batch)[chosen], {name: values[chosen] for name, values in drawn.items()})
+
+    def _load(self, indices: Tensor, drawn: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        device = self.pixels.device
+        indices = indices.to(device)
+        images = self.pixels[indices]
+        if drawn is not None:
+            images = augment_batch(images, self.augment, {name: values.to(device) for name, values in drawn.items()})
+        return (images - self.mean) / self.std, self.labels[indices]
 
 
-def augment_batch(images: Tensor, augment: ImageAugment, generator: torch.Generator) -> Tensor:
-    """Images (B, C, H, W) cut at random, flipped and blackened in part, each by draws of its own; dtype kept."""
-    device, (batch, _, height, width) = images.device, images.shape
+def draw_augmentation(number: int, size: int, augment: ImageAugment, generator: torch.Generator) -> dict[str, Tensor]:
+    """What `augment_batch` does to each image: "top" and "left" of its window, "flip", "y" and "x" of its square.
 
-    def draw(high: int) -> Tensor:
-        return torch.randint(high, (batch,), generator=generator).to(device)
-
+    Shape: each (number,).
+    """
+    drawn: dict[str, Tensor] = {}
     if augment.padding:
-        top, left = draw(2 * augment.padding + 1), draw(2 * augment.padding + 1)
-        rows = top[:, None] + torch.arange(height, device=device)
-        columns = left[:, None] + torch.arange(width, device=device)
-        padded = F.pad(images, [augment.padding] * 4)
-        each = torch.arange(batch, device=device)[:, None, None]
-        # Indices on both sides of the channels put these last: (B, H, W, C).
-        images = padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        for name in ("top", "left"):
+            drawn[name] = torch.randint(2 * augment.padding + 1, (number,), generator=generator)
     if augment.hflip:
-        flipped = torch.rand(batch, generator=generator) < augment.hflip
-        images = torch.where(flipped.to(device)[:, None, None, None], images.flip(-1), images)
+        drawn["flip"] = torch.rand(number, generator=generator) < augment.hflip
     if augment.cutout:
-        y, x = draw(height), draw(width)  # the square's middle: near the border a part of it falls outside
-        near_rows = (torch.arange(height, device=device) - y[:, None] + augment.cutout // 2) // augment.cutout == 0
-        near_columns = (torch.arange(width, device=device) - x[:, None] + augment.cutout // 2) // augment.cutout == 0
+        for name in ("y", "x"):  # the square's middle: near the border a part of it falls outside
+            drawn[name] = torch.randint(size, (number,), generator=generator)
+    return drawn
+
+
+def augment_batch(images: Tensor, augment: ImageAugment, drawn: Mapping[str, Tensor]) -> Tensor:
+    """Square images (B, C, S, S) cut, flipped and blackened in part, each by draws of its own; dtype kept.
+
+    Args:
+        drawn: from `draw_augmentation`, on the images' device.
+    """
+    device, size = images.device, images.shape[-1]
+    if "top" in drawn:
+        rows = drawn["top"][:, None] + torch.arange(size, device=device)
+        columns = drawn["left"][:, None] + torch.arange(size, device=device)
+        padded = F.pad(images, [augment.padding] * 4)
+        each = torch.arange(len(images), device=device)[:, None, None]
+        # Indices on both sides of the channels put these last: (B, S, S, C).
+        images = padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if "flip" in drawn:
+        images = torch.where(drawn["flip"][:, None, None, None], images.flip(-1), images)
+    if "y" in drawn:
+        near_rows, near_columns = (
+            (torch.arange(size, device=device) - drawn[name][:, None] + augment.cutout // 2) // augment.cutout == 0
+            for name in ("y", "x")
+        )
         images = images.masked_fill((near_rows[:, :, None] & near_columns[:, None, :])[:, None], 0)
     return images
 

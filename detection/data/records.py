@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -230,28 +230,37 @@ def image_problem(
     return None
 
 
-def load_image(path: Path) -> np.ndarray:
+def load_image(path: Path, *, upright: bool = False) -> np.ndarray:
     """RGB pixels, (H, W, 3) uint8, of an image file of any PIL mode.
 
-    An EXIF orientation is not applied: annotations count pixels as they are stored, which is how pycocotools and
-    torchvision read the same files.
+    An EXIF orientation is not applied by default: annotations count pixels as they are stored, which is how pycocotools
+    and torchvision read the same files.
+
+    Args:
+        path: the file.
+        upright: turn the image as its EXIF orientation says, for pictures that no annotations belong to.
 
     Raises:
         ValueError: the file does not decode completely.
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):
-                # 16 bits per pixel: PIL's own conversion would cut values at 255 instead of scaling them.
-                grey = (np.asarray(image) // 256).clip(0, 255).astype(np.uint8)
-                return np.repeat(grey[:, :, None], 3, axis=2)
-            if "transparency" in image.info:
-                image = image.convert("RGBA")  # PIL warns when a palette with transparency goes to RGB directly
-            return np.array(image.convert("RGB"))
+            return rgb_pixels(ImageOps.exif_transpose(image) if upright else image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path}: the image does not decode: {error} (data.verify full finds such files before training)"
         ) from error
+
+
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """RGB pixels, (H, W, 3) uint8, of a PIL image of any mode; transparency is dropped, 16 bits are scaled to 8."""
+    if image.mode.startswith("I"):
+        # 16 bits per pixel: PIL's own conversion would cut values at 255 instead of scaling them.
+        grey = (np.asarray(image) // 256).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns when a palette with transparency goes to RGB directly
+    return np.array(image.convert("RGB"))
 
 
 class DetectionDataset(Dataset):

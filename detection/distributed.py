@@ -1,0 +1,101 @@
+"""Several processes train as one: decisions, running averages and BatchNorm over all of their images."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from backbones import HoyerSpike
+
+
+def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Each flag, raised if it is raised in any process: all of them then do the same."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    raised = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
+    return [value > 0 for value in accelerator.reduce(raised, "sum").tolist()]
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Gives every process the main one's running averages, which are saved: since the last step each has its own."""
+    for buffer in model.buffers():
+        buffer.copy_(broadcast(buffer))
+
+
+def synchronise(model: nn.Module, *, spikes: bool, batch_norm: bool) -> nn.Module:
+    """`model` with spike layers and BatchNorms that see the images of all processes, under the same names.
+
+    Args:
+        model: its spike layers are changed in place.
+        spikes: moments summed over the processes, see `backbones.HoyerSpike`.
+        batch_norm: torch's SyncBatchNorm, or on the CPU, which that does not know, a `SyncBatchNorm` of ours.
+    """
+    for module in model.modules():
+        if isinstance(module, HoyerSpike):
+            module.sync = spikes
+    if not batch_norm:
+        return model
+    if torch.cuda.is_available():
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                setattr(module, name, SyncBatchNorm.of(child))
+    return model
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the images of all processes, on any device.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias with mean and (biased) variance over all processes in training; the
+    running variance is the unbiased one, as in torch.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+    """
+
+    @classmethod
+    def of(cls, layer: nn.BatchNorm2d) -> SyncBatchNorm:
+        """A layer with the parameters and buffers of `layer`, not copies of them."""
+        new = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
+        for name in ("weight", "bias"):
+            setattr(new, name, getattr(layer, name))
+        new._buffers.update(layer._buffers)
+        return new.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            dims, shape = (0, 2, 3), (1, -1, 1, 1)
+            count = _Sum.apply(wide.new_tensor(x.numel() / x.shape[1]))
+            mean = _Sum.apply(wide.sum(dims)) / count
+            centred = wide - mean.view(shape)
+            var = _Sum.apply(centred.square().sum(dims)) / count
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                weight = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, weight)
+                self.running_var.lerp_(var * count / (count - 1), weight)
+            y = centred * (torch.rsqrt(var + self.eps) * self.weight).view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
