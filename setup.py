@@ -12,6 +12,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["backbones", "backbones.*", "detection", "detection.*"]),
+    package_data={"detection": ["templates/*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -19,7 +20,9 @@ setup(
         "accelerate>=1.10",
         # No longer maintained and its successor under the AGPL: pinned. detection/data/transforms.py alone knows it.
         "albumentations==2.0.8",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
+        "opencv-python-headless>=4.9",
         "pillow>=10",
         "pycocotools>=2.0.8",
         "pydantic>=2.9",

@@ -23,6 +23,7 @@ from matplotlib.text import Text
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
+from PIL import Image
 from torch import Tensor
 
 from detection.evaluation import PrecisionRecall, average_precision, mean_average_precision
@@ -200,6 +201,49 @@ def plot_predictions(
         handlelength=3.5,
     )
     _write(figure, path)
+
+
+def draw_detections(image: np.ndarray, prediction: Mapping[str, Tensor], class_names: Sequence[str]) -> np.ndarray:
+    """The image with its boxes, a label at each, as pixels (H', W', 3) uint8.
+
+    H' and W' are the image's own, unless it is too small for labels or very large: its longer side becomes at least
+    640 and at most 2560 pixels. A very long and thin image stands on a grey ground, as high or wide as labels need.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        prediction: "boxes" (N, 4) x1 y1 x2 y2 in pixels of the image, "scores" (N,), "labels" (N,) in 1..K; all of
+            them are drawn.
+        class_names: names of the labels 1..K.
+    """
+
+    def draw(axes: Axes) -> None:
+        _draw_predictions(axes, prediction, class_names, score_threshold=0.0)
+
+    return _draw_over(image, draw)
+
+
+def draw_classes(image: np.ndarray, rows: Sequence[tuple[str, float]]) -> np.ndarray:
+    """The image with class names and their probabilities in its corner, as pixels sized as by `draw_detections`.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        rows: class name and probability in [0, 1], the likeliest first.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.text(
+            0.01,
+            0.99,
+            "\n".join(f"{probability:.3f}  {name}" for name, probability in rows),
+            transform=axes.transAxes,
+            fontsize=11,
+            color="white",
+            va="top",
+            linespacing=1.3,
+            bbox={"facecolor": "black", "alpha": 0.65, "edgecolor": "none", "pad": 4},
+        )
+
+    return _draw_over(image, draw)
 
 
 def plot_precision_recall(curves: Mapping[str, PrecisionRecall], path: str | PathLike[str]) -> None:
@@ -516,6 +560,32 @@ def _draw_image(axes: Axes, image: Tensor) -> None:
     axes.set_axis_off()
 
 
+def _draw_over(image: np.ndarray, draw: Callable[[Axes], None]) -> np.ndarray:
+    """The pixels of a picture that consists of the image and what `draw` puts on its axes."""
+    height, width = image.shape[:2]
+    scale = min(max(max(height, width), 640), 2560) / max(height, width)  # pixels of the picture per pixel of the image
+    size = [max(1, round(length * scale)) for length in (width, height)]
+    # A few pixels much enlarged are shown as such.
+    resampling = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BILINEAR
+    pixels = np.asarray(Image.fromarray(image).resize(size, resampling))
+    # Text and lines are laid out on at most 1000 pixels and enlarged with the rest, to be seen on a large picture too.
+    enlarged = max(1.0, max(size) / 1000)
+    whole = [max(length, round(120 * enlarged)) for length in size]  # room for labels
+    # A hundredth of a pixel more, since the canvas rounds down; the axes do without it.
+    figure = Figure(figsize=[(length + 0.01) / (DPI * enlarged) for length in whole], dpi=DPI, facecolor="0.3")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, *(length / (length + 0.01) for length in whole)))
+    axes.imshow(pixels, extent=(0, width, height, 0), aspect="auto", interpolation="nearest")
+    ground = [(length / own - 1) / 2 for length, own in zip(whole, size, strict=True)]  # on either side, in images
+    axes.set_xlim(-ground[0] * width, (1 + ground[0]) * width)
+    axes.set_ylim((1 + ground[1]) * height, -ground[1] * height)
+    axes.set_axis_off()
+    draw(axes)
+    figure.set_dpi(DPI * enlarged)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+
+
 def _draw_targets(axes: Axes, target: Mapping[str, Tensor]) -> None:
     for x1, y1, x2, y2 in target["boxes"].tolist():
         style = {"edgecolor" if key == "color" else key: value for key, value in _TARGET_STYLE.items()}
@@ -570,3 +640,66 @@ def _place(text: Text, axes: Axes, box: Sequence[float], taken: Sequence[Bbox]) 
 def _write(figure: Figure, path: str | PathLike[str]) -> None:
     FigureCanvasAgg(figure)
     figure.savefig(path, format="png", dpi=DPI)
+
+
+# Robustness
+
+
+def plot_robustness(
+    curves: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]],
+    units: Mapping[str, str],
+    label: str,
+    path: str | PathLike[str],
+) -> None:
+    """Write a metric over the severity of noise: a panel per kind, a line per run through its means.
+
+    The band around a line is one standard deviation over the seeds on either side; a kind without seeds has none.
+
+    Args:
+        curves: kind of noise -> run -> severity -> the metric for each seed; severity 0 is the clean network.
+        units: kind -> what its severity is.
+        label: name and unit of the metric.
+        path: PNG file to write, 1200 pixels wide.
+
+    Raises:
+        ValueError: no kind has a run.
+    """
+    if not any(curves.values()):
+        raise ValueError(f"curves: nothing to plot in {len(curves)} kinds of noise; expected at least one with a run")
+    num_columns = min(3, len(curves))
+    num_rows = math.ceil(len(curves) / num_columns)
+    names = list(dict.fromkeys(name for runs in curves.values() for name in runs))
+    # A run has one colour and one mark in all panels, and is told from the others without colour too.
+    palette = matplotlib.colormaps["tab10"].colors
+    styles = {name: (palette[index % 10], "osD^vPX*<>"[index % 10]) for index, name in enumerate(names)}
+    legend_rows = math.ceil(len(names) / 3)
+    figure = Figure(figsize=(12, 3.4 * num_rows + 0.4 + 0.25 * legend_rows), dpi=DPI, layout="constrained")
+    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True)
+    for axes, (kind, runs) in zip(grid.ravel(), curves.items(), strict=False):
+        for name, values in runs.items():
+            color, marker = styles[name]
+            severities = sorted(values)
+            means = np.array([np.mean(values[severity]) for severity in severities])
+            spreads = np.array([_deviation(values[severity]) for severity in severities])
+            axes.plot(severities, means, color=color, marker=marker, markersize=4, linewidth=1.6, label=name)
+            axes.fill_between(severities, means - spreads, means + spreads, color=color, alpha=0.2, linewidth=0)
+        axes.set_title(kind.replace("_", " "), fontsize=11)
+        axes.set_xlabel(units[kind], fontsize=9)
+        axes.set_xlim(-0.03 * axes.dataLim.x1)  # room for the whole mark at 0
+        axes.grid(color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.ravel()[len(curves) :]:
+        axes.set_axis_off()
+    highest = max(max(found) for runs in curves.values() for values in runs.values() for found in values.values())
+    grid[0, 0].set_ylim(0, 1.06 * highest or 1)  # shared by all, so that heights compare
+    for row in grid:
+        row[0].set_ylabel(label, fontsize=9)
+    handles = [Line2D([], [], color=color, marker=marker, label=name) for name, (color, marker) in styles.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    _write(figure, path)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation of a sample, 0 for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

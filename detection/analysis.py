@@ -1,0 +1,338 @@
+"""Energy and binarity of a trained run, measured in the same pass over the evaluation images as its accuracy."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from backbones import (
+    HOROWITZ_45NM,
+    Certificate,
+    CostTable,
+    EnergyReport,
+    Measurement,
+    WeightedLayer,
+    certify,
+    energy,
+    record_layers,
+)
+from detection.checkpoint import Run, Weights
+from detection.classification import evaluate_classifier, validation_batches
+from detection.config import ClassificationConfig, Config
+from detection.data import DetectionDataset, build_datasets
+from detection.files import write_whole
+from detection.models import load_model
+from detection.tasks import evaluate_detector, evaluation_loader
+
+MILLION = 1e6  # pJ per uJ, and the unit of counts and bits in tables
+
+
+class TextTable(NamedTuple):
+    """A table of text, for a terminal or for Markdown."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `analyze_run` found.
+
+    Attributes:
+        run: the run folder.
+        weights: which of its weights.
+        metrics: of the evaluation, as in the run's log.
+        measured: counts of every layer over the images.
+        report: energy, per image.
+        certificate: whether what the layers saw was binary.
+    """
+
+    run: str
+    weights: Weights
+    metrics: dict[str, Any]
+    measured: Measurement
+    report: EnergyReport
+    certificate: Certificate
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON; all counts, bits and picojoules are per image, layers in the order in which they ran."""
+        certificate, first_layer = self.certificate, self.report.first_layer
+        return {
+            "run": self.run,
+            "weights": self.weights,
+            "num_images": self.measured.num_images,
+            "time_steps": certificate.time_steps,
+            "levels": certificate.levels,
+            "costs": asdict(self.report.costs),
+            "metrics": self.metrics,
+            "layers": [self._layer(layer) for layer in self._layers()],
+            "networks": {name: network.to_dict() for name, network in self.report.networks.items()},
+            "ratios": self.report.ratios,
+            "first_layer": first_layer.to_dict() if first_layer else None,
+            "unhandled": self.measured.unhandled,
+            "certificate": {
+                "binary": certificate.is_binary,
+                "strict": certificate.strict,
+                "num_binary": certificate.num_binary,
+                "exceptions": [finding._asdict() for finding in certificate.exceptions],
+                "violations": [finding._asdict() for finding in certificate.violations],
+                "silent": list(certificate.silent),
+            },
+        }
+
+    def tables(self) -> list[TextTable]:
+        """The layers, the networks side by side, their ratios, the first layer and the certificate, for people."""
+        tables = [self._layer_table(), self._network_table()]
+        if self.report.ratios:
+            columns = {"operations": "operations", "with SRAM": "with_sram", "with DRAM": "with_dram"}
+            rows = [
+                (name, *("-" if ratio[key] is None else f"{ratio[key]:.3f}" for key in columns.values()))
+                for name, ratio in self.report.ratios.items()
+            ]
+            tables.append(TextTable("Energy ratios", ("networks", *columns), rows))
+        if self.report.first_layer:
+            tables.append(self._first_layer_table())
+        return [*tables, self._certificate_table()]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes analysis.json, layers.csv and analysis.md into `folder`, which is made if need be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "analysis.json", (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+        write_whole(folder / "layers.csv", self._csv().encode())
+        write_whole(folder / "analysis.md", self._markdown().encode())
+
+    def _layers(self) -> list[WeightedLayer]:
+        order = {name: position for position, name in enumerate(self.measured.ran)}
+        return sorted(self.measured.layers.values(), key=lambda layer: order.get(layer.name, len(order)))
+
+    def _layer(self, layer: WeightedLayer) -> dict[str, Any]:
+        number, energies = self.measured.num_images, self.report.layers[layer.name]
+        output = [self.measured.spikes[name] for name in layer.spikes_to]
+        neurons = sum(spikes.num_neurons for spikes in output)
+        comparisons = sum(self.measured.spikes[name].num_neurons for name in layer.spikes_from)
+        return {
+            "name": layer.name,
+            "kind": layer.kind,
+            "input": ("spikes" if layer.is_binary else "real") if layer.num_calls else None,
+            "input_activity": layer.input_rate,
+            # JSON knows no NaN or infinity.
+            "input_example": layer.example
+            if layer.example is None or math.isfinite(layer.example)
+            else str(layer.example),
+            "output": "spikes" if layer.output_bits is not None else "real",
+            "output_activity": sum(spikes.num_spikes for spikes in output) / neurons if neurons else None,
+            "output_spike_layers": layer.spikes_to,
+            "calls": layer.num_calls,
+            "num_inputs": layer.num_inputs / number,
+            "num_active": layer.num_active / number,
+            "num_outputs": layer.num_outputs / number,
+            "num_macs": layer.num_macs / number,
+            "exact_macs": layer.num_exact_macs / number,
+            "num_synops": layer.num_synops / number,
+            "rate_times_macs": layer.rate_times_macs / number,
+            "comparisons": comparisons / number,
+            "weights": layer.num_weights,
+            "biases": layer.num_biases,
+            "energy_pj": {name: network.total_pj for name, network in energies.items()},
+            "memory_bits": {name: network.weight_bits + network.activation_bits for name, network in energies.items()},
+            "memory_sram_pj": {name: network.memory_sram_pj for name, network in energies.items()},
+            "memory_dram_pj": {name: network.memory_dram_pj for name, network in energies.items()},
+        }
+
+    def _layer_table(self) -> TextTable:
+        networks = [name for name in ("spiking", "twin") if name in self.report.networks]
+        header = ("layer", "input", "active in", "active out", "MAC", "synaptic operations", "rate x MAC")
+        rows = []
+        for layer in map(self._layer, self._layers()):
+            output = layer["output_activity"]
+            rows.append(
+                (
+                    layer["name"],
+                    layer["input"] or "never ran",
+                    f"{layer['input_activity']:.1%}",
+                    "-" if output is None else f"{output:.1%}",
+                    *(_millions(layer[key]) for key in ("exact_macs", "num_synops", "rate_times_macs")),
+                    *(_millions(layer["energy_pj"][name]) for name in networks),
+                )
+            )
+        title = "Layers, per image; MAC and operations in millions, energy without memory in uJ"
+        return TextTable(title, (*header, *(f"{name} uJ" for name in networks)), rows)
+
+    def _network_table(self) -> TextTable:
+        lines = {
+            "MAC, millions": "macs",
+            "AC, millions": "acs",
+            "comparisons, millions": "comparisons",
+            "compute, uJ": "compute_pj",
+            "comparisons, uJ": "comparison_pj",
+            "operations, uJ": "total_pj",
+            "weights read, Mbit": "weight_bits",
+            "activations read, Mbit": "read_bits",
+            "activations written, Mbit": "write_bits",
+            "memory if SRAM, uJ": "memory_sram_pj",
+            "memory if DRAM, uJ": "memory_dram_pj",
+            "all with SRAM, uJ": "total_sram_pj",
+            "all with DRAM, uJ": "total_dram_pj",
+        }
+        networks = self.report.networks
+        rows = [
+            (title, *(_millions(getattr(network, key)) for network in networks.values()))
+            for title, key in lines.items()
+        ]
+        return TextTable(f"Networks, per image; {self.report.costs.name}", ("", *networks), rows)
+
+    def _first_layer_table(self) -> TextTable:
+        first = self.report.first_layer.to_dict()
+        rows = [
+            ("spike layer", f"{first['spike_layer']}, {first['firing_rate']:.1%} active"),
+            ("raw image", f"{first['image_bits']:,.0f} bits"),
+            ("spikes, 1 bit per neuron", f"{first['spike_bits']:,.0f} bits, {_times(first['reduction'])} fewer"),
+            ("their entropy", f"{first['entropy_bits']:,.0f} bits, {_times(first['entropy_reduction'])} fewer"),
+            (
+                "is that all that has to leave?",
+                "yes"
+                if first["spikes_suffice"]
+                else "no: real values from in front of this spike layer are needed elsewhere too",
+            ),
+        ]
+        return TextTable("A first layer in the sensor: what leaves it, per image", ("", ""), rows)
+
+    def _certificate_table(self) -> TextTable:
+        certificate = self.certificate
+        rows = [("exception", *finding) for finding in certificate.exceptions]
+        rows += [("VIOLATION", *finding) for finding in certificate.violations]
+        rows += [("silent", name, "its input was 0 in every image") for name in certificate.silent]
+        title = (
+            f"{'Binary' if certificate.is_binary else 'NOT binary'}{', strict' if certificate.strict else ''}: "
+            f"{certificate.num_binary} of {len(self.measured.layers)} layers with weights saw 0/1 only, "
+            f"over {certificate.num_images} images; time steps {certificate.time_steps}, "
+            f"levels {certificate.levels} (0 and 1)"
+        )
+        return TextTable(title, ("", "layer", "reason"), rows)
+
+    def _csv(self) -> str:
+        rows = [dict(_flat(self._layer(layer))) for layer in self._layers()]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def _markdown(self) -> str:
+        parts = [f"# {self.run}, {self.weights} weights, {self.measured.num_images} images"]
+        keys = [key for key in ("AP", "AP50", "top1", "top5", "activity") if key in self.metrics]
+        parts.append(", ".join(f"{key} {self.metrics[key]:.4f}" for key in keys))
+        for table in self.tables():
+            lines = [table.header, tuple("---" for _ in table.header), *table.rows]
+            parts += [f"## {table.title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        return "\n\n".join(parts) + "\n"
+
+
+def analyze_run(
+    folder: str | Path,
+    which: Weights = "last",
+    *,
+    data_root: str | Path | None = None,
+    num_images: int | None = None,
+    costs: CostTable = HOROWITZ_45NM,
+    strict: bool = False,
+) -> Analysis:
+    """Metrics, activity, energy and binarity of a saved run, in one pass over its evaluation images.
+
+    Args:
+        folder: the run, a detector's or a classifier's.
+        which: which of its weights.
+        data_root: where its data lie now; None: where they lay when it was trained.
+        num_images: the first so many images only, at most all there are; the metrics are then those of these.
+        costs: picojoules by operation.
+        strict: allow no layer but the stem to see real values, see `certify`.
+
+    Raises:
+        FileNotFoundError: no such run, weights, or data.
+        ValueError: the weights are damaged or do not fit, or `num_images` is not positive.
+    """
+    if num_images is not None and num_images < 1:
+        raise ValueError(f"--images {num_images}: at least one image is needed")
+    run = Run.open(folder)
+    config = run.config.model_copy(deep=True)
+    if data_root is not None:
+        config.data.root = Path(data_root)
+    accelerator = Accelerator(mixed_precision=config.train.precision)
+    # As in the run's own evaluation: on the device and with its precision.
+    model = accelerator.unwrap_model(accelerator.prepare(load_model(run, which)))
+    try:
+        with record_layers(model) as measured:
+            metrics = _evaluate(model, config, accelerator, num_images)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; if the data lie elsewhere now, say where: --data.root FOLDER") from None
+    metrics.pop("potentials", None)  # histograms of the first batch, which the log has already
+    certificate = certify(measured, analogue_parts(config, model), strict=strict)
+    return Analysis(str(folder), which, metrics, measured, energy(measured, costs), certificate)
+
+
+def analogue_parts(config: Config | ClassificationConfig, model: nn.Module) -> dict[str, str]:
+    """Which parts of a recipe's network are meant to see real values, as `certify` takes them.
+
+    A classifier has none, nor has an SSD. In other detectors they are the head, unless head.spiking, and the pyramid's
+    output convolutions and extra maps, unless neck.spiking; never the backbone or the lateral convolutions.
+    """
+    if isinstance(config, ClassificationConfig) or config.model.detector == "ssd":
+        return {}
+    parts = {}
+    if not config.model.head.spiking:
+        heads = ("rpn", "roi_heads") if config.model.detector == "fasterrcnn" else ("head",)
+        parts |= dict.fromkeys(heads, "analogue head")
+    if not config.model.neck.spiking:
+        parts |= dict.fromkeys(("backbone.neck.fpn.layer_blocks", "backbone.neck.fpn.extra_blocks"), "analogue neck")
+    weighted = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    # A pyramid may have no extra maps, or make them by pooling.
+    return {part: reason for part, reason in parts.items() if any(name.startswith(f"{part}.") for name in weighted)}
+
+
+def _evaluate(
+    model: nn.Module, config: Config | ClassificationConfig, accelerator: Accelerator, num_images: int | None
+) -> dict[str, Any]:
+    if isinstance(config, ClassificationConfig):
+        batches = _first_images(validation_batches(config, accelerator), num_images)
+        return evaluate_classifier(model, batches, accelerator)
+    _, val = build_datasets(config.data)
+    annotations = replace(val.annotations, records=val.annotations.records[:num_images])
+    val = DetectionDataset(annotations)
+    return evaluate_detector(model, evaluation_loader(val, config, accelerator), val, config, accelerator)
+
+
+def _first_images(batches: Iterable[tuple[Tensor, Tensor]], number: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    for images, labels in batches:
+        yield images[:number], labels[:number]
+        if number is not None:
+            number -= len(images[:number])
+            if not number:
+                return
+
+
+def _flat(layer: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in layer.items():
+        if isinstance(value, dict):
+            for name, number in value.items():
+                yield f"{key}.{name}", number
+        else:
+            yield key, " ".join(value) if isinstance(value, list) else value
+
+
+def _millions(value: float) -> str:
+    return f"{value / MILLION:,.3f}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} times"

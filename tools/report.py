@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Writes one self-contained HTML page about a run, or about several side by side.
+
+The log is enough. Where weights and evaluation data are at hand, an evaluation adds precision-recall curves, the best
+and worst images with boxes and spike maps, energy and the binarity certificate (the last two from RUN/analysis if that
+is newer than the weights).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from detection.checkpoint import command_line
+from detection.cli import run_tool
+from detection.report import write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; with several, gaps are to the first")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.html",
+        help="page to write (default: RUN/report.html, or report.html here for several runs)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("last", "best", "ema"),
+        default="last",
+        help="whose numbers, and which weights are evaluated; ema: their average (default: last)",
+    )
+    parser.add_argument(
+        "--images", type=int, default=3, metavar="N", help="best and worst images to show, N each (default: 3)"
+    )
+    parser.add_argument(
+        "--data.root",
+        "--data",
+        dest="data_root",
+        type=Path,
+        metavar="FOLDER",
+        help="where the data lie now (default: where they lay when the run was trained)",
+    )
+    parser.add_argument("--log-only", action="store_true", help="evaluate nothing, leave out what needs it")
+    options = parser.parse_args()
+    if options.images < 0:
+        raise ValueError(f"--images {options.images}: expected 0 or more")
+    out = write_report(
+        options.runs,
+        options.out,
+        which=options.weights,
+        num_images=options.images,
+        data_root=options.data_root,
+        log_only=options.log_only,
+        command=command_line(),
+    )
+    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    run_tool(main)
