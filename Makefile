@@ -13,10 +13,12 @@ $(VENV)/.installed: setup.py
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# A detector from nothing: draws scenes, trains, evaluates. Minutes on two CPU cores.
+# A detector from nothing: draws scenes, trains, evaluates, counts its energy, shows it all. Minutes on two CPU cores.
 demo: install
 	rm -rf runs/demo
 	$(BIN)/python tools/train_det.py configs/scenes_retinanet_resnet18.yaml --out runs/demo
+	$(BIN)/python tools/analyze.py runs/demo
+	$(BIN)/python tools/report.py runs/demo
 
 test: install
 	$(BIN)/python -m pytest tests

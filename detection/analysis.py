@@ -31,7 +31,7 @@ from detection.config import ClassificationConfig, Config
 from detection.data import DetectionDataset, build_datasets
 from detection.files import write_whole
 from detection.models import load_model
-from detection.tasks import evaluate_detector, evaluation_loader
+from detection.tasks import evaluate_detector, evaluation_loader, make_accelerator
 
 MILLION = 1e6  # pJ per uJ, and the unit of counts and bits in tables
 
@@ -268,7 +268,7 @@ def analyze_run(
     config = run.config.model_copy(deep=True)
     if data_root is not None:
         config.data.root = Path(data_root)
-    accelerator = Accelerator(mixed_precision=config.train.precision)
+    accelerator = make_accelerator(config)
     # As in the run's own evaluation: on the device and with its precision.
     model = accelerator.unwrap_model(accelerator.prepare(load_model(run, which)))
     try:

@@ -54,8 +54,10 @@ class Run:
         return folder
 
     @classmethod
-    def create(cls, folder: str | Path, config: Recipe, command: Sequence[str]) -> Run:
-        """A new run folder with config.yaml and run.json in it.
+    def create(
+        cls, folder: str | Path, config: Recipe, command: Sequence[str], facts: Mapping[str, Any] | None = None
+    ) -> Run:
+        """A new run folder with config.yaml and run.json in it; `facts` go into the latter.
 
         Raises:
             FileExistsError: there is something already.
@@ -63,7 +65,7 @@ class Run:
         run = cls(cls.check_free(folder), config)
         run.folder.mkdir(parents=True, exist_ok=True)
         save_config(config, run.folder / "config.yaml")
-        run.write_info({"command": " ".join(command), **describe_environment()})
+        run.write_info({"command": " ".join(command), **describe_environment(), **(facts or {})})
         return run
 
     @classmethod
@@ -79,11 +81,11 @@ class Run:
             raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
         return cls(folder, read_recipe(folder / "config.yaml"))
 
-    def note_resumption(self, command: Sequence[str]) -> None:
+    def note_resumption(self, command: Sequence[str], facts: Mapping[str, Any] | None = None) -> None:
         """Adds to run.json that the training went on, by which command; config.yaml takes what may have changed."""
         save_config(self.config, self.folder / "config.yaml")
         started = (self.folder / "run.json").is_file()  # not if it was killed before its first step
-        info = self.info() if started else {"command": " ".join(command), **describe_environment()}
+        info = self.info() if started else {"command": " ".join(command), **describe_environment(), **(facts or {})}
         self.write_info(info | {"resumed": [*info.get("resumed", []), " ".join(command)]})
 
     def info(self) -> dict[str, Any]:

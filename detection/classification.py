@@ -74,8 +74,15 @@ def train_classifier(
     return line
 
 
-def evaluate_classification_run(folder: str | Path, which: Weights = "last") -> tuple[dict[str, Any], dict[str, Any]]:
+def evaluate_classification_run(
+    folder: str | Path, which: Weights = "last", *, data_root: str | Path | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics of a saved run, computed anew, and the log line of the epoch that the weights come from.
+
+    Args:
+        folder: the run.
+        which: which of its weights.
+        data_root: where its data lie now; None: where they lay when it was trained.
 
     Raises:
         FileNotFoundError: no such run, weights, or data.
@@ -84,6 +91,8 @@ def evaluate_classification_run(folder: str | Path, which: Weights = "last") -> 
     run = Run.open(folder)
     if not isinstance(run.config, ClassificationConfig):
         raise ValueError(f"{folder}: a run of {run.config.task}, not of classification")
+    if data_root is not None:
+        run.config.data.root = Path(data_root)
     logged = logged_line(run, which, "top1")
     accelerator = make_accelerator(run.config)
     model = accelerator.unwrap_model(accelerator.prepare(load_model(run, which)))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from detection.checkpoint import Run, command_line
 from detection.config import AnyConfig, Config, Recipe, load_config, override
 from detection.resume import Interrupted
@@ -90,6 +92,11 @@ def run_training(
     numbers = [f"{key} {line[key]:.4f}" for key in keys if key in line]
     print(f"{'  '.join(numbers)}  run folder: {folder}")
     print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+
+
+def table_console() -> Console:
+    """A console for tables: as wide as they are where the output is no terminal, such as a file."""
+    return Console(width=None if sys.stdout.isatty() else 200, soft_wrap=False)
 
 
 def run_tool(main: Callable[[], None]) -> None:

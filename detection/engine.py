@@ -268,9 +268,6 @@ def train_epoch(
     source = iter(batches) if progress.step < num_steps else iter(())
     started = time.perf_counter() - progress.seconds
 
-    def count(name: str, value: Tensor) -> None:
-        progress.sums[name] = progress.sums.get(name, 0) + value.detach()
-
     for step in range(progress.step + 1, num_steps + 1):
         parts = min(accumulate, len(batches) - (step - 1) * accumulate)
         growth = parts if hoyer.reduction == "sum" else 1
@@ -284,7 +281,7 @@ def train_epoch(
                 if penalties:
                     each = growth * torch.stack(list(penalties.values()))
                     losses["hoyer"] = hoyer.weight * each.sum()
-                    count("layers", each / parts)
+                    progress.count("layers", each / parts)
                 loss = torch.stack(list(losses.values())).sum() / parts
                 accelerator.backward(loss)
             seen.append(batch)
@@ -304,11 +301,17 @@ def train_epoch(
             training.schedule.step()
             if training.average:
                 training.average.update_parameters(training.network)
-        count("loss", loss)
+        progress.count("loss", loss)
         for name, value in losses.items():
-            count(f"loss/{name}", value)
+            progress.count(f"loss/{name}", value)
         progress.step, progress.seconds = step, time.perf_counter() - started
         after_step()
+    return describe_epoch(training, num_steps)
+
+
+def describe_epoch(training: Training, num_steps: int) -> dict[str, Any]:
+    """What the log says of an epoch's steps, see `train_epoch`."""
+    progress, accelerator = training.progress, training.accelerator
     means = {name: accelerator.reduce(value / num_steps, "mean") for name, value in progress.sums.items()}
     layers = spike_layers(training.network)
     per_layer = means.pop("layers").tolist() if layers else []

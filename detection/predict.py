@@ -135,7 +135,7 @@ class Predictor:
         model: torchvision's detector, in evaluation mode.
         class_names: label k is class_names[k - 1].
         category_ids: COCO's category of each label, those that the evaluation of the run used.
-        category_source: the annotation file that `category_ids` were read from; None: they are 1..K.
+        category_source: the file that `category_ids` were read from; None: they are 1..K.
 
     Raises:
         FileNotFoundError: no such run or weights.
@@ -148,7 +148,7 @@ class Predictor:
         self.model = load_model(run, weights).to(self.device)
         self.class_names = tuple(run.config.data.classes)
         if isinstance(run.config, Config):
-            self.category_ids, self.category_source = read_category_ids(run.config)
+            self.category_ids, self.category_source = read_category_ids(run)
 
     @torch.no_grad()
     def predict(
@@ -344,12 +344,16 @@ def padded_size(transform: nn.Module, picture: Tensor) -> tuple[int, int]:
     return height, width
 
 
-def read_category_ids(config: Config) -> tuple[tuple[int, ...], Path | None]:
-    """COCO's category of label 1, 2, ..., K, and the annotation file that says so.
+def read_category_ids(run: Run) -> tuple[tuple[int, ...], Path | None]:
+    """COCO's category of label 1, 2, ..., K, and the file that says so.
 
-    Other categories than 1..K have only runs on COCO files, whose recipe names the classes but not their numbers: they
-    are in its annotation files. Where these are gone, or have other classes by now, it is 1..K and no file.
+    That is run.json. Runs of earlier versions have them there not yet, and other ones than 1..K only if they are on
+    COCO files: then their annotation file says it. Where that is gone, or has other classes by now, it is 1..K and no
+    file.
     """
+    recorded, config = run.info().get("category_ids"), run.config
+    if recorded is not None:
+        return tuple(recorded), run.folder / "run.json"
     classes = config.data.classes
     numbers = tuple(range(1, len(classes) + 1))
     if config.data.format != "coco":

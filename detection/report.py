@@ -39,7 +39,6 @@ SCORE_THRESHOLD = 0.3  # detections with a lower score are neither drawn nor cou
 IOU_THRESHOLD = 0.5
 METRICS = {"detection": ("AP50", "AP", "AP75"), "classification": ("top1", "top5")}
 SECTIONS = {
-    "recipe": "Recipe",
     "curves": "Curves",
     "classes": "Classes",
     "precision": "Precision over recall",
@@ -48,6 +47,7 @@ SECTIONS = {
     "certificate": "Certificate",
     "dynamics": "Thresholds",
     "images": "Images",
+    "recipe": "Recipe",
     "origin": "Reproduce",
 }  # end of the id of each section of a run, and its name in the contents
 DETECTION_ONLY = ("precision", "images")
@@ -1002,7 +1002,7 @@ def curves(log: Sequence[Mapping[str, Any]], task: str) -> list[Chart | None]:
         draw_chart("Accuracy" if task == "classification" else "Average precision", metrics, "share, 0 to 1"),
         draw_chart("Spike activity", activity, "neurons that fire, %"),
         draw_chart("Effective threshold", layer_lines(log, effective_threshold), "|v_th| \N{MULTIPLICATION SIGN} E"),
-        draw_chart("Learning rate", [Line("after the epoch", points_of(log, "lr"))], "after the epoch"),
+        draw_chart("Learning rate", [Line("at its beginning", points_of(log, "lr"))], "after the epoch"),
         draw_chart(
             "Training speed", [Line("images per second", points_of(log, "images_per_second"))], "images per second"
         ),

@@ -46,6 +46,10 @@ class Progress:
     num_images: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
 
+    def count(self, name: str, value: Tensor) -> None:
+        """Adds a value of this step to a sum."""
+        self.sums[name] = self.sums.get(name, 0) + value.detach()
+
     def next_epoch(self) -> None:
         """Goes on to the beginning of the next epoch."""
         self.epoch, self.step, self.seconds, self.num_images, self.sums = self.epoch + 1, 0, 0.0, 0, {}

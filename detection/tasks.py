@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -83,6 +83,7 @@ def train_detector(
         command=command,
         accelerator=accelerator,
         resume=resume,
+        facts={"category_ids": list(train.annotations.category_ids)},
     )
     if accelerator.is_main_process:
         draw_predictions(accelerator.unwrap_model(model), val, run.folder / "predictions.png")
@@ -138,10 +139,12 @@ def train_into_run(
     command: Sequence[str],
     accelerator: Accelerator,
     resume: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> tuple[Run, dict[str, Any]]:
     """Trains `model` into a run folder, with a teacher, compiled, in channels-last order as the recipe says.
 
-    A new run that ends before anything of it is saved leaves no folder. See `fit` for the rest.
+    A new run that ends before anything of it is saved leaves no folder. `facts` about the data go into its run.json.
+    See `fit` for the rest.
 
     Raises:
         ConnectionError: another process of the training has ended, or does not answer.
@@ -157,9 +160,9 @@ def train_into_run(
 
     def begin() -> None:
         if main and resume:
-            run.note_resumption(command)
+            run.note_resumption(command, facts)
         elif main:
-            Run.create(folder, config, command)
+            Run.create(folder, config, command, facts)
         accelerator.init_trackers("tensorboard")
 
     try:
@@ -203,13 +206,18 @@ def is_broken_connection(error: BaseException) -> bool:
 
 
 def evaluate_run(
-    folder: str | Path, which: Weights = "last", *, save: str | Path | None = None
+    folder: str | Path,
+    which: Weights = "last",
+    *,
+    data_root: str | Path | None = None,
+    save: str | Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics of a saved run, computed anew, and the log line of the epoch that the weights come from.
 
     Args:
         folder: the run.
         which: which of its weights.
+        data_root: where its data lie now; None: where they lay when it was trained.
         save: where `evaluate_detector` writes its files; must not exist, or be empty.
 
     Raises:
@@ -223,6 +231,8 @@ def evaluate_run(
     run = Run.open(folder)
     if not isinstance(run.config, Config):
         raise ValueError(f"{folder}: a run of {run.config.task}, not of detection")
+    if data_root is not None:
+        run.config.data.root = Path(data_root)
     logged = logged_line(run, which, "AP")
     accelerator = make_accelerator(run.config)
     # As in training: on the device and with its precision, and layers without the name of a wrapper in front.

@@ -245,14 +245,20 @@ def test_wrong_input_is_named(predictor, finished, scenes, tmp_path):
         detection.load(finished, "ema")
 
 
-def test_coco_rows_have_the_category_ids_of_the_evaluation(tmp_path):
+def test_coco_rows_have_the_category_ids_of_the_evaluation(finished, tmp_path):
+    assert detection.load(finished).category_source == Path(finished) / "run.json"
+
+    def ids(name: str, data: dict, facts: dict | None = None) -> tuple:
+        return read_category_ids(Run.create(tmp_path / name, Config.model_validate({"data": data}), ["test"], facts))
+
     (tmp_path / "val.json").write_text(json.dumps({"categories": [{"id": 7, "name": "b"}, {"id": 90, "name": "a"}]}))
     data = {"format": "coco", "root": tmp_path, "train": ["t.json"], "val": ["val.json"], "classes": ["a", "b"]}
-    assert read_category_ids(Config.model_validate({"data": data})) == ((90, 7), tmp_path / "val.json")
-    for change in ({"val": ["gone.json"]}, {"classes": ["a", "c"]}):
-        assert read_category_ids(Config.model_validate({"data": data | change})) == ((1, 2), None)
+    assert ids("recorded", data, {"category_ids": [5, 6]}) == ((5, 6), tmp_path / "recorded" / "run.json")
+    assert ids("file", data) == ((90, 7), tmp_path / "val.json")
+    for name, change in (("gone", {"val": ["gone.json"]}), ("other", {"classes": ["a", "c"]})):
+        assert ids(name, data | change) == ((1, 2), None)
     voc = {"format": "voc", "train": ["A/train"], "val": ["A/val"], "classes": ["a", "b", "c"]}
-    assert read_category_ids(Config.model_validate({"data": voc})) == ((1, 2, 3), None)
+    assert ids("voc", voc) == ((1, 2, 3), None)
 
 
 # Pictures

@@ -152,7 +152,11 @@ def test_headline_has_the_numbers_of_the_log(pages, name, folder):
     log = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(row["seconds"] + row.get("eval_seconds", 0.0) for row in log)
     metric = "AP50" if name == "log" else "top1"
-    assert page.values() == {metric: line[metric], "activity": line["activity"], "seconds": pytest.approx(seconds)}
+    expected = {metric: line[metric], "activity": line["activity"], "seconds": pytest.approx(seconds)}
+    analysis = folder / "analysis" / "analysis.json"
+    if analysis.is_file():
+        expected["energy"] = json.loads(analysis.read_text())["ratios"]["spiking/twin"]["operations"]
+    assert page.values() == expected
     shown = {attributes["data-key"]: text for attributes, text in page.data}
     assert shown[metric] == f"{line[metric]:.3f}"
     assert shown["activity"] == f"{100 * line['activity']:.1f} %"

@@ -11,14 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from backbones import HOROWITZ_45NM, read_costs
 from detection.analysis import TextTable, analyze_run
 from detection.checkpoint import Run
-from detection.cli import run_tool
+from detection.cli import run_tool, table_console
 
 
 def main() -> None:
@@ -56,7 +55,7 @@ def main() -> None:
         strict=options.strict,
     )
     analysis.save(out)
-    console = Console()
+    console = table_console()
     for table in analysis.tables():
         console.print(as_rich(table))
     metrics = [key for key in ("AP", "AP50", "top1", "activity") if key in analysis.metrics]

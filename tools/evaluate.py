@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from accelerate import PartialState
-from rich.console import Console
 from rich.table import Table
 
 from detection.checkpoint import Run
 from detection.classification import evaluate_classification_run
-from detection.cli import run_tool
+from detection.cli import run_tool, table_console
 from detection.evaluation import METRICS
 from detection.tasks import evaluate_run
 
@@ -28,6 +27,12 @@ def main() -> None:
         help="which weights; ema: their average (default: last)",
     )
     parser.add_argument(
+        "--data.root",
+        dest="data_root",
+        metavar="FOLDER",
+        help="where the data lie now (default: where they lay when the run was trained)",
+    )
+    parser.add_argument(
         "--save",
         metavar="FOLDER",
         help="detectors: new folder for predictions.json (COCO results), metrics.json and pictures",
@@ -37,11 +42,11 @@ def main() -> None:
         if options.save:
             parser.error(f"--save: {options.run} is a classifier, which has no boxes to save")
         keys = ["top1", "top5", "val_loss"]
-        metrics, logged = evaluate_classification_run(options.run, options.weights)
+        metrics, logged = evaluate_classification_run(options.run, options.weights, data_root=options.data_root)
         rows: list[tuple[str, ...]] = []
     else:
         keys = list(METRICS)
-        metrics, logged = evaluate_run(options.run, options.weights, save=options.save)
+        metrics, logged = evaluate_run(options.run, options.weights, data_root=options.data_root, save=options.save)
         rows = list(detection_rows(metrics, logged))
     if not PartialState().is_main_process:  # of several, one tells
         return
@@ -53,7 +58,7 @@ def main() -> None:
         table.add_row(key, f"{metrics[key]:.4f}", f"{logged[key]:.4f}")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    table_console().print(table)
     different = [key for key in keys if metrics[key] != logged[key]]
     print(f"not equal to the log: {', '.join(different)}" if different else "equal to the log in every digit")
 

@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from detection.checkpoint import command_line
-from detection.cli import run_tool
+from detection.cli import run_tool, table_console
 from detection.robustness import ALL_LAYERS, KINDS, NEAR, SEVERITIES, UNITS, curves_of, study
 
 
@@ -54,7 +53,7 @@ def main() -> None:
         data_root=options.data_root,
         num_images=options.images,
     )
-    console = Console()
+    console = table_console()
     for metric in found["metrics"]:
         console.print(accuracy_table(found, metric))
     for kind in options.kinds:
