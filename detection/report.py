@@ -1002,7 +1002,7 @@ def curves(log: Sequence[Mapping[str, Any]], task: str) -> list[Chart | None]:
         draw_chart("Accuracy" if task == "classification" else "Average precision", metrics, "share, 0 to 1"),
         draw_chart("Spike activity", activity, "neurons that fire, %"),
         draw_chart("Effective threshold", layer_lines(log, effective_threshold), "|v_th| \N{MULTIPLICATION SIGN} E"),
-        draw_chart("Learning rate", [Line("at its beginning", points_of(log, "lr"))], "after the epoch"),
+        draw_chart("Learning rate", [Line("learning rate", points_of(log, "lr"))], "at the beginning of the epoch"),
         draw_chart(
             "Training speed", [Line("images per second", points_of(log, "images_per_second"))], "images per second"
         ),

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from helpers import ROOT, run_tool
 from PIL import Image
 from pycocotools.coco import COCO
+from test_readme import EXAMPLES
 from test_training import TINY_MODEL, tiny_recipe
 
 import detection
@@ -547,3 +548,12 @@ def test_camera_runs_until_it_is_stopped(finished, monkeypatch, capsys, tmp_path
     assert "camera 98: 3 frames" in capsys.readouterr().out
     assert count_frames(tmp_path / "out" / "camera98.mp4")[0] == 3
     assert len(json.loads((tmp_path / "out" / "images.json").read_text())["images"]) == 3
+
+
+def test_the_readmes_example(finished, tmp_path, monkeypatch, capsys):
+    (example,) = [text for text in EXAMPLES if "import detection" in text]
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (70, 50), (90, 20, 20)).save("image.jpg")
+    exec(compile(example.replace("runs/demo", str(finished)), "README.md", "exec"), {})
+    assert "detections" in capsys.readouterr().out
+    assert Image.open("drawn.png").width > 0
