@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 
 from detection.checkpoint import Run, command_line
@@ -89,6 +90,8 @@ def run_training(
         print(f"{folder}: finished already, nothing to go on with")
         return
     line = train(config, folder, command_line(), download=options.download, resume=bool(options.resume))
+    if not PartialState().is_main_process:  # of several, one tells
+        return
     numbers = [f"{key} {line[key]:.4f}" for key in keys if key in line]
     print(f"{'  '.join(numbers)}  run folder: {folder}")
     print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")

@@ -179,6 +179,8 @@ def fit(
         training.restore(run, state)
     progress, main = training.progress, accelerator.is_main_process
     begin()
+    if resume and state is None and main:
+        print(f"{run.folder}: no state saved yet, starts from its beginning", file=sys.stderr)
     if resume and main:
         run.forget_after(progress.epoch - 1)
     line = run.history()[-1] if resume and main and progress.epoch > 1 else {}

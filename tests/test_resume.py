@@ -245,12 +245,13 @@ def test_no_run_to_go_on_with(monkeypatch, capsys, tmp_path):
     assert "is not a run folder" in refusal(monkeypatch, capsys, "train_cls", "--resume", tmp_path)
 
 
-def test_a_run_without_state_starts_from_its_beginning(stopped, monkeypatch, tmp_path):
+def test_a_run_without_state_starts_from_its_beginning(stopped, monkeypatch, capsys, tmp_path):
     recipe = write_recipe(tmp_path, CLASSIFICATION)
     run_tool(monkeypatch, "train_cls", recipe, "--out", tmp_path / "whole")
     run = copy_of(stopped, tmp_path)
     (run / "state.safetensors").unlink()
     run_tool(monkeypatch, "train_cls", "--resume", run)
+    assert "no state saved yet" in capsys.readouterr().err
     assert Run.open(run).checksums() == Run.open(tmp_path / "whole").checksums()
     assert [line["epoch"] for line in Run.open(run).history()] == [1, 2]
 
