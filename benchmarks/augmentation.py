@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from detection.checkpoint import command_line, describe_environment
 from detection.config import ImageAugment
-from detection.data import limit_threads
+from detection.data import start_worker
 from detection.data.images import Images, MemoryBatches
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -84,7 +84,7 @@ def main() -> None:
             batch_size=options.batch_size,
             shuffle=True,
             num_workers=options.workers,
-            worker_init_fn=limit_threads,
+            worker_init_fn=start_worker,
             persistent_workers=options.workers > 0,
             pin_memory=device.type == "cuda",
         ),

@@ -156,8 +156,9 @@ class Run:
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
+            what = " ".join(str(error).split())
             raise ValueError(
-                f"{path} does not fit the model of its config.yaml: {' '.join(str(error).split())}"
+                f"{path} does not fit the model of its config.yaml: {what[:300]}{' ...' if len(what) > 300 else ''}"
             ) from None
 
     def checksums(self) -> dict[str, str]:

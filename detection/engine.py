@@ -177,10 +177,10 @@ def fit(
     state = going_on.load_state(run) if resume else None
     if state is not None:
         training.restore(run, state)
+    elif resume:
+        require_beginning(run)
     progress, main = training.progress, accelerator.is_main_process
     begin()
-    if resume and state is None and main:
-        print(f"{run.folder}: no state saved yet, starts from its beginning", file=sys.stderr)
     if resume and main:
         run.forget_after(progress.epoch - 1)
     line = run.history()[-1] if resume and main and progress.epoch > 1 else {}
@@ -191,8 +191,8 @@ def fit(
         sentence = goodbye(run, progress, num_steps, train.epochs) if main else ""
         return Interrupted(sentence, signals.received or signal.SIGTERM)  # a signal that came to another process
 
-    def stop_or_save() -> None:
-        stop, due = any_process(accelerator, bool(signals.received), clock.due())
+    def stop_or_save(always: bool = False) -> None:
+        stop, due = any_process(accelerator, bool(signals.received), always or clock.due())
         if stop or due:
             training.save(run, random_states())
             clock.restart()
@@ -212,7 +212,16 @@ def fit(
             if progress.step == 0:
                 progress.lr = schedule.get_last_lr()[0]
             line = {"epoch": epoch, "step": epoch * num_steps, "lr": progress.lr}
-            line |= train_epoch(training, batches, compute_losses=compute_losses, config=config, after_step=after_step)
+            try:
+                line |= train_epoch(
+                    training, batches, compute_losses=compute_losses, config=config, after_step=after_step
+                )
+            except RuntimeError as error:
+                if not (signals.received and "DataLoader worker" in str(error)):
+                    raise
+                # All processes were told to stop, the loader's too: in the middle of a step there is nothing to save.
+                sentence = f"stopped together with its loader processes; go on with: {how_to_go_on(run)}"
+                raise Interrupted(sentence if main else "", signals.received) from None
             if epoch % train.eval_every == 0 or epoch == train.epochs:
                 started, randoms = time.perf_counter(), random_states()
                 try:
@@ -245,7 +254,7 @@ def fit(
             console.print(summary(line, train.epochs))
             progress.next_epoch()
             if progress.epoch <= train.epochs:
-                stop_or_save()
+                stop_or_save(always=epoch == 1)  # from then on the log never is without a state
     return line
 
 
@@ -325,6 +334,18 @@ def describe_epoch(training: Training, num_steps: int) -> dict[str, Any]:
         line["v_th"] = {name: abs(layer.v_th.item()) for name, layer in layers.items()}
         line["extremum"] = {name: layer.extremum.mean().item() for name, layer in layers.items()}
     return line
+
+
+def require_beginning(run: Run) -> None:
+    """Says that a run without a state starts anew; ValueError if its log has more than the epoch that this may cost."""
+    log = run.folder / "metrics.jsonl"
+    number = len(run.history()) if log.is_file() else 0
+    if number > 1:
+        raise ValueError(
+            f"{run.folder}: {number} epochs in its log but no state.safetensors to go on from: it has finished, or "
+            "lost its state; name another folder for a new run"
+        )
+    print(f"{run.folder}: no state saved yet, starts from its beginning", file=sys.stderr)
 
 
 def check_finite(

@@ -256,6 +256,44 @@ def test_a_run_without_state_starts_from_its_beginning(stopped, monkeypatch, cap
     assert [line["epoch"] for line in Run.open(run).history()] == [1, 2]
 
 
+def test_a_log_without_its_state_is_not_overwritten(stopped, monkeypatch, capsys, tmp_path):
+    run = copy_of(stopped, tmp_path)
+    (run / "state.safetensors").unlink()
+    log = run / "metrics.jsonl"
+    log.write_text(2 * log.read_text())
+    message = refusal(monkeypatch, capsys, "train_cls", "--resume", run)
+    assert "2 epochs in its log but no state.safetensors" in message
+
+
+@pytest.mark.parametrize("everyone", [False, True])
+def test_a_stop_of_the_whole_group_or_of_every_process(tmp_path, everyone):
+    """The group's loader processes are left alone; where they are told too, the step under way cannot be finished."""
+    recipe, log = write_recipe(tmp_path, DETECTION, train={"save_minutes": 10}), tmp_path / "log.txt"
+    run = tmp_path / "run"
+    process = start(tool_in_its_own_group, "train_det", recipe, "--out", run, log=log)
+    deadline = time.monotonic() + 60
+    while not (run / "state.safetensors").exists():
+        assert time.monotonic() < deadline and process.is_alive(), log.read_text()
+        time.sleep(0.01)
+    if everyone:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 2
+        for pid in (process.pid, *map(int, children)):
+            os.kill(pid, signal.SIGTERM)
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM, log.read_text()
+    (sentence,) = [line for line in log.read_text().splitlines() if line.startswith("stopped ")]
+    assert "Traceback" not in log.read_text() and f"--resume {run}" in sentence
+    assert everyone or "state saved" in sentence
+
+
+def tool_in_its_own_group(*arguments) -> None:
+    os.setpgid(0, 0)
+    tool(*arguments)
+
+
 def test_state_of_another_network(stopped, monkeypatch, capsys, tmp_path):
     run = copy_of(stopped, tmp_path)
     state = load_state(Run.open(run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -36,11 +37,11 @@ __all__ = [
     "draw_scene",
     "draw_scenes",
     "evaluation_batches",
-    "limit_threads",
     "load_image",
     "loader_options",
     "read_coco",
     "read_voc",
+    "start_worker",
 ]
 
 
@@ -101,7 +102,7 @@ def loader_options(workers: int) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "generator": torch.Generator(),  # for the workers' seeds, on which nothing depends, in place of the global one
-        "worker_init_fn": limit_threads,
+        "worker_init_fn": start_worker,
         "persistent_workers": workers > 0,
         "pin_memory": torch.cuda.is_available(),
     }
@@ -112,7 +113,9 @@ def _collate(items: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], 
     return list(images), list(targets)
 
 
-def limit_threads(worker: int) -> None:
-    # One thread per worker: with a pool in each, a few workers would fight for the cores. OpenCV has none, see
-    # transforms.py.
+def start_worker(worker: int) -> None:
+    """Prepares a loader process: one thread, and a process group of its own."""
+    # With a pool of threads in each, a few workers would fight for the cores. OpenCV has none, see transforms.py.
     torch.set_num_threads(1)
+    # Ctrl-C and a stop of the main process's group are its affair: it needs its workers for the step under way.
+    os.setpgid(0, 0)
