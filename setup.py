@@ -34,7 +34,17 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard"],
         "fast": ["faster-coco-eval>=1.6"],
-        "dev": ["faster-coco-eval>=1.6", "hypothesis", "pytest", "ruff", "tensorboard"],
+        "export": ["nir>=1.0.8", "onnx>=1.17", "onnxruntime>=1.20"],
+        "dev": [
+            "faster-coco-eval>=1.6",
+            "hypothesis",
+            "nir>=1.0.8",
+            "onnx>=1.17",
+            "onnxruntime>=1.20",
+            "pytest",
+            "ruff",
+            "tensorboard",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

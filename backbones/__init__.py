@@ -24,13 +24,17 @@ from .activity import (
 )
 from .base import Activation, Backbone, Classifier, FeatureInfo, SpikeFactory, Stem
 from .energy import HOROWITZ_45NM, CostTable, EnergyReport, FirstLayer, NetworkEnergy, energy, read_costs
+from .fold import ChannelThreshold, fold
 from .hoyer import HoyerSpike, extremum, hoyer_penalties, hoyer_penalty, moments, regulariser, spike
+from .integer import to_integers
+from .memory import keep_less
 from .weights import load_weights, read_tensors, tensors_to_bytes
 
 __all__ = [
     "HOROWITZ_45NM",
     "Backbone",
     "Certificate",
+    "ChannelThreshold",
     "Classifier",
     "CostTable",
     "EnergyReport",
@@ -47,8 +51,10 @@ __all__ = [
     "create",
     "energy",
     "extremum",
+    "fold",
     "hoyer_penalties",
     "hoyer_penalty",
+    "keep_less",
     "load_weights",
     "measure_activity",
     "moments",
@@ -62,6 +68,7 @@ __all__ = [
     "spike",
     "spike_activity",
     "tensors_to_bytes",
+    "to_integers",
 ]
 
 

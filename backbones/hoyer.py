@@ -17,12 +17,15 @@ for one time step to train, and minimising H pushes potentials away from it.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 def moments(c: Tensor, *, per_channel: bool = False) -> tuple[Tensor, Tensor]:
@@ -68,17 +71,58 @@ def spike(z: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
 def sum_over_processes(*sums: Tensor) -> list[Tensor]:
     """The sums of all processes of torch.distributed together, in float32 or wider; as they are where there is one.
 
-    Every process must call it with the same shapes. The gradient of a sum goes to this process's own share, times the
-    number of processes: averaged over them, as DistributedDataParallel does, it is the gradient of the whole.
+    Every process must call it with the same shapes. Without gradient.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if num_processes() == 1:
         return list(sums)
-    own = torch.cat([value.reshape(-1) for value in sums])
-    total = own.detach().clone()
+    total = torch.cat([value.detach().reshape(-1) for value in sums])
     dist.all_reduce(total)
-    total = total + dist.get_world_size() * (own - own.detach())  # the bracket is exactly 0
     parts = total.split([value.numel() for value in sums])
     return [part.view_as(value) for part, value in zip(parts, sums, strict=True)]
+
+
+def num_processes() -> int:
+    """Processes of torch.distributed, 1 without it."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class SpikesAndPenalty(torch.autograd.Function):
+    """s and H of a layer with all their gradients, for which z is the only tensor of the layer's size that is kept.
+
+    With q = sum c / sum c^2 and the gradients ds, dH that arrive:
+
+        dz = ds / 2                  for 0 < z < 2, the surrogate gradient
+           + dH * 2 q (1 - z q)      for 0 < z < 1, where c = z
+        du = dz / |v_th|
+        d|v_th| = -sum z dz / |v_th|
+
+    Autograd would find the same through z, `spike`, `moments` and `regulariser`, but would keep u and c, too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, v: Tensor, z: Tensor, threshold: Tensor | float, sum_c: Tensor, sum_c2: Tensor, share: int
+    ) -> tuple[Tensor, Tensor]:
+        """Of z = u / v, v = |v_th|. `share` times the gradient of H goes to u and v: see `HoyerSpike`, `sync`."""
+        ctx.save_for_backward(z, v, sum_c.sum(), sum_c2.sum())
+        ctx.share = share
+        return spike(z, threshold), regulariser(sum_c, sum_c2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ds: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
+        z, v, sum_c, sum_c2 = ctx.saved_tensors
+        q = sum_c / torch.where(sum_c2 > 0, sum_c2, 1.0)
+        wide = z.to(sum_c.dtype)
+        dz = wide.mul(-q).add_(1.0).mul_(2 * q * dh * ctx.share)  # in place: at this size every tensor counts
+        dz = _inside_(_inside_(dz, wide, 1.0).add_(ds, alpha=0.5), wide, 2.0)
+        dv = -(wide * dz).sum() / v
+        return dz.div_(v).to(z.dtype), dv.to(v.dtype), None, None, None, None, None
+
+
+def _inside_(gradient: Tensor, z: Tensor, end: float) -> Tensor:
+    """The gradient where 0 < z < end, else 0; in place."""
+    return torch.ops.aten.hardtanh_backward.grad_input(gradient, z, 0.0, end, grad_input=gradient)
 
 
 class HoyerSpike(nn.Module):
@@ -128,22 +172,31 @@ class HoyerSpike(nn.Module):
         self._neurons: int | Tensor = 0  # that H was taken over
 
     def forward(self, u: Tensor) -> Tensor:
-        z = u / self.v_th.abs().clamp_min(1e-6).to(u.dtype)  # the bound is only to keep z finite should v_th cross 0
+        v = self.v_th.abs().clamp_min(1e-6).to(u.dtype)  # the bound is only to keep z finite should v_th cross 0
         if not self.training:
+            z = u / v
             return spike(z) if self.fixed else spike(z, self._broadcast(self.extremum, z))
-        sum_c, sum_c2 = moments(F.hardtanh(z, 0.0, 1.0), per_channel=self.per_channel)
-        neurons: int | Tensor = z.numel()
-        if self.sync:
-            sum_c, sum_c2, neurons = sum_over_processes(sum_c, sum_c2, sum_c.new_tensor(neurons))
-        if torch.is_grad_enabled():
-            penalty = regulariser(sum_c, sum_c2)
-            self._penalty = penalty if self._penalty is None else self._penalty + penalty
-            self._neurons = self._neurons + neurons
-        if self.fixed:
-            return spike(z)
-        batch_extremum = extremum(sum_c, sum_c2)
-        self._track(batch_extremum)
-        return spike(z, self._broadcast(batch_extremum, z))
+        with torch.no_grad():
+            z = u / v
+            sum_c, sum_c2 = moments(F.hardtanh(z, 0.0, 1.0), per_channel=self.per_channel)
+            neurons: int | Tensor = z.numel()
+            if self.sync:
+                sum_c, sum_c2, neurons = sum_over_processes(sum_c, sum_c2, sum_c.new_tensor(neurons))
+            threshold: Tensor | float = 1.0
+            if not self.fixed:
+                batch_extremum = extremum(sum_c, sum_c2)
+                self._track(batch_extremum)
+                threshold = self._broadcast(batch_extremum, z)
+        if not torch.is_grad_enabled():
+            return spike(z, threshold)
+        share = num_processes() if self.sync else 1
+        layer = SpikesAndPenalty.apply
+        if torch.compiler.is_compiling():  # else the compiler keeps the spikes as they enter the next convolution
+            layer = partial(checkpoint, layer, use_reentrant=False)
+        spikes, penalty = layer(u, v, z, threshold, sum_c, sum_c2, share)
+        self._penalty = penalty if self._penalty is None else self._penalty + penalty
+        self._neurons = self._neurons + neurons
+        return spikes
 
     @property
     def threshold(self) -> Tensor:

@@ -262,6 +262,11 @@ class Train(Section):
     eval_every: int = Field(1, gt=0, description="epochs between evaluations; the last epoch is always evaluated")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision; no: float32")
     compile: bool = Field(False, description="torch.compile the backbone")
+    low_memory: bool = Field(
+        False,
+        description="not compiled: keep what convolutions give and compute the rest again for the gradient; less memory, "
+        "more time",
+    )
     channels_last: bool = Field(
         False, description="keep feature maps in the order N, H, W, C, which is faster as a rule"
     )

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from backbones import HoyerSpike, hoyer_penalties
+from backbones import HoyerSpike, hoyer_penalties, keep_less
 from detection import config as settings
 from detection import resume as going_on
 from detection.checkpoint import Run
@@ -287,7 +287,8 @@ def train_epoch(
             batch = send_to_device(next(source), accelerator.device)
             # Gradients are averaged over the processes once a step.
             with accelerator.no_sync(model) if part < parts else contextlib.nullcontext():
-                losses = compute_losses(model, batch)
+                with keep_less() if config.train.low_memory else contextlib.nullcontext():
+                    losses = compute_losses(model, batch)
                 penalties = hoyer_penalties(training.network, hoyer.reduction)
                 if penalties:
                     each = growth * torch.stack(list(penalties.values()))

@@ -171,8 +171,7 @@ def test_two_processes_share_the_images(finished, monkeypatch, capsys, tmp_path)
     assert [line["step"] for line in history] == [2, 4, 6]  # 64 images in steps of 2 x 16
     assert round(23 * history[-1]["top1"]) == pytest.approx(23 * history[-1]["top1"])  # each image counted once
     run_tool(monkeypatch, "evaluate", tmp_path / "run")
-    out = capsys.readouterr().out
-    assert "equal to the log in every digit" in out or "not equal to the log: val_loss\n" in out
+    assert "equal to the log in every digit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -180,6 +179,7 @@ def test_two_processes_share_the_images(finished, monkeypatch, capsys, tmp_path)
     [
         ["--optimizer.name", "adam"],
         ["--train.precision", "bf16", "--train.channels_last", "True"],
+        ["--train.low_memory", "True", "--train.accumulate", "2"],
         ["--model.backbone.name", "vgg11", "--model.backbone.stem", "cifar", "--model.backbone.pool_first", "False"],
         ["--model.backbone.name", "mobilenetv1", "--model.backbone.extremum", "channel", "--model.dropout", "0.1"],
         ["--model.backbone.activation", "fixed", "--label_smoothing", "0.1", "--data.augment.cutout", "8"],

@@ -1,0 +1,389 @@
+"""Folded networks with 8-bit weights: every layer that sees spikes adds up integers and compares them with integers.
+
+With the weight w of an output channel, its scale s = max|w| / 127 and W = round(w / s) in -127..127,
+
+    acc = sum of W over the active inputs           int32, exact
+    spike = [acc >= T]                              where spikes leave the layer, T an integer per channel
+    y = d (clip(round(g (acc + o)), -128, 127))     where a real value does: 8 bits per channel, o an integer
+
+A linear layer that gives real values, that is logits, gives y = s acc + bias without rounding. Convolutions that see
+real values, the residual stream and whatever else is analogue stay in floating point. If asked for, analogue
+convolutions (of a pyramid, of a head; not the first of the network) round what they see to 8 bits, too: then W has 7,
+since a processor without VNNI adds pairs of products in 16 bits, and 2 * 255 * 64 < 2^15, as 2 * 1 * 127 is.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .fold import ChannelThreshold, add_module, clean_up, module_of
+
+LIMIT, ANALOGUE_LIMIT = 127, 64  # of a weight's absolute value, over spikes and over 8 bits
+EXACT = 2**24  # float32 holds every integer up to here, so convolutions in float32 add up integers exactly
+WINDOW, STEPS = 0.25, 12  # of the search for a threshold: its half in standard deviations, its halvings
+
+
+class IntegerLayer(nn.Module):
+    """A convolution or linear layer of int8 weights over 0/1, and what its two kinds share.
+
+    Args:
+        layer: gives weight, stride, padding and groups.
+        flip: (C,) bool, output channels whose weights change their sign.
+
+    Attributes:
+        weight: int8, shape of the layer's.
+        weight_scale: float32 (C,), of a unit of the weight.
+
+    Raises:
+        ValueError: so many inputs that their sum could leave the integers that float32 holds.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, flip: Tensor | None = None, *, limit: int = LIMIT) -> None:
+        super().__init__()
+        weight = layer.weight.detach().double()
+        fan_in = weight[0].numel()
+        if fan_in * LIMIT >= EXACT:
+            raise ValueError(f"{fan_in} inputs per neuron: at most {(EXACT - 1) // LIMIT} add up exactly in float32")
+        scale = weight.abs().flatten(1).amax(1) / limit
+        scale = torch.where(scale > 0, scale, 1.0)
+        integers = (weight / scale.view(-1, *[1] * (weight.dim() - 1))).round()
+        if flip is not None:
+            integers = torch.where(flip.view(-1, *[1] * (weight.dim() - 1)), -integers, integers)
+        self.register_buffer("weight", integers.to(torch.int8))
+        self.register_buffer("weight_scale", scale.float())
+        self.conv: dict[str, Any] | None = None
+        if isinstance(layer, nn.Conv2d):
+            if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+                raise ValueError(f"{layer}: only padding by a number of zeros can be added up in integers")
+            keys = ("stride", "padding", "dilation", "groups")
+            self.conv = {key: getattr(layer, key) for key in keys}
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
+
+    def accumulate(self, x: Tensor) -> Tensor:
+        """Sums of weights over active inputs: integers in float32, exact."""
+        weight = self.weight.float()
+        return F.linear(x.float(), weight) if self.conv is None else F.conv2d(x.float(), weight, **self.conv)
+
+    def extra_repr(self) -> str:
+        return f"{'x'.join(map(str, self.weight.shape))}, {self.conv or 'linear'}"
+
+
+class IntegerSpikes(IntegerLayer):
+    """Spikes of a layer over spikes: acc >= T, or acc < T in the channels that are inverted.
+
+    Args:
+        layer: convolution or linear layer.
+        threshold: what its output, pooled, is compared with.
+        pool: max-pool between the two.
+
+    Shape: as the layer's, pooled; 0/1 in float32.
+
+    Attributes:
+        threshold: int32 (C,).
+        inverted: bool (C,); only behind a pool, where the weights cannot change their sign instead.
+    """
+
+    def __init__(
+        self, layer: nn.Conv2d | nn.Linear, threshold: ChannelThreshold, pool: nn.MaxPool2d | None = None
+    ) -> None:
+        channels = layer.weight.shape[0]
+        falling = (threshold.sign < 0).expand(channels)
+        super().__init__(layer, falling if pool is None else None)
+        self.pool = pool
+        sign, level = threshold.sign.double().expand(channels), threshold.threshold.double().expand(channels)
+        bias = torch.zeros(channels).double() if layer.bias is None else layer.bias.detach().double()
+        # On sign * x / scale, which is acc where the weights took the sign, and -acc where there is a pool.
+        level = (level - sign * bias) / self.weight_scale.double()
+        self.register_buffer("inverted", falling & (pool is not None))
+        exact = torch.where(self.inverted, (-level).floor() + 1, level.ceil())
+        self.register_buffer("threshold", self._bounded(exact))
+        self.register_buffer("fixed", ~level.isfinite(), persistent=False)
+
+    def _bounded(self, threshold: Tensor) -> Tensor:
+        """As int32, no further than just out of reach."""
+        reach = self.weight.double().abs().flatten(1).sum(1) + 1
+        return threshold.clamp(-reach, reach).to(torch.int32)
+
+    def potentials(self, x: Tensor) -> Tensor:
+        """Pooled sums."""
+        acc = self.accumulate(x)
+        return acc if self.pool is None else self.pool(acc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        acc = self.potentials(x)
+        shape = (-1, *[1] * (acc.dim() - 2))
+        reached = acc >= self.threshold.view(shape).float()
+        return (reached ^ self.inverted.view(shape)).float()
+
+    def calibrate(self, x: Tensor, rate: Tensor) -> None:
+        """Moves the threshold of each channel so that on the spikes `x` it fires at `rate` (C,), as nearly as may be.
+
+        The rounding of weights shifts potentials. No threshold moves by more than a quarter of their deviation.
+        """
+        acc = self.potentials(x)
+        dims = [dim for dim in range(acc.dim()) if dim != 1]
+        shape = (-1, *[1] * (acc.dim() - 2))
+        target = torch.where(self.inverted, 1 - rate, rate)
+        start = self.threshold.float()
+        half = (WINDOW * acc.std(dims)).nan_to_num().floor()
+        low, high = start - half, start + half  # fires too much, or just right, at low; too little, or so, at high
+        for _ in range(STEPS):
+            middle = ((low + high) / 2).floor()
+            fires = (acc >= middle.view(shape)).float().mean(dims)
+            low, high = torch.where(fires >= target, middle, low), torch.where(fires >= target, high, middle)
+        distances = []
+        for candidate in (low, high):
+            distances.append(((acc >= candidate.view(shape)).float().mean(dims) - target).abs())
+        found = torch.where(distances[0] <= distances[1], low, high)
+        # Where the network never fires, or always does, any threshold far enough out would do: the computed one stays.
+        keep = self.fixed | (rate == 0) | (rate == 1)
+        self.threshold.copy_(self._bounded(torch.where(keep, start, found).double()))
+
+
+class IntegerReal(IntegerLayer):
+    """Real values of a layer over spikes: a convolution's in 8 bits per channel, a linear layer's exact.
+
+    Args:
+        layer: convolution or linear layer.
+
+    Shape: as the layer's.
+
+    Attributes:
+        offset: int32 (C,), the bias in units of the weights, of a convolution.
+        gain: float32 (C,), from a sum to the 8 bits, of a convolution.
+        scale: float32 (C,), from the 8 bits, or the sum of a linear layer, to the real value.
+        bias: float32 (C,), of a linear layer.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, *, limit: int = LIMIT) -> None:
+        super().__init__(layer, limit=limit)
+        bias = torch.zeros(self.out_channels) if layer.bias is None else layer.bias.detach().float()
+        self.register_buffer("bias", bias.clone())
+        self.register_buffer("offset", (bias / self.weight_scale).round().to(torch.int32))
+        self.register_buffer("gain", torch.ones_like(bias))
+        self.register_buffer("scale", self.weight_scale.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        acc = self.accumulate(x)
+        if self.conv is None:
+            return acc * self.scale + self.bias
+        shape = (-1, 1, 1)
+        total = (acc + self.offset.view(shape).to(acc.dtype)).float()
+        level = (total * self.gain.view(shape)).clamp(-128, 127).round()
+        return level * self.scale.view(shape)
+
+    def calibrate(self, x: Tensor, mean: Tensor, largest: Tensor) -> None:
+        """Sets bias and range so that on the spikes `x` each channel has its `mean` and reaches its `largest` (C,)."""
+        acc = self.accumulate(x)
+        dims = [dim for dim in range(acc.dim()) if dim != 1]
+        shift = mean - acc.mean(dims).float() * self.weight_scale
+        self.bias.copy_(shift)
+        if self.conv is not None:
+            self.offset.copy_((shift / self.weight_scale).round().to(torch.int32))
+            step = torch.where(largest > 0, largest / LIMIT, 1.0)
+            self.gain.copy_(self.weight_scale / step)
+            self.scale.copy_(step)
+
+
+class QuantisedReal(IntegerReal):
+    """Real values, in 8 bits per channel, of a convolution over real values in 8 bits: an analogue one's.
+
+    The input is q = clip(round(x / step) + zero_point, 0, 255); weights lie in -64..64.
+
+    Shape: as the layer's.
+
+    Attributes:
+        step: float32 (), of the input.
+        zero_point: uint8 (), the q of 0.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__(layer, limit=ANALOGUE_LIMIT)
+        self.register_buffer("step", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.uint8))
+
+    def accumulate(self, x: Tensor) -> Tensor:
+        """Sums of weight times q - zero_point: integers in float64, since float32 would not hold them all."""
+        level = ((x / self.step).round() + self.zero_point).clamp(0, 255) - self.zero_point
+        return F.conv2d(level.double(), self.weight.double(), **self.conv)
+
+    def calibrate(self, x: Tensor, mean: Tensor, largest: Tensor) -> None:
+        low, high = x.min().clamp_max(0), x.max().clamp_min(0)
+        step = torch.where(high > low, (high - low) / 255, 1.0)
+        self.weight_scale.mul_(step / self.step)
+        self.step.copy_(step)
+        self.zero_point.copy_((-low / step).round())
+        super().calibrate(x, mean, largest)
+
+
+def fix_size(folded: fx.GraphModule, example: Tensor) -> fx.GraphModule:
+    """The same network for images of one size: adaptive pools to more than one cell become plain ones, or nothing.
+
+    Args:
+        folded: of `fold`; not changed.
+        example: an input of that size.
+
+    Raises:
+        ValueError: a map does not divide into the cells of a pool.
+    """
+    fixed = copy.deepcopy(folded)
+    shapes = _record_shapes(fixed, example)
+    for node in list(fixed.graph.nodes):
+        pool = module_of(fixed, node)
+        if not isinstance(pool, nn.AdaptiveAvgPool2d) or pool.output_size in (1, (1, 1)):
+            continue
+        size, cells = shapes[node.args[0]][-2:], shapes[node][-2:]
+        if any(side % number for side, number in zip(size, cells, strict=True)):
+            raise ValueError(
+                f"images of {example.shape[-2]}x{example.shape[-1]} pixels leave a map of {size[0]}x{size[1]}, which "
+                f"does not divide into the {cells[0]}x{cells[1]} cells of {node.target}: choose another size"
+            )
+        if size == cells:
+            node.replace_all_uses_with(node.args[0])
+            fixed.graph.erase_node(node)
+        else:
+            kernel = tuple(side // number for side, number in zip(size, cells, strict=True))
+            node.target = add_module(fixed, f"{node.target}_fixed", nn.AvgPool2d(kernel, kernel))
+    clean_up(fixed)
+    return fixed
+
+
+@torch.no_grad()
+def _record_shapes(traced: fx.GraphModule, example: Tensor) -> dict[fx.Node, tuple[int, ...]]:
+    shapes = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                shapes[n] = tuple(value.shape)
+            return value
+
+    Recorder(traced).run(example)
+    return shapes
+
+
+def is_binary(traced: fx.GraphModule, node: Any) -> bool:
+    """Whether what `node` gives is 0/1: the output of a comparison, pooled by maximum or flattened."""
+    module = module_of(traced, node)
+    if isinstance(module, (nn.MaxPool2d, nn.Flatten)):
+        return is_binary(traced, node.args[0])
+    return isinstance(module, (ChannelThreshold, IntegerSpikes))
+
+
+def to_integers(
+    folded: nn.Module, images: Tensor, *, keep: tuple[str, ...] = (), analogue: bool = False
+) -> fx.GraphModule:
+    """`folded` with int8 weights wherever a layer sees spikes, thresholds and ranges set on a few images.
+
+    Layer after layer, on the spikes that the layers before it give now: each channel's threshold moves to where it
+    fires as often as in `folded`, each real-valued channel keeps its mean.
+
+    Args:
+        folded: of `fold`, one graph; not changed.
+        images: (N, 3, H, W) as the network takes them, N of 16 or more for a good estimate.
+        keep: layers with one of these in their module names stay in floating point.
+        analogue: 8 bits for convolutions over real values, too, but the first of the network.
+
+    Raises:
+        ValueError: `folded` is no graph, or no layer sees spikes.
+    """
+    if not isinstance(folded, fx.GraphModule):
+        raise ValueError(f"{type(folded).__name__} is not one graph: torch.fx cannot trace it")
+    folded = fix_size(folded.float(), images[:1])
+    statistics = _Statistics(folded)
+    statistics.run(images)
+    integers = copy.deepcopy(folded)
+    calibrations: dict[str, tuple[Tensor, ...]] = {}
+    for node in list(integers.graph.nodes):
+        if isinstance(module_of(integers, node), ChannelThreshold):
+            source, pool = _source_of(integers, node)
+            layer = module_of(integers, source)
+            if not _becomes_integer(integers, source, keep):
+                continue
+            name = add_module(
+                integers, f"{source.target}_spikes", IntegerSpikes(layer, module_of(integers, node), pool)
+            )
+            calibrations[name] = (statistics.rates[node.name],)
+            with integers.graph.inserting_before(node):
+                spikes = integers.graph.call_module(name, (source.args[0],))
+            node.replace_all_uses_with(spikes)
+            integers.graph.erase_node(node)
+    integers.graph.eliminate_dead_code()
+    for node in list(integers.graph.nodes):
+        if _becomes_integer(integers, node, keep):
+            name = add_module(integers, f"{node.target}_integer", IntegerReal(module_of(integers, node)))
+            calibrations[name] = statistics.ranges[node.name]
+            node.target = name
+    if analogue:
+        convs = [node for node in integers.graph.nodes if type(module_of(integers, node)) is nn.Conv2d]
+        for node in convs[1:]:
+            if not (is_binary(integers, node.args[0]) or any(name in str(node.target) for name in keep)):
+                name = add_module(integers, f"{node.target}_integer", QuantisedReal(module_of(integers, node)))
+                calibrations[name] = statistics.ranges[node.name]
+                node.target = name
+    if not calibrations:
+        raise ValueError("no layer sees spikes: there is nothing to add up in integers")
+    clean_up(integers)
+    _Calibration(integers, calibrations).run(images)
+    return integers
+
+
+def _source_of(traced: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, nn.MaxPool2d | None]:
+    """What a comparison is made on, before the max-pool in front of it, and that pool."""
+    source = node.args[0]
+    pool = module_of(traced, source)
+    return (source.args[0], pool) if isinstance(pool, nn.MaxPool2d) else (source, None)
+
+
+def _becomes_integer(traced: fx.GraphModule, node: fx.Node, keep: tuple[str, ...]) -> bool:
+    layer = module_of(traced, node)
+    return (
+        isinstance(layer, (nn.Conv2d, nn.Linear))
+        and is_binary(traced, node.args[0])
+        and not any(name in str(node.target) for name in keep)
+    )
+
+
+class _Statistics(fx.Interpreter):
+    """Firing rate of every comparison, mean and largest absolute value of every layer's output, per channel."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.rates: dict[str, Tensor] = {}
+        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        module = module_of(self.module, n)
+        if isinstance(module, (ChannelThreshold, nn.Conv2d, nn.Linear)):
+            dims = [dim for dim in range(value.dim()) if dim != 1]
+            if isinstance(module, ChannelThreshold):
+                self.rates[n.name] = value.mean(dims)
+            else:
+                self.ranges[n.name] = value.mean(dims), value.abs().amax(dims)
+        return value
+
+
+class _Calibration(fx.Interpreter):
+    """Calibrates each integer layer when its turn has come."""
+
+    def __init__(self, traced: fx.GraphModule, calibrations: dict[str, tuple[Tensor, ...]]) -> None:
+        super().__init__(traced)
+        self.calibrations = calibrations
+
+    @torch.no_grad()
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module" and n.target in self.calibrations:
+            (x,), _ = self.fetch_args_kwargs_from_env(n)
+            module_of(self.module, n).calibrate(x, *self.calibrations[n.target])
+        return super().run_node(n)

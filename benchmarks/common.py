@@ -1,0 +1,177 @@
+"""What the benchmarks of training share: the textbook layer, clocks, memory, the log and the bars."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: the profiler says on every start that there is no GPU
+
+import matplotlib.pyplot as plt
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from backbones import HoyerSpike
+from detection.checkpoint import command_line, describe_environment
+from detection.files import write_whole
+
+
+class TextbookFire(torch.autograd.Function):
+    """Spikes by masked writing, the surrogate gradient by masked writing into a copy of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, threshold: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        spikes = torch.zeros_like(z)
+        spikes[z >= threshold] = 1.0
+        return spikes
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (z,) = ctx.saved_tensors
+        gradient = gradient.clone()
+        gradient[z <= 0] = 0.0
+        gradient[z >= 2] = 0.0
+        return 0.5 * gradient, None
+
+
+class TextbookSpike(nn.Module):
+    """The same layer, one extremum per layer, as it is commonly written: a copy, masked writes, H in a pass of its own.
+
+    Attributes:
+        penalty: H of the last pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v_th = nn.Parameter(torch.ones(()))
+        self.register_buffer("extremum", torch.ones(()))
+        self.penalty: Tensor | None = None
+
+    def forward(self, u: Tensor) -> Tensor:
+        z = u / self.v_th.abs()
+        clipped = z.detach().clone()
+        clipped[clipped < 0.0] = 0.0
+        clipped[clipped > 1.0] = 1.0
+        extremum = (clipped**2).sum() / clipped.abs().sum()
+        self.extremum.mul_(0.9).add_(0.1 * extremum)
+        spikes = TextbookFire.apply(z, extremum)
+        regularised = z.clone()
+        regularised[regularised < 0.0] = 0.0
+        regularised[regularised > 1.0] = 1.0
+        self.penalty = regularised.abs().sum() ** 2 / (regularised**2).sum()
+        return spikes
+
+
+def use_textbook(model: nn.Module) -> None:
+    """Puts a `TextbookSpike` in the place of every `HoyerSpike`."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, HoyerSpike):
+                setattr(module, name, TextbookSpike().to(child.v_th.device))
+
+
+def textbook_penalty(model: nn.Module) -> Tensor:
+    """Sum of H over the textbook layers."""
+    return torch.stack([module.penalty for module in model.modules() if isinstance(module, TextbookSpike)]).sum()
+
+
+def time_in_turn(steps: Mapping[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, Any]:
+    """{"seconds": {name: one per round}, "cpu_seconds": ..., "median": ..., "cpu_median": ...}; every second round runs
+    backwards, and one more before them is not counted.
+
+    Processor time is that of all threads: other work on the machine changes it little. On a GPU it says nothing.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    cpu: dict[str, list[float]] = {name: [] for name in steps}
+    for current in range(rounds + 1):
+        for name, step in list(steps.items())[:: 1 if current % 2 else -1]:
+            synchronise(device)
+            started = time.perf_counter(), time.process_time()
+            step()
+            synchronise(device)
+            if current:
+                seconds[name].append(time.perf_counter() - started[0])
+                cpu[name].append(time.process_time() - started[1])
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "median": {name: statistics.median(values) for name, values in seconds.items()},
+        "cpu_median": {name: statistics.median(values) for name, values in cpu.items()},
+    }
+
+
+def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+    """Most bytes of tensors at one time during `step`, beyond those before it (weights, state of the optimiser).
+
+    On a CPU the profiler's record of every allocation and release is added up, which is what CUDA's allocator counts by
+    itself. The resident size of the process would be coarser: it depends on what earlier work left with the allocator.
+    Memory that oneDNN takes for itself is in neither.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for the device, so that the clock sees its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The first column to the left, the others to the right."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=120, highlight=False).print(table)
+
+
+def write_log(path: Path, result: Mapping[str, Any]) -> None:
+    """JSON with the command, the versions, the machine and its load."""
+    load = os.getloadavg() if hasattr(os, "getloadavg") else None
+    log = {"command": " ".join(command_line()), **describe_environment(), "load": load, **result}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(log, indent=2) + "\n").encode())
+
+
+def plot_bars(path: Path, panels: Mapping[str, Mapping[str, float]], *, columns: int = 2) -> None:
+    """PNG with a panel of horizontal bars per title, the value at each."""
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 2.6 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, values) in zip(axes.flat, panels.items(), strict=False):
+        bars = axis.barh(list(values), list(values.values()), color="#4878a8")
+        axis.bar_label(bars, fmt="%.3g", padding=3)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""Seconds and memory of one training step against batch, resolution, width and number of spike layers.
+
+One of them grows at a time, the others stay: 8 images of 128x128 in a ResNet18 of width 0.25; for the number of layers
+VGG11 to VGG19. Each point measures the spiking network, the same with low memory, and the analogue twin, in turn.
+
+    python benchmarks/scaling.py --log benchmarks/scaling.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from common import peak_bytes, print_table, time_in_turn, write_log
+
+import backbones
+from backbones import HoyerSpike
+from backbones.memory import keep_less
+from detection.cli import run_tool
+
+BASE = {"network": "resnet18", "batch": 8, "side": 128, "width": 0.25}
+SERIES: dict[str, list[dict[str, Any]]] = {
+    "batch, images": [{"batch": batch} for batch in (4, 8, 16, 32)],
+    "side, pixels": [{"side": side} for side in (64, 96, 128, 192)],
+    "width": [{"width": width} for width in (0.125, 0.25, 0.5, 1.0)],
+    "spike layers": [{"network": network} for network in ("vgg11", "vgg13", "vgg16", "vgg19")],
+}
+WAYS = {"hoyer": ("hoyer", False), "hoyer low memory": ("hoyer", True), "twin": ("relu", False)}
+
+
+def make_step(
+    network: str, activation: str, *, low_memory: bool, batch: int, side: int, width: float, device: torch.device
+) -> tuple[Callable[[], None], int]:
+    """Forward, backward and SGD of a backbone on random images, and its number of activation layers."""
+    torch.manual_seed(0)
+    backbone = backbones.create(network, activation=activation, width=width).to(device).train()
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=1e-3, momentum=0.9)
+    images = torch.rand(batch, 3, side, side, device=device)
+    context = keep_less if low_memory else contextlib.nullcontext
+
+    def step() -> None:
+        with context():
+            maps = backbone(images)
+            loss = sum(features.square().mean() for features in maps.values())
+            loss = loss + 1e-8 * backbones.hoyer_penalty(backbone).to(device)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, sum(isinstance(module, HoyerSpike) for module in backbone.modules())
+
+
+def measure(point: dict[str, Any], rounds: int, device: torch.device) -> dict[str, Any]:
+    """Median seconds and peak bytes of each way."""
+    steps, num_layers = {}, 0
+    for way, (activation, low_memory) in WAYS.items():
+        steps[way], number = make_step(activation=activation, low_memory=low_memory, device=device, **point)
+        steps[way]()
+        num_layers = max(num_layers, number)
+    memory = {way: peak_bytes(step, device) for way, step in steps.items()}
+    return {**point, "spike_layers": num_layers, **time_in_turn(steps, rounds, device), "peak_bytes": memory}
+
+
+def plot(path: Path, series: dict[str, list[dict[str, Any]]]) -> None:
+    """PNG: time above, memory below, a column per series."""
+    figure, axes = plt.subplots(2, len(series), figsize=(3.6 * len(series), 6), squeeze=False, layout="constrained")
+    for column, (name, points) in enumerate(series.items()):
+        x = [where(name, point) for point in points]
+        for way in WAYS:
+            axes[0][column].plot(x, [point["median"][way] for point in points], marker="o", label=way)
+            axes[1][column].plot(x, [point["peak_bytes"][way] / 2**20 for point in points], marker="o", label=way)
+        axes[1][column].set_xlabel(name)
+        for axis in axes[:, column]:
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("seconds per step")
+    axes[1][0].set_ylabel("peak MiB of a step")
+    axes[0][0].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def where(series: str, point: dict[str, Any]) -> float:
+    """The place of a point on the axis of its series."""
+    return point["spike_layers"] if series == "spike layers" else point[series.split(",")[0]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=4, help="first so many of each series (default: all 4)")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each way, in turn (default: 5)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--log", type=Path, help="JSON file to write, with a picture of the same name beside it")
+    options = parser.parse_args()
+    for name in ("points", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: at least 1")
+    device = torch.device(options.device)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name, changes in SERIES.items():
+        points = [measure(BASE | change, options.rounds, device) for change in changes[: options.points]]
+        results[name] = points
+        rows = []
+        for point in points:
+            times, memory = point["median"], point["peak_bytes"]
+            rows.append(
+                [
+                    f"{where(name, point):g}",
+                    *(f"{times[way]:.3f}" for way in WAYS),
+                    *(f"{memory[way] / 2**20:.1f}" for way in WAYS),
+                    f"{memory['hoyer low memory'] / memory['twin']:.2f}",
+                ]
+            )
+        columns = [name, *(f"{way}, s" for way in WAYS), *(f"{way}, MiB" for way in WAYS), "low / twin"]
+        print_table(name, columns, rows)
+    if options.log:
+        write_log(options.log, {"device": str(device), "rounds": options.rounds, "series": results})
+        plot(options.log.with_suffix(".png"), results)
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Milliseconds of one spike layer, forward and backward with H: ours, the textbook formulation, and ReLU.
+
+The ways take turns, the medians count. Compiled ReLU is not always the quicker one: for its gradient the compiler keeps
+a mask of bool, which its CPU code is slow with. So ours is compared with the quicker of ReLU's two, too, alone and
+behind a BatchNorm, as in a network.
+
+    python benchmarks/spike_layer.py --log benchmarks/spike_layer.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import TextbookSpike, plot_bars, print_table, time_in_turn, write_log
+from torch import nn
+
+from backbones import HoyerSpike, hoyer_penalty
+from detection.cli import run_tool
+
+HOYER_WEIGHT = 1e-8
+OURS, TEXTBOOK, RELU = "hoyer compiled", "textbook eager", "relu compiled"
+
+
+def make_step(model: nn.Module, u: torch.Tensor, upstream: torch.Tensor, *, compiled: bool) -> Callable[[], None]:
+    """One forward and backward pass."""
+    if compiled:
+        model.compile(fullgraph=True)
+
+    def step() -> None:
+        u.grad = None
+        model.zero_grad()
+        out = model(u)
+        loss = (out * upstream).sum()
+        textbook = [module.penalty for module in model.modules() if isinstance(module, TextbookSpike)]
+        loss = loss + HOYER_WEIGHT * (torch.stack(textbook).sum() if textbook else hoyer_penalty(model).to(u.device))
+        loss.backward()
+
+    return step
+
+
+def check(channels: int) -> None:
+    """Ours and the textbook's give the same spikes, H and gradients; else times would compare different things."""
+    torch.manual_seed(0)
+    u = torch.randn(2, channels, 8, 8, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(u)
+    found = []
+    for layer in (HoyerSpike(channels).double(), TextbookSpike().double()):
+        out = layer(u)
+        penalty = hoyer_penalty(layer) if isinstance(layer, HoyerSpike) else layer.penalty
+        found.append((out, penalty, *torch.autograd.grad((out * upstream).sum() + penalty, [u, layer.v_th])))
+    torch.testing.assert_close(*found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shapes", nargs="+", default=["64x64x32x32", "16x64x56x56"], metavar="NxCxHxW", help="of the potential"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rounds", type=int, default=21, help="passes of each, in turn (default: 21)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--log", type=Path, help="JSON file to write, with a picture of the same name beside it")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least 1")
+    shapes = [parse_shape(parser, text) for text in options.shapes]
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    check(8)
+    results, panels = {}, {}
+    for text, shape in zip(options.shapes, shapes, strict=True):
+        torch.manual_seed(0)
+        u = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+        upstream = torch.randn(shape, device=device, dtype=dtype)
+        channels = shape[1]
+        ways = {
+            "hoyer eager": (HoyerSpike(channels), False),
+            OURS: (HoyerSpike(channels), True),
+            TEXTBOOK: (TextbookSpike(), False),
+            "relu eager": (nn.ReLU(), False),
+            RELU: (nn.ReLU(), True),
+            "BN + hoyer compiled": (nn.Sequential(nn.BatchNorm2d(channels), HoyerSpike(channels)), True),
+            "BN + relu eager": (nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()), False),
+            "BN + relu compiled": (nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()), True),
+        }
+        torch.compiler.reset()
+        steps = {
+            name: make_step(model.to(device, dtype), u, upstream, compiled=compiled)
+            for name, (model, compiled) in ways.items()
+        }
+        timing = time_in_turn(steps, options.rounds, device)
+        median = timing["median"]
+        ratios = {
+            "textbook eager / hoyer compiled": median[TEXTBOOK] / median[OURS],
+            "hoyer compiled / relu compiled": median[OURS] / median[RELU],
+            "hoyer compiled / relu, the quicker of its two": median[OURS] / min(median[RELU], median["relu eager"]),
+            "hoyer eager / relu eager": median["hoyer eager"] / median["relu eager"],
+            "BN + hoyer compiled / BN + relu compiled": median["BN + hoyer compiled"] / median["BN + relu compiled"],
+            "BN + hoyer compiled / BN + relu, the quicker of its two": median["BN + hoyer compiled"]
+            / min(median["BN + relu compiled"], median["BN + relu eager"]),
+        }
+        results[text] = {**timing, "ratios": ratios}
+        panels[f"{text} {options.dtype}, ms"] = {name: 1e3 * value for name, value in median.items()}
+        rows = [[name, f"{1e3 * median[name]:.2f}", f"{median[name] / median[RELU]:.2f}"] for name in ways]
+        print_table(f"{text} {options.dtype} on {device}", ["way", "ms", "/ relu compiled"], rows)
+        for name, ratio in ratios.items():
+            print(f"{name}: {ratio:.2f}")
+    if options.log:
+        write_log(options.log, {"device": str(device), "dtype": options.dtype, "shapes": results})
+        plot_bars(options.log.with_suffix(".png"), panels)
+
+
+def parse_shape(parser: argparse.ArgumentParser, text: str) -> tuple[int, ...]:
+    """Four numbers, or the end with a sentence."""
+    parts = text.split("x")
+    if len(parts) != 4 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        parser.error(f"--shapes {text}: four positive numbers such as 64x64x32x32 are needed")
+    return tuple(int(part) for part in parts)
+
+
+if __name__ == "__main__":
+    run_tool(main)
