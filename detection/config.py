@@ -264,8 +264,8 @@ class Train(Section):
     compile: bool = Field(False, description="torch.compile the backbone")
     low_memory: bool = Field(
         False,
-        description="not compiled: keep what convolutions give and compute the rest again for the gradient; less memory, "
-        "more time",
+        description="not compiled: keep what convolutions give and compute the rest again for the gradient: less "
+        "memory, more time",
     )
     channels_last: bool = Field(
         False, description="keep feature maps in the order N, H, W, C, which is faster as a rule"
