@@ -30,3 +30,20 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(folder)  # the new name, too
         finally:
             os.close(folder)
+
+
+def require_writable(folder: Path) -> None:
+    """Nothing; raises OSError if files cannot be written into `folder`, which need not exist yet.
+
+    For what takes long before it writes: better said beforehand.
+    """
+    new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable.part"
+        probe.touch()
+        probe.unlink()
+        if new:
+            folder.rmdir()
+    except OSError as error:
+        raise OSError(f"{folder}: no files can be written there ({error.strerror}); name another folder") from None

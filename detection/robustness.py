@@ -40,7 +40,7 @@ from detection.classification import evaluate_classifier, validation_batches
 from detection.config import ClassificationConfig, Recipe
 from detection.data import DetectionDataset, build_datasets, loader_options
 from detection.data.images import MemoryBatches
-from detection.files import write_whole
+from detection.files import require_writable, write_whole
 from detection.models import load_model
 from detection.plots import plot_robustness
 from detection.tasks import evaluate_detector, evaluation_loader, make_accelerator
@@ -555,6 +555,7 @@ def study(
             is left.
     """
     out = Run.check_free(out)
+    require_writable(out)
     _check_request(kinds, seeds, num_images)
     runs = open_runs(folders, data_root=data_root)
     names = [run.folder.name for run in runs]

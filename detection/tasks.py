@@ -28,7 +28,7 @@ from detection.distillation import learn_from
 from detection.distributed import synchronise
 from detection.engine import Batches, ComputeLosses, Evaluate, fit
 from detection.evaluation import CocoEvaluator, import_backend, mean_average_precision, precision_recall
-from detection.files import write_whole
+from detection.files import require_writable, write_whole
 from detection.models import build_detector, load_model
 from detection.plots import plot_curves, plot_dynamics, plot_precision_recall, plot_predictions
 from detection.resume import state_path
@@ -102,7 +102,7 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
     if resume:
         require_same(flatten(Run.open(folder).config), config, str(folder), free=FREE_KEYS)
     else:
-        Run.check_free(folder)
+        require_writable(Run.check_free(folder))
     if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ImportError("train.tensorboard needs TensorBoard: pip install hoyer-det[tensorboard]")
 
@@ -228,6 +228,7 @@ def evaluate_run(
     """
     if save is not None:
         save = Run.check_free(save)
+        require_writable(save)
     run = Run.open(folder)
     if not isinstance(run.config, Config):
         raise ValueError(f"{folder}: a run of {run.config.task}, not of detection")

@@ -18,6 +18,7 @@ from backbones import HOROWITZ_45NM, read_costs
 from detection.analysis import TextTable, analyze_run
 from detection.checkpoint import Run
 from detection.cli import run_tool, table_console
+from detection.files import require_writable
 
 
 def main() -> None:
@@ -39,12 +40,20 @@ def main() -> None:
     parser.add_argument("--images", type=int, metavar="N", help="the first N evaluation images only (default: all)")
     parser.add_argument("--costs", metavar="FILE", help="YAML or JSON, picojoules by operation (default: 45 nm)")
     parser.add_argument("--strict", action="store_true", help="no layer but the first may see real values")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the files (default: RUN/analysis)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for the files (default: RUN/analysis, with --images N RUN/analysis_N_images)",
+    )
     options = parser.parse_args()
     Run.open(options.run)
-    out = options.out or Path(options.run) / "analysis"
+    # What is not the whole analysis does not take its place.
+    part = f"_{options.images}_images" if options.images else "_strict" if options.strict else ""
+    out = options.out or Path(options.run) / f"analysis{part}"
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out}: a file; a folder is needed")
+    require_writable(out)
     costs = read_costs(options.costs) if options.costs else HOROWITZ_45NM
     analysis = analyze_run(
         options.run,

@@ -204,7 +204,8 @@ def main() -> None:
     if output.images:
         report(output, seconds, spike_activity(spikes) if spikes else None)
     if stopped:
-        print("stopped before the end; what was done until then is written", file=sys.stderr)
+        until = "what was done until then is written" if output.images else "nothing was written"
+        print(f"stopped before the end; {until}", file=sys.stderr)
         sys.exit(130)
     if failures and not output.images:
         raise ValueError("nothing could be read, so nothing was written")
