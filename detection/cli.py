@@ -7,12 +7,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from accelerate import PartialState
 from rich.console import Console
 
-from detection.checkpoint import Run, command_line
+from detection.checkpoint import Run, Weights, command_line
 from detection.config import AnyConfig, Config, Recipe, load_config, override
 from detection.resume import Interrupted
 
@@ -36,6 +36,33 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.usage = "%(prog)s CONFIG [options] [--section.key VALUE ...]\n       %(prog)s --resume RUN [options]"
     parser.add_argument("--out", help="folder of the new run (default: runs/NAME of the recipe)")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted, as if it had not been")
+    return parser
+
+
+def saved_run_parser(description: str, *, several: bool = False) -> argparse.ArgumentParser:
+    """A parser of `RUN [--weights WHICH] [--data.root FOLDER]`, to which a tool adds options of its own.
+
+    They are `run` (with `several` the list `runs`), `weights` and `data_root` (None: as in training).
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if several:
+        parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are compared with the first")
+    else:
+        parser.add_argument("run", help="run folder")
+    parser.add_argument(
+        "--weights",
+        choices=get_args(Weights),
+        default="last",
+        help="which weights; ema: their average (default: last)",
+    )
+    parser.add_argument(
+        "--data.root",
+        "--data",
+        dest="data_root",
+        type=Path,
+        metavar="FOLDER",
+        help="where the data lie now (default: where they lay when the run was trained)",
+    )
     return parser
 
 

@@ -7,7 +7,6 @@ than 0 and 1, in a part that the recipe does not declare analogue.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,26 +16,12 @@ from rich.table import Table
 from backbones import HOROWITZ_45NM, read_costs
 from detection.analysis import TextTable, analyze_run
 from detection.checkpoint import Run
-from detection.cli import run_tool, table_console
+from detection.cli import run_tool, saved_run_parser, table_console
 from detection.files import require_writable
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="run folder")
-    parser.add_argument(
-        "--weights",
-        choices=("last", "best", "ema"),
-        default="last",
-        help="which weights; ema: their average (default: last)",
-    )
-    parser.add_argument(
-        "--data.root",
-        "--data",
-        dest="data_root",
-        metavar="FOLDER",
-        help="where the data lie now (default: where they lay when the run was trained)",
-    )
+    parser = saved_run_parser(__doc__)
     parser.add_argument("--images", type=int, metavar="N", help="the first N evaluation images only (default: all)")
     parser.add_argument("--costs", metavar="FILE", help="YAML or JSON, picojoules by operation (default: 45 nm)")
     parser.add_argument("--strict", action="store_true", help="no layer but the first may see real values")

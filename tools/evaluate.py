@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,26 +11,13 @@ from rich.table import Table
 
 from detection.checkpoint import Run
 from detection.classification import evaluate_classification_run
-from detection.cli import run_tool, table_console
+from detection.cli import run_tool, saved_run_parser, table_console
 from detection.evaluation import METRICS
 from detection.tasks import evaluate_run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="run folder")
-    parser.add_argument(
-        "--weights",
-        choices=("last", "best", "ema"),
-        default="last",
-        help="which weights; ema: their average (default: last)",
-    )
-    parser.add_argument(
-        "--data.root",
-        dest="data_root",
-        metavar="FOLDER",
-        help="where the data lie now (default: where they lay when the run was trained)",
-    )
+    parser = saved_run_parser(__doc__)
     parser.add_argument(
         "--save",
         metavar="FOLDER",

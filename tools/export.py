@@ -6,23 +6,15 @@ Beside the file lies NAME.json, which says what it takes and gives, and how well
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from detection.cli import run_tool
+from detection.cli import run_tool, saved_run_parser
 from detection.export import NUM_CALIBRATION, SUFFIXES, export_run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="run folder")
+    parser = saved_run_parser(__doc__)
     parser.add_argument("--format", choices=tuple(SUFFIXES), default="onnx", help="default: onnx")
-    parser.add_argument(
-        "--weights",
-        choices=("last", "best", "ema"),
-        default="last",
-        help="which weights; ema: their average (default: last)",
-    )
     parser.add_argument(
         "--int8", action="store_true", help="int8 weights and integer thresholds wherever a layer sees spikes"
     )
@@ -33,13 +25,6 @@ def main() -> None:
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="new file (default: model.onnx, ... in the run folder)"
-    )
-    parser.add_argument(
-        "--data.root",
-        "--data",
-        dest="data_root",
-        metavar="FOLDER",
-        help="with --int8: where the data lie now (default: where they lay when the run was trained)",
     )
     defaults = ", ".join(f"{number} for {task}" for task, number in NUM_CALIBRATION.items())
     parser.add_argument(

@@ -8,17 +8,15 @@ is newer than the weights).
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from detection.checkpoint import command_line
-from detection.cli import run_tool
+from detection.cli import run_tool, saved_run_parser
 from detection.report import write_report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; with several, gaps are to the first")
+    parser = saved_run_parser(__doc__, several=True)
     parser.add_argument(
         "--out",
         type=Path,
@@ -26,21 +24,7 @@ def main() -> None:
         help="page to write (default: RUN/report.html, or report.html here for several runs)",
     )
     parser.add_argument(
-        "--weights",
-        choices=("last", "best", "ema"),
-        default="last",
-        help="whose numbers, and which weights are evaluated; ema: their average (default: last)",
-    )
-    parser.add_argument(
         "--images", type=int, default=3, metavar="N", help="best and worst images to show, N each (default: 3)"
-    )
-    parser.add_argument(
-        "--data.root",
-        "--data",
-        dest="data_root",
-        type=Path,
-        metavar="FOLDER",
-        help="where the data lie now (default: where they lay when the run was trained)",
     )
     parser.add_argument("--log-only", action="store_true", help="evaluate nothing, leave out what needs it")
     options = parser.parse_args()

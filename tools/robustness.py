@@ -9,7 +9,6 @@ threshold. Runs without spike layers are evaluated on corrupted images only.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,26 +17,18 @@ from typing import Any
 from rich.table import Table
 
 from detection.checkpoint import command_line
-from detection.cli import run_tool, table_console
+from detection.cli import run_tool, saved_run_parser, table_console
 from detection.robustness import ALL_LAYERS, KINDS, NEAR, SEVERITIES, UNITS, curves_of, study
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of the same task and data")
-    parser.add_argument("--data.root", dest="data_root", metavar="PATH", help="where the data lie now")
+    parser = saved_run_parser(__doc__, several=True)
     parser.add_argument(
         "--images", type=int, metavar="N", help="N of the evaluation images, evenly spread over them (default: all)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise (default: 0 1 2)")
     parser.add_argument(
         "--kinds", nargs="+", default=list(KINDS), metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)"
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("last", "best", "ema"),
-        default="last",
-        help="which weights; ema: their average (default: last)",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder (default: FIRST_RUN_robustness)")
     options = parser.parse_args()
