@@ -123,7 +123,8 @@ def test_files_and_tables(trained, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     run_tool(monkeypatch, "analyze", trained, "--images", 3)
     out = capsys.readouterr().out
-    folder = trained / "analysis"
+    assert not (trained / "analysis").exists()  # which is for the whole of it
+    folder = trained / "analysis_3_images"
     assert {path.name for path in folder.iterdir()} == {"analysis.json", "layers.csv", "analysis.md"}
     result = json.loads((folder / "analysis.json").read_text())
     assert result["num_images"] == 3
