@@ -20,8 +20,9 @@ demo: install
 	$(BIN)/python tools/analyze.py runs/demo
 	$(BIN)/python tools/report.py runs/demo
 
+# Two processes of one thread each: most tests are small.
 test: install
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests
 
 lint: install
 	$(BIN)/python -m ruff check .
