@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from backbones import LayerActivity, record_activity, record_potentials, spike_activity
 from detection.checkpoint import Run, Weights
-from detection.config import FREE_KEYS, Config, Recipe, flatten, require_same
+from detection.config import Config, Recipe, flatten, require_same
 from detection.data import DetectionDataset, build_datasets, build_loader
 from detection.data.download import download as fetch
 from detection.distillation import learn_from
@@ -100,7 +100,7 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
         ValueError: with `resume`, the run has another recipe.
     """
     if resume:
-        require_same(flatten(Run.open(folder).config), config, str(folder), free=FREE_KEYS)
+        require_same(flatten(Run.open(folder).config), config, str(folder))
     else:
         require_writable(Run.check_free(folder))
     if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
