@@ -22,7 +22,7 @@ demo: install
 
 # Two processes of one thread each: most tests are small.
 test: install
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 tests
 
 lint: install
 	$(BIN)/python -m ruff check .

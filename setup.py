@@ -42,6 +42,7 @@ setup(
             "onnx>=1.17",
             "onnxruntime>=1.20",
             "pytest",
+            "pytest-timeout",
             "pytest-xdist",
             "ruff",
             "tensorboard",

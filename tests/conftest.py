@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from helpers import kill_started
 
 ARCHIVES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -37,6 +38,7 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(autouse=True)
 def new_process():
-    """Runs of other precision may follow each other: accelerate keeps the first one's for the whole process."""
+    """Each test starts alone: no process of the last one runs on, no precision of accelerate's stays set."""
     yield
+    kill_started()
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
 import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,13 +27,31 @@ def run_tool(monkeypatch, name: str, *arguments) -> None:
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["detection.classification"])
+STARTED: list[multiprocessing.Process] = []  # by this test; none outlives it, see conftest.py
 
 
 def start(function: Callable[..., None], *arguments, log: Path, **environment: str) -> multiprocessing.Process:
     """A process that runs `function`, its output in `log`, with these variables set beforehand."""
     process = SERVER.Process(target=_run, args=(function, arguments, log, environment))
     process.start()
+    STARTED.append(process)
     return process
+
+
+def kill_started() -> None:
+    """A test that failed leaves no process behind, for which this one would wait at its end."""
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.join()
+
+
+def wait_until(condition: Callable[[], bool], processes: Sequence[multiprocessing.Process], log: Path) -> None:
+    """Until it holds; fails with their output where one of the processes ends before that, or none of it comes."""
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline and all(process.is_alive() for process in processes), log.read_text()
+        time.sleep(0.01)
 
 
 def start_together(number: int, function: Callable[..., None], *arguments, log: Path) -> list[multiprocessing.Process]:
@@ -66,5 +86,6 @@ def _run(function: Callable[..., None], arguments: tuple, log: Path, environment
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.dump_traceback_later(90)  # where it hangs, for the log
     torch.set_num_threads(1)
     function(*arguments)

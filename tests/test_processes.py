@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils import set_seed
-from helpers import run_together, run_tool, start_together, tool
+from helpers import run_together, run_tool, start_together, tool, wait_until
 from test_resume import CLASSIFICATION, DETECTION, expect_equal, write_recipe
 
 from backbones import HoyerSpike
@@ -156,10 +156,7 @@ def test_a_process_that_dies_takes_the_others_along_and_the_run_goes_on(tmp_path
     log, run = tmp_path / "log.txt", tmp_path / "run"
     run_together(2, tool, "train_det", recipe, "--out", tmp_path / "whole", log=log)
     processes = start_together(2, tool, "train_det", recipe, "--out", run, log=log)
-    deadline = time.monotonic() + 60
-    while not (run / "state.safetensors").exists():
-        assert time.monotonic() < deadline and processes[0].is_alive(), log.read_text()
-        time.sleep(0.01)
+    wait_until((run / "state.safetensors").exists, processes, log)
     processes[1].kill()
     died = time.monotonic()
     processes[0].join(60)
@@ -176,8 +173,7 @@ def test_all_processes_stop_at_the_same_step(tmp_path):
     recipe = write_recipe(tmp_path, DETECTION, train={"epochs": 4}, data={"workers": 0})
     log, run = tmp_path / "log.txt", tmp_path / "run"
     processes = start_together(2, tool, "train_det", recipe, "--out", run, log=log)
-    while not (run / "state.safetensors").exists():
-        time.sleep(0.01)
+    wait_until((run / "state.safetensors").exists, processes, log)
     processes[1].terminate()  # only one of them is told
     for process in processes:
         process.join(60)

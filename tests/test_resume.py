@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from helpers import run_tool, start, tool
+from helpers import run_tool, start, tool, wait_until
 
 from backbones import HoyerSpike, create, load_weights, read_tensors, tensors_to_bytes
 from detection import engine
@@ -271,10 +271,7 @@ def test_a_stop_of_the_whole_group_or_of_every_process(tmp_path, everyone):
     recipe, log = write_recipe(tmp_path, DETECTION, train={"save_minutes": 10}), tmp_path / "log.txt"
     run = tmp_path / "run"
     process = start(tool_in_its_own_group, "train_det", recipe, "--out", run, log=log)
-    deadline = time.monotonic() + 60
-    while not (run / "state.safetensors").exists():
-        assert time.monotonic() < deadline and process.is_alive(), log.read_text()
-        time.sleep(0.01)
+    wait_until((run / "state.safetensors").exists, [process], log)
     if everyone:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) == 2
