@@ -13,25 +13,30 @@ from test_fold import classifier, detector, scramble
 from torch import fx, nn
 
 import backbones
-import detection.export as export
 from backbones.fold import ChannelThreshold, fold
 from backbones.integer import IntegerSpikes, fix_size, to_integers
 from detection.checkpoint import Run
+from detection.classification import evaluate_classification_run
 from detection.config import ClassificationConfig, Config
+from detection.evaluation import METRICS
 from detection.export import (
     DensePredictions,
     DetectorOf,
+    OnnxClassifier,
     OnnxDetector,
     ParityError,
     check_nir,
     check_onnx,
+    evaluate_file,
     export_run,
     resize_and_pad,
     run_nir,
     to_nir,
     to_onnx,
 )
+from detection.export.onnx import OPSET, _OnnxWriter
 from detection.models import build_classifier, build_detector, load_model
+from detection.tasks import evaluate_run
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -257,7 +262,7 @@ def test_a_detector_as_onnx_finds_the_same_boxes(detector_run, monkeypatch, caps
     run_tool(monkeypatch, "export", detector_run, "--out", tmp_path / "net.onnx")
     assert "agrees with PyTorch: spikes" in capsys.readouterr().out
     described = json.loads((tmp_path / "net.onnx.json").read_text())
-    assert described["classes"] == ["circle", "square", "star"] and described["opset"] == export.OPSET
+    assert described["classes"] == ["circle", "square", "star"] and described["opset"] == OPSET
     assert described["inputs"]["images"]["shape"] == ["N", 3, "height", "width"]
     onnx.checker.check_model(onnx.load(tmp_path / "net.onnx"))
     exported = OnnxDetector(tmp_path / "net.onnx", threads=1)
@@ -289,6 +294,49 @@ def test_a_detector_in_integers_for_one_size(detector_run, monkeypatch, tmp_path
     assert len(exported([torch.rand(3, 64, 96)])[0]["boxes"]) > 0
     with pytest.raises(ValueError, match="for batches of 64x96 pixels"):
         exported([torch.rand(3, 64, 64)])
+
+
+def with_log(run: Path, metrics: dict) -> Path:
+    Run.open(run).log({"epoch": 1} | metrics)
+    return run
+
+
+def test_accuracy_of_a_file_beside_its_run(monkeypatch, capsys, tmp_path):
+    recipe = json.loads(json.dumps(DETECTOR))
+    recipe["data"] |= {"scenes": {"num_train": 6, "num_val": 5, "size": 64}}
+    run = make_run(tmp_path / "detector", recipe)
+    blank = with_log(run, dict.fromkeys(METRICS, 0.0))
+    metrics, _ = evaluate_run(blank)
+    (run / "metrics.jsonl").unlink()
+    run_tool(monkeypatch, "export", with_log(run, metrics), "--evaluate")
+    assert "logged by the run" in capsys.readouterr().out
+    measured = json.loads((run / "model.onnx.json").read_text())["evaluation"]
+    assert measured["run"] == {key: metrics[key] for key in METRICS} and metrics["AR100"] > 0.02
+    assert measured["file"] == pytest.approx(measured["run"], abs=1e-3)
+
+    run = make_run(tmp_path / "classifier", CLASSIFIER)
+    with_log(run, {"top1": 0.0, "top5": 0.0})
+    metrics, _ = evaluate_classification_run(run)
+    (run / "metrics.jsonl").unlink()
+    with_log(run, metrics)
+    _, described = export_run(run, "onnx", int8=True, evaluate=True)
+    measured = described["evaluation"]
+    assert measured["run"] == {key: metrics[key] for key in ("top1", "top5")}
+    assert measured["file"]["top5"] == 1 and abs(measured["file"]["top1"] - metrics["top1"]) <= 0.3
+    classifier = OnnxClassifier(run / "model_int8.onnx")
+    images = torch.rand(3, 3, 32, 32)
+    assert classifier(images).shape == (3, 4) and classifier.class_names == ("circle", "square", "triangle", "star")
+
+
+def test_a_file_that_cannot_be_evaluated_is_not_left(classifier_run, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "net.onnx"
+    assert "no such log" in error_of(monkeypatch, capsys, classifier_run, "--evaluate", "--out", file)
+    assert not file.exists()
+    formats = ("--format", "torch", "--evaluate")
+    assert "torch is not run by this project" in error_of(monkeypatch, capsys, classifier_run, *formats)
+    export_run(classifier_run, "onnx", file)
+    with pytest.raises(ValueError, match="not a detector exported by this project"):
+        evaluate_file(file, with_log(make_run(tmp_path / "other", DETECTOR), dict.fromkeys(METRICS, 0.0)))
 
 
 @pytest.mark.parametrize(("file_format", "suffix"), [("onnx", ".onnx"), ("torch", ".pt2")])
@@ -343,8 +391,8 @@ def test_a_file_that_differs_is_not_left(detector_run, monkeypatch, tmp_path):
         layer = ChannelThreshold(layer.threshold + 0.1, layer.sign)
         right(self, node, layer, out)
 
-    right = export._OnnxWriter._threshold
-    monkeypatch.setattr(export._OnnxWriter, "_threshold", wrong)
+    right = _OnnxWriter._threshold
+    monkeypatch.setattr(_OnnxWriter, "_threshold", wrong)
     with pytest.raises(ParityError, match="spikes differ between file and PyTorch"):
         export_run(detector_run, "onnx", tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -363,7 +411,7 @@ def test_bad_input_is_one_sentence(detector_run, classifier_run, monkeypatch, ca
     assert "at least 16, the network's last stride" in error_of(monkeypatch, capsys, classifier_run, *small)
     large = ("--height", 48, "--width", 48)
     assert "does not divide into the 2x2 cells" in error_of(monkeypatch, capsys, classifier_run, *large)
-    assert "belong to --int8" in error_of(monkeypatch, capsys, classifier_run, "--calibration", 3)
+    assert "belongs to --int8" in error_of(monkeypatch, capsys, classifier_run, "--calibration", 3)
     none = ("--int8", "--calibration", 0)
     assert "at least one image" in error_of(monkeypatch, capsys, classifier_run, *none)
     assert "NIR has no integers" in error_of(monkeypatch, capsys, classifier_run, "--int8", "--format", "nir")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from detection.cli import run_tool, saved_run_parser
+from rich.table import Table
+
+from detection.cli import run_tool, saved_run_parser, table_console
 from detection.export import NUM_CALIBRATION, SUFFIXES, export_run
 
 
@@ -30,11 +32,18 @@ def main() -> None:
     parser.add_argument(
         "--calibration", type=int, metavar="N", help=f"with --int8: training images to set thresholds on ({defaults})"
     )
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="measure an ONNX file's accuracy on the evaluation images, beside what the run has logged",
+    )
     parser.add_argument("--height", type=int, help="of the images, with --width: that size only (default: free)")
     parser.add_argument("--width", type=int)
     options = parser.parse_args()
-    if not options.int8 and (options.calibration is not None or options.data_root is not None):
-        parser.error("--calibration and --data.root belong to --int8, which alone needs images")
+    if not options.int8 and options.calibration is not None:
+        parser.error("--calibration belongs to --int8, which sets its thresholds on images")
+    if not (options.int8 or options.evaluate) and options.data_root is not None:
+        parser.error("--data.root belongs to --int8 and --evaluate, which need images")
     path, description = export_run(
         options.run,
         options.format,
@@ -46,10 +55,17 @@ def main() -> None:
         num_calibration=options.calibration,
         height=options.height,
         width=options.width,
+        evaluate=options.evaluate,
     )
     parity = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in description["parity"].items())
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, beside it {path.name}.json")
     print(f"agrees with PyTorch: {parity}")
+    if options.evaluate:
+        table = Table("metric", "file", "logged by the run", title=str(path))
+        found, logged = description["evaluation"]["file"], description["evaluation"]["run"]
+        for key, value in found.items():
+            table.add_row(key, f"{value:.4f}", f"{logged[key]:.4f}")
+        table_console().print(table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,171 @@
+"""Which part of a model goes into a file, and how torchvision's detectors run around it."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, RetinaNet
+from torchvision.models.detection.ssd import SSD
+
+
+class Normalised(nn.Module):
+    """A network that takes images in [0, 1] and normalises them itself.
+
+    Shape: (N, 3, H, W) -> what `network` gives.
+    """
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network((images - self.mean) / self.std)
+
+
+class DensePredictions(nn.Module):
+    """What the head of a RetinaNet, FCOS or SSD says of every anchor: the network without images' sizes and boxes.
+
+    Shape: (N, 3, H, W) normalised -> (N, A, num_classes), (N, A, 4) and, for FCOS, (N, A, 1), anchors in the order of
+    torchvision's, finest level first; see `outputs`.
+
+    Raises:
+        ValueError: the detector pools regions, which depend on what it found before.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        kinds = {RetinaNet: self._retinanet, FCOS: self._fcos, SSD: self._ssd}
+        self.kind = next((kind for kind in kinds if isinstance(detector, kind)), None)
+        if self.kind is None:
+            raise ValueError(
+                f"a {type(detector).__name__} cannot be exported: it pools regions, whose number depends on the image "
+                "(allowed: retinanet, fcos, ssd, and classifiers)"
+            )
+        self.backbone, self.head = detector.backbone, detector.head
+        self._predict = kinds[self.kind]
+        self.outputs = ["cls_logits", "bbox_regression"] + (["bbox_ctrness"] if self.kind is FCOS else [])
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        rows = self._predict(list(self.backbone(images).values()))
+        return tuple(torch.cat(levels, dim=1) for levels in rows)
+
+    def _towers(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        head = self.head
+        spiking = hasattr(head, "classification_tower")
+        classes = head.classification_tower(maps) if spiking else [head.classification_head.conv(x) for x in maps]
+        boxes = head.regression_tower(maps) if spiking else [head.regression_head.conv(x) for x in maps]
+        return classes, boxes
+
+    def _retinanet(self, maps: list[Tensor]) -> list[list[Tensor]]:
+        classes, boxes = self._towers(maps)
+        classification, regression = self.head.classification_head, self.head.regression_head
+        return [
+            [_rows(classification.cls_logits(x), classification.num_classes) for x in classes],
+            [_rows(regression.bbox_reg(x), 4) for x in boxes],
+        ]
+
+    def _fcos(self, maps: list[Tensor]) -> list[list[Tensor]]:
+        classes, boxes = self._towers(maps)
+        classification, regression = self.head.classification_head, self.head.regression_head
+        return [
+            [_rows(classification.cls_logits(x), classification.num_classes) for x in classes],
+            [_rows(F.relu(regression.bbox_reg(x)), 4) for x in boxes],
+            [_rows(regression.bbox_ctrness(x), 1) for x in boxes],
+        ]
+
+    def _ssd(self, maps: list[Tensor]) -> list[list[Tensor]]:
+        return [
+            [_rows(layer(x), head.num_columns) for layer, x in zip(head.module_list, maps, strict=True)]
+            for head in (self.head.classification_head, self.head.regression_head)
+        ]
+
+
+def _rows(x: Tensor, columns: int) -> Tensor:
+    """(N, A * columns, H, W) -> (N, H * W * A, columns), as torchvision's heads order them."""
+    return x.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, columns))
+
+
+class DetectorOf(nn.Module):
+    """A torchvision detector whose backbone and head are another network: sizes, anchors and boxes stay its own.
+
+    Args:
+        detector: a RetinaNet, FCOS or SSD of this project; changed: it loses its weights.
+        predict: (N, 3, H, W), RGB in [0, 1], padded with the mean colour -> the head's outputs by name.
+
+    Shape: [(3, H_i, W_i)] in [0, 1] -> [{"boxes": (M, 4), "scores": (M,), "labels": (M,)}], as torchvision's.
+    """
+
+    def __init__(self, detector: nn.Module, predict: Callable[[Tensor], dict[str, Tensor]]) -> None:
+        super().__init__()
+        transform = detector.transform
+        # Divided by 1 and padded with 0 after the mean is taken off: padded with the mean colour, that is.
+        mean, transform.image_std = torch.tensor(transform.image_mean).view(3, 1, 1), [1.0, 1.0, 1.0]
+        bridge = _Bridge(detector.backbone.to("meta"), lambda shifted: predict(shifted + mean))
+        detector.backbone, detector.head = bridge, _BridgeHead(bridge)
+        self.detector = detector.eval()
+
+    @torch.no_grad()
+    def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        return self.detector(list(images))
+
+
+class _Bridge(nn.Module):
+    """In the place of a backbone: empty maps of its shapes, and the head's outputs for `_BridgeHead` to take."""
+
+    def __init__(self, shapes: nn.Module, predict: Callable[[Tensor], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.shapes, self.predict = shapes, predict
+        self.known: dict[torch.Size, list[torch.Size]] = {}
+        self.outputs: dict[str, Tensor] = {}
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        self.outputs = self.predict(images)
+        if images.shape not in self.known:  # on the meta device nothing is computed but shapes
+            maps = self.shapes(images.to("meta"))
+            self.known[images.shape] = [x.shape for x in maps.values()]
+        shapes = enumerate(self.known[images.shape])
+        return OrderedDict((str(level), images.new_zeros(()).expand(shape)) for level, shape in shapes)
+
+
+class _BridgeHead(nn.Module):
+    def __init__(self, bridge: _Bridge) -> None:
+        super().__init__()
+        self.take: Callable[[], dict[str, Tensor]] = lambda: bridge.outputs
+
+    def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
+        return self.take()
+
+
+def resize_and_pad(transform: nn.Module, images: Sequence[Tensor]) -> Tensor:
+    """Images of any size as a batch for an exported detector: in [0, 1], padded with the mean colour.
+
+    Args:
+        transform: of a torchvision detector.
+        images: (3, H_i, W_i) in [0, 1].
+    """
+    shifting = copy.copy(transform)
+    shifting.image_std = [1.0, 1.0, 1.0]
+    mean = torch.tensor(transform.image_mean).view(3, 1, 1)
+    return shifting.eval()(list(images))[0].tensors + mean
+
+
+class EnteringSpikes(nn.Module):
+    """A detector's backbone up to what enters its pyramid."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.body, neck = backbone.body, backbone.neck
+        self.entering = neck.leaving[: len(backbone.levels)] if hasattr(neck, "leaving") else neck.laterals
+        self.levels = backbone.levels
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = self.body(x)
+        return {name: layer(maps[name]) for name, layer in zip(self.levels, self.entering, strict=True)}
