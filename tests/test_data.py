@@ -210,6 +210,10 @@ def test_voc_given_classes_set_the_order_and_the_limits(tmp_path):
     assert "allowed: dog, cat" in sentence(found, "one.xml", "object 3", "'cow'")
     with pytest.raises(ValueError, match="'dog' is given twice"):
         read_voc(root, ["VOC/train"], ["dog", "dog"])
+    assert read_voc(root, ["VOC/train"], ["dog", "zebra"]).categories == ("dog", "zebra")  # none in this split
+    for misspelt in ("cats", "Cow"):
+        with pytest.raises(ValueError, match=f"no object of class '{misspelt}'; did you mean '{misspelt.lower()[:3]}'"):
+            read_voc(root, ["VOC/train"], ["dog", misspelt])
 
 
 @pytest.mark.parametrize(

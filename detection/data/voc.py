@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def read_voc(
 
     Raises:
         FileNotFoundError: no such root, split, image folder or annotation folder.
-        ValueError: a class given twice, or nothing to train on.
+        ValueError: a class given twice or misspelt, or nothing to train on.
     """
     root = Path(root)
     require_folder(root, "the folder with the VOC data")
@@ -77,10 +78,24 @@ def read_voc(
                 continue
             parsed.append((image_id, path, source, tree))
 
-    categories = tuple(classes) or tuple(sorted({_name(item) for *_, tree in parsed for item in _objects(tree)} - {""}))
-    records = [record for item in parsed if (record := _build(*item, categories, dropped)) is not None]
+    found = {_name(item) for *_, tree in parsed for item in _objects(tree)} - {""}
     where = f"{root} {', '.join(splits)}"
+    _refuse_misspelt(classes, found, where)
+    categories = tuple(classes) or tuple(sorted(found))
+    records = [record for item in parsed if (record := _build(*item, categories, dropped)) is not None]
     return build_annotations(records, categories, range(1, len(categories) + 1), dropped, source=where, verify=verify)
+
+
+def _refuse_misspelt(classes: Sequence[str], found: set[str], source: str) -> None:
+    """A class without objects may be missing from a small split, but not if one of nearly its name is left out."""
+    others = {name.lower(): name for name in sorted(found - set(classes))}
+    for name in (name for name in classes if name not in found):
+        close = difflib.get_close_matches(name.lower(), others, n=1, cutoff=0.8)
+        if close:
+            raise ValueError(
+                f"{source}: no object of class {name!r}; did you mean {others[close[0]]!r}? "
+                f"(found: {', '.join(sorted(found))})"
+            )
 
 
 def _build(
