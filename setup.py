@@ -12,7 +12,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["backbones", "backbones.*", "detection", "detection.*"]),
-    package_data={"detection": ["templates/*"]},
+    package_data={
+        "backbones.zoo": ["*/config.yaml", "*/run.json", "*/metrics.jsonl", "*/*.safetensors"],
+        "detection": ["templates/*"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import mobilenet, resnet, vgg
+from . import mobilenet, resnet, vgg, zoo
 from .activity import (
     Certificate,
     Finding,
@@ -69,6 +69,7 @@ __all__ = [
     "spike_activity",
     "tensors_to_bytes",
     "to_integers",
+    "zoo",
 ]
 
 
@@ -97,7 +98,8 @@ def create(
             without the extremum: the ablation).
         stem: "imagenet" for large images, "cifar" for 32x32.
         width: multiplier of every channel count, rounded to multiples of 8.
-        weights: a .safetensors file or a state dict, loaded strictly by `load_weights`.
+        weights: "zoo:NAME", one of `zoo.names()` (`zoo.settings(NAME)` has the other arguments that it takes); a
+            .safetensors file; or a state dict. Loaded strictly by `load_weights`.
         pool_first: False: BN before the pooling (VGG, ResNet).
         options: of the spike layers: extremum="layer" or "channel", momentum=0.1.
 
@@ -121,5 +123,9 @@ def create(
         family = vgg.VGG if name in vgg.DEPTHS else resnet.ResNet
         backbone = family(name, spike, **shape, pool_first=pool_first)
     if weights is not None:
+        if zoo.is_entry(weights):
+            extremum = options.get("extremum", "layer")
+            wanted = {"name": name, "width": width, "stem": stem, "activation": activation}
+            zoo.require_same(weights, wanted | {"extremum": extremum, "pool_first": pool_first})
         load_weights(backbone, weights)
     return backbone

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import zoo
 from .base import Backbone
 
 # The one entry in the metadata of a file that this project wrote: the checksum, and behind it a text. One, because the
@@ -23,15 +24,19 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
 
     Args:
         backbone: changed in place, only if every key fits.
-        weights: a .safetensors file, or a state dict. The keys are those of a bare backbone, of a `Classifier`
-            ("backbone.*") or of a detector ("backbone.body.*"); other parts of those are left out.
+        weights: "zoo:NAME", a .safetensors file, or a state dict. The keys are those of a bare backbone, of a
+            `Classifier` ("backbone.*") or of a detector ("backbone.body.*"); other parts of those are left out.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a key is missing, unknown, or of another shape; the message names it.
+        ValueError: a key is missing, unknown, or of another shape; the message names it. Or no such entry of the zoo.
     """
     source = "state dict" if isinstance(weights, Mapping) else str(weights)
-    state = dict(weights) if isinstance(weights, Mapping) else read_tensors(Path(weights))[0]
+    if isinstance(weights, Mapping):
+        state = dict(weights)
+    else:
+        file = zoo.locate(weights) / "last.safetensors" if zoo.is_entry(weights) else Path(weights)
+        state, _ = read_tensors(file)
     for prefix in ("backbone.body.", "backbone."):
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

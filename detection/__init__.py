@@ -16,13 +16,14 @@ def load(run: str | Path, weights: Weights = "last", device: str | torch.device 
     """A saved run, ready to be asked: `detection.load("runs/demo").predict("image.jpg")`.
 
     Args:
-        run: run folder of a detector or a classifier (which gives a `ClassPredictor`).
+        run: run folder of a detector or a classifier (which gives a `ClassPredictor`), or "zoo:NAME" for a network
+            that comes with the package (`backbones.zoo.names()`).
         weights: "last", "best" or "ema".
         device: such as "cpu" or "cuda:0"; None: the first GPU, if there is one.
 
     Raises:
         FileNotFoundError: no such run or weights.
-        ValueError: the weights are damaged or do not fit, or there is no such device.
+        ValueError: the weights are damaged or do not fit, or there is no such device or entry of the zoo.
     """
     # Here and not above: `import detection` alone loads neither torch nor matplotlib.
     from detection.checkpoint import Run

@@ -30,8 +30,7 @@ from detection.classification import evaluate_classifier, validation_batches
 from detection.config import ClassificationConfig, Config
 from detection.data import DetectionDataset, build_datasets
 from detection.files import write_whole
-from detection.models import load_model
-from detection.tasks import evaluate_detector, evaluation_loader, make_accelerator
+from detection.tasks import evaluate_detector, evaluation_loader, load_for_evaluation
 
 MILLION = 1e6  # pJ per uJ, and the unit of counts and bits in tables
 
@@ -251,7 +250,7 @@ def analyze_run(
     """Metrics, activity, energy and binarity of a saved run, in one pass over its evaluation images.
 
     Args:
-        folder: the run, a detector's or a classifier's.
+        folder: the run, a detector's or a classifier's, as `Run.open` takes it.
         which: which of its weights.
         data_root: where its data lie now; None: where they lay when it was trained.
         num_images: the first so many images only, at most all there are; the metrics are then those of these.
@@ -264,21 +263,16 @@ def analyze_run(
     """
     if num_images is not None and num_images < 1:
         raise ValueError(f"--images {num_images}: at least one image is needed")
-    run = Run.open(folder)
-    config = run.config.model_copy(deep=True)
-    if data_root is not None:
-        config.data.root = Path(data_root)
-    accelerator = make_accelerator(config)
-    # As in the run's own evaluation: on the device and with its precision.
-    model = accelerator.unwrap_model(accelerator.prepare(load_model(run, which)))
+    run = Run.open(folder, data_root)
+    model, accelerator = load_for_evaluation(run, which)
     try:
         with record_layers(model) as measured:
-            metrics = _evaluate(model, config, accelerator, num_images)
+            metrics = _evaluate(model, run.config, accelerator, num_images)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; if the data lie elsewhere now, say where: --data.root FOLDER") from None
     metrics.pop("potentials", None)  # histograms of the first batch, which the log has already
-    certificate = certify(measured, analogue_parts(config, model), strict=strict)
-    return Analysis(str(folder), which, metrics, measured, energy(measured, costs), certificate)
+    certificate = certify(measured, analogue_parts(run.config, model), strict=strict)
+    return Analysis(run.address, which, metrics, measured, energy(measured, costs), certificate)
 
 
 def analogue_parts(config: Config | ClassificationConfig, model: nn.Module) -> dict[str, str]:

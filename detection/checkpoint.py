@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from backbones import read_tensors, tensors_to_bytes
+from backbones import read_tensors, tensors_to_bytes, zoo
 from detection.config import Recipe, read_recipe, save_config
 from detection.files import write_whole
 
@@ -69,17 +69,39 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, folder: str | Path) -> Run:
+    def open(cls, folder: str | Path, data_root: str | Path | None = None) -> Run:
         """An existing run.
+
+        Args:
+            folder: where it lies, or "zoo:NAME" for an entry of `backbones.zoo`.
+            data_root: where its data lie now, for `config.data.root`; None: where they lay when it was trained.
 
         Raises:
             FileNotFoundError: `folder` is no run folder.
-            ValueError: its config.yaml does not fit this version.
+            ValueError: its config.yaml does not fit this version, or there is no such entry of the zoo.
         """
-        folder = Path(folder)
+        folder = zoo.locate(folder)
         if not (folder / "config.yaml").is_file():
             raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
-        return cls(folder, read_recipe(folder / "config.yaml"))
+        run = cls(folder, read_recipe(folder / "config.yaml"))
+        if data_root is not None:
+            run.config.data.root = Path(data_root)
+        return run
+
+    @property
+    def address(self) -> str:
+        """What `open` takes for this run: "zoo:NAME" or the folder."""
+        name = zoo.name_of(self.folder)
+        return str(self.folder) if name is None else f"{zoo.PREFIX}{name}"
+
+    @property
+    def products(self) -> Path:
+        """Where goes what is made from the run by default: its folder, or runs/zoo/NAME for an entry of the zoo.
+
+        That one's own folder is part of the package. It need not exist yet, and is none that a training would take.
+        """
+        name = zoo.name_of(self.folder)
+        return self.folder if name is None else Path("runs") / "zoo" / name
 
     def note_resumption(self, command: Sequence[str], facts: Mapping[str, Any] | None = None) -> None:
         """Adds to run.json that the training went on, by which command; config.yaml takes what may have changed."""

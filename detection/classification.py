@@ -26,8 +26,16 @@ from detection.data.images import (
     read_images,
 )
 from detection.engine import Batches
-from detection.models import build_classifier, load_model
-from detection.tasks import check_run, logged_line, make_accelerator, tell, train_into_run, watch_spikes
+from detection.models import build_classifier
+from detection.tasks import (
+    check_run,
+    load_for_evaluation,
+    logged_line,
+    make_accelerator,
+    tell,
+    train_into_run,
+    watch_spikes,
+)
 
 
 def train_classifier(
@@ -80,7 +88,7 @@ def evaluate_classification_run(
     """Metrics of a saved run, computed anew, and the log line of the epoch that the weights come from.
 
     Args:
-        folder: the run.
+        folder: the run, as `Run.open` takes it.
         which: which of its weights.
         data_root: where its data lie now; None: where they lay when it was trained.
 
@@ -88,14 +96,11 @@ def evaluate_classification_run(
         FileNotFoundError: no such run, weights, or data.
         ValueError: the weights are damaged or do not fit.
     """
-    run = Run.open(folder)
+    run = Run.open(folder, data_root)
     if not isinstance(run.config, ClassificationConfig):
         raise ValueError(f"{folder}: a run of {run.config.task}, not of classification")
-    if data_root is not None:
-        run.config.data.root = Path(data_root)
     logged = logged_line(run, which, "top1")
-    accelerator = make_accelerator(run.config)
-    model = accelerator.unwrap_model(accelerator.prepare(load_model(run, which)))
+    model, accelerator = load_for_evaluation(run, which)
     return evaluate_classifier(model, validation_batches(run.config, accelerator), accelerator), logged
 
 

@@ -46,9 +46,11 @@ def saved_run_parser(description: str, *, several: bool = False) -> argparse.Arg
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if several:
-        parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are compared with the first")
+        parser.add_argument(
+            "runs", nargs="+", metavar="RUN", help="run folder or zoo:NAME; several are compared with the first"
+        )
     else:
-        parser.add_argument("run", help="run folder")
+        parser.add_argument("run", help="run folder, or zoo:NAME, see tools/zoo.py")
     parser.add_argument(
         "--weights",
         choices=get_args(Weights),

@@ -39,7 +39,7 @@ class Backbone(Section):
     extremum: Literal["layer", "channel"] = Field("layer", description="scope of the Hoyer extremum")
     momentum: float = Field(0.1, gt=0, le=1, description="weight of a batch in the extremum's running average")
     pool_first: bool = Field(True, description="max-pool before BatchNorm, as published; false: after it")
-    weights: str | None = Field(None, description="pretrained weights: a .safetensors file or a run folder")
+    weights: str | None = Field(None, description="pretrained weights: a .safetensors file, a run folder or zoo:NAME")
 
     @model_validator(mode="after")
     def _known_name(self) -> Backbone:
@@ -241,7 +241,9 @@ class Optimizer(Section):
 class Distillation(Section):
     """Learning from a trained network, such as the analogue twin."""
 
-    teacher: Path | None = Field(None, description="run folder of a network of the same classes; None: no teacher")
+    teacher: Path | None = Field(
+        None, description="run folder, or zoo:NAME, of a network of the same classes; None: no teacher"
+    )
     logits: float = Field(1.0, ge=0, description="weight of the distance to the teacher's predictions")
     temperature: float = Field(4.0, gt=0, description="softens both predictions (classification)")
     features: float = Field(0.0, ge=0, description="weight of the distance to what the teacher's head sees")

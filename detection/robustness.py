@@ -41,9 +41,8 @@ from detection.config import ClassificationConfig, Recipe
 from detection.data import DetectionDataset, build_datasets, loader_options
 from detection.data.images import MemoryBatches
 from detection.files import require_writable, write_whole
-from detection.models import load_model
 from detection.plots import plot_robustness
-from detection.tasks import evaluate_detector, evaluation_loader, make_accelerator
+from detection.tasks import evaluate_detector, evaluation_loader, load_for_evaluation
 
 SPIKE_KINDS = ("membrane", "threshold")
 IMAGE_KINDS = ("gaussian_noise", "blur", "contrast", "brightness", "jpeg")
@@ -416,7 +415,7 @@ def open_runs(folders: Sequence[str | Path], *, data_root: str | Path | None = N
     """The runs, which must be of one task and have the same evaluation data and precision.
 
     Args:
-        folders: of the runs.
+        folders: of the runs, as `Run.open` takes them.
         data_root: where their data lie now; None: where their recipes say.
 
     Raises:
@@ -425,12 +424,11 @@ def open_runs(folders: Sequence[str | Path], *, data_root: str | Path | None = N
     """
     runs = []
     for folder in folders:
-        run = Run.open(folder)
+        run = Run.open(folder, data_root)
         if any(run.folder.resolve() == other.folder.resolve() for other in runs):
             raise ValueError(f"{folder}: given twice")
-        root = Path(data_root) if data_root is not None else run.config.data.root
-        data = run.config.data.model_copy(update={"root": root.resolve()})
-        runs.append(Run(run.folder, run.config.model_copy(update={"data": data})))
+        run.config.data.root = run.config.data.root.resolve()
+        runs.append(run)
     first, *others = [(run, _comparable(run.config)) for run in runs]
     for run, values in others:
         for key, value in first[1].items():
@@ -472,8 +470,7 @@ def prepare(run: Run, name: str, *, which: Weights = "last", num_images: int | N
         ValueError: there are not as many images, or the weights do not fit.
     """
     config = run.config
-    accelerator = make_accelerator(config)
-    model = accelerator.unwrap_model(accelerator.prepare(load_model(run, which)))
+    model, accelerator = load_for_evaluation(run, which)
     if isinstance(config, ClassificationConfig):
         batches = validation_batches(config, accelerator)
         number = len(batches.labels if isinstance(batches, MemoryBatches) else batches.dataset)
@@ -591,7 +588,7 @@ def study(
         subject = prepare(run, name, which=which, num_images=num_images)
         found["num_images"] = subject.num_images
         found["runs"][name] = {
-            "folder": str(run.folder),
+            "folder": run.address,
             "activation": run.config.model.backbone.activation,
             "sha256": run.checksums()[f"{which}.safetensors"],
         }

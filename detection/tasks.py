@@ -215,7 +215,7 @@ def evaluate_run(
     """Metrics of a saved run, computed anew, and the log line of the epoch that the weights come from.
 
     Args:
-        folder: the run.
+        folder: the run, as `Run.open` takes it.
         which: which of its weights.
         data_root: where its data lie now; None: where they lay when it was trained.
         save: where `evaluate_detector` writes its files; must not exist, or be empty.
@@ -229,18 +229,26 @@ def evaluate_run(
     if save is not None:
         save = Run.check_free(save)
         require_writable(save)
-    run = Run.open(folder)
+    run = Run.open(folder, data_root)
     if not isinstance(run.config, Config):
         raise ValueError(f"{folder}: a run of {run.config.task}, not of detection")
-    if data_root is not None:
-        run.config.data.root = Path(data_root)
     logged = logged_line(run, which, "AP")
-    accelerator = make_accelerator(run.config)
-    # As in training: on the device and with its precision, and layers without the name of a wrapper in front.
-    model = accelerator.unwrap_model(accelerator.prepare(load_model(run, which)))
+    model, accelerator = load_for_evaluation(run, which)
     _, val = build_datasets(run.config.data)
     loader = evaluation_loader(val, run.config, accelerator)
     return evaluate_detector(model, loader, val, run.config, accelerator, save=save), logged
+
+
+def load_for_evaluation(run: Run, which: Weights = "last") -> tuple[nn.Module, Accelerator]:
+    """The network of a saved run as its own evaluation had it, on the device and with the precision of its recipe.
+
+    Raises:
+        FileNotFoundError: the run has no such weights.
+        ValueError: they are damaged or do not fit.
+    """
+    accelerator = make_accelerator(run.config)
+    # Layers without the name of a wrapper in front.
+    return accelerator.unwrap_model(accelerator.prepare(load_model(run, which))), accelerator
 
 
 def logged_line(run: Run, which: Weights, best_by: str) -> dict[str, Any]:

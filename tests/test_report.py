@@ -17,13 +17,14 @@ import yaml
 from helpers import ROOT, run_tool
 from test_training import tiny_recipe
 
-from detection import report
 from detection.analysis import analyze_run
 from detection.checkpoint import Run
 from detection.config import ClassificationConfig, Config
 from detection.data import Record
-from detection.evaluation import PrecisionRecall
-from detection.report import draw_chart, match, write_report
+from detection.evaluation import PrecisionRecall, average_precision
+from detection.report import charts, views, words, write_report
+from detection.report.charts import draw_chart
+from detection.report.matching import match
 
 C1 = ROOT / "results" / "c1_bccd_retinanet_resnet18_hoyer"
 C1_TWIN = ROOT / "results" / "c1_bccd_retinanet_resnet18_relu"
@@ -254,15 +255,15 @@ def test_classifier_with_weights_and_data_shows_what_it_takes_for_what(tmp_path,
 
 def test_recipe_shows_what_differs_from_the_defaults():
     config = Run.open(C1).config
-    rows = {row["key"]: row for row in report.changed_settings(config)}
+    rows = {row["key"]: row for row in views.changed_settings(config)}
     assert (rows["train.epochs"]["value"], rows["train.epochs"]["default"]) == ("40", "12")
     assert rows["train.epochs"]["meaning"] == "passes over the training data"
     assert {"model.head.anchor_scale", "hoyer.weight", "data.format"} < rows.keys()
     assert not {"model.detector", "train.batch_size", "optimizer.lr", "data.classes"} & rows.keys()
-    assert not report.changed_settings(
+    assert not views.changed_settings(
         Config.model_validate({"data": {"format": "coco", "train": ["a"], "val": ["b"]}})
     )[2:]
-    assert report.changed_settings(ClassificationConfig.model_validate({"data": {}})) == []
+    assert views.changed_settings(ClassificationConfig.model_validate({"data": {}})) == []
 
 
 def test_unfinished_runs_say_how_far_they_are(tmp_path):
@@ -275,15 +276,15 @@ def test_unfinished_runs_say_how_far_they_are(tmp_path):
 
 
 def test_names_of_runs_are_as_long_as_it_takes():
-    assert report.run_names([Path("/a/b/x")]) == ["x"]
-    assert report.run_names([Path("/a/b/x"), Path("/a/b/y")]) == ["x", "y"]
-    assert report.run_names([Path("/a/b/x"), Path("/a/c/x")]) == ["b/x", "c/x"]
-    assert report.short_names(["net.a.0", "net.a.1", "net.b.0"]) == {
+    assert words.run_names([Path("/a/b/x")]) == ["x"]
+    assert words.run_names([Path("/a/b/x"), Path("/a/b/y")]) == ["x", "y"]
+    assert words.run_names([Path("/a/b/x"), Path("/a/c/x")]) == ["b/x", "c/x"]
+    assert words.short_names(["net.a.0", "net.a.1", "net.b.0"]) == {
         "net.a.0": "a.0",
         "net.a.1": "a.1",
         "net.b.0": "b.0",
     }
-    assert report.short_names(["net.a.0"]) == {"net.a.0": "0"}
+    assert words.short_names(["net.a.0"]) == {"net.a.0": "0"}
 
 
 def test_runs_of_other_precision_stand_side_by_side(finished, tmp_path):
@@ -338,40 +339,40 @@ def test_match_counts_by_voc_s_rule():
 
 
 def test_lines_stand_where_their_values_are():
-    chart = draw_chart("x", [report.Line("a", [(1, 0.0), (3, 2.0), (2, math.nan)])], "y")
+    chart = draw_chart("x", [charts.Line("a", [(1, 0.0), (3, 2.0), (2, math.nan)])], "y")
     ticks = dict((label, y) for y, label in chart.y_ticks)
     assert ticks["0"] == chart.bottom
     points = [tuple(map(float, point.split())) for point in chart.paths[0]["d"][1:].split("L")]
     assert points[0] == (chart.left, chart.bottom)
     assert points[1] == (chart.right, pytest.approx(ticks["2"], abs=0.06))
     assert [label for _, label in chart.x_ticks] == ["1", "2", "3"]
-    assert draw_chart("x", [report.Line("a", [])], "y") is None
-    logarithmic = draw_chart("x", [report.Line("a", [(1, 0.01), (2, 10.0)])], "y", may_be_logarithmic=True)
+    assert draw_chart("x", [charts.Line("a", [])], "y") is None
+    logarithmic = draw_chart("x", [charts.Line("a", [(1, 0.01), (2, 10.0)])], "y", may_be_logarithmic=True)
     gaps = np.diff([y for y, label in logarithmic.y_ticks if label in ("0.01", "0.1", "1", "10")])
     assert len(gaps) == 3 and gaps == pytest.approx(gaps.mean())
 
 
 def test_outline_of_a_curve_has_the_area_of_the_average_precision():
     curve = PrecisionRecall(np.array([0.9, 0.8, 0.7, 0.6]), np.array([1, 1, 2, 2]), 4)
-    points = report._outline(curve)
+    points = views._outline(curve)
     area = sum((x2 - x1) * y1 for (x1, y1), (x2, _) in pairwise(points))
-    assert area == pytest.approx(report.average_precision(curve, "area"))
-    assert report._outline(PrecisionRecall(np.array([]), np.array([]), 4)) == [(0.0, 0.0)]
+    assert area == pytest.approx(average_precision(curve, "area"))
+    assert views._outline(PrecisionRecall(np.array([]), np.array([]), 4)) == [(0.0, 0.0)]
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (report.format_energy(12.3), "12.3 pJ"),
-        (report.format_energy(4.56e6), "4.56 \N{MICRO SIGN}J"),
-        (report.format_energy(0.0), "0 pJ"),
-        (report.format_count(29_900_000), "29.9 M"),
-        (report.format_count(0), "0"),
-        (report.format_number(-1), "undefined"),
-        (report.format_number(0.87293), "0.873"),
-        (report.format_time(89), "89 s"),
-        (report.format_time(3 * 3600 + 240), "3 h 4 min"),
-        (report._short(0.00241), "2.4e-3"),
+        (words.format_energy(12.3), "12.3 pJ"),
+        (words.format_energy(4.56e6), "4.56 \N{MICRO SIGN}J"),
+        (words.format_energy(0.0), "0 pJ"),
+        (words.format_count(29_900_000), "29.9 M"),
+        (words.format_count(0), "0"),
+        (words.format_number(-1), "undefined"),
+        (words.format_number(0.87293), "0.873"),
+        (words.format_time(89), "89 s"),
+        (words.format_time(3 * 3600 + 240), "3 h 4 min"),
+        (charts._short(0.00241), "2.4e-3"),
     ],
 )
 def test_numbers_as_text(text, expected):

@@ -29,13 +29,14 @@ def main() -> None:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="for the files (default: RUN/analysis, with --images N RUN/analysis_N_images)",
+        help="for the files (default: RUN/analysis, with --images N RUN/analysis_N_images; RUN of zoo:NAME is "
+        "runs/zoo/NAME)",
     )
     options = parser.parse_args()
-    Run.open(options.run)
+    run = Run.open(options.run)
     # What is not the whole analysis does not take its place.
     part = f"_{options.images}_images" if options.images else "_strict" if options.strict else ""
-    out = options.out or Path(options.run) / f"analysis{part}"
+    out = options.out or run.products / f"analysis{part}"
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out}: a file; a folder is needed")
     require_writable(out)

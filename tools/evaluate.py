@@ -41,7 +41,7 @@ def main() -> None:
         "metric", "now", f"logged in epoch {logged['epoch']}", title=f"{options.run}, {options.weights} weights"
     )
     for key in keys:
-        table.add_row(key, f"{metrics[key]:.4f}", f"{logged[key]:.4f}")
+        table.add_row(key, shown(metrics[key]), shown(logged[key]))
     for row in rows:
         table.add_row(*row)
     table_console().print(table)
@@ -55,7 +55,12 @@ def detection_rows(metrics: dict[str, Any], logged: dict[str, Any]) -> Iterator[
         before = [f"{logged['voc'][key]:.4f}"] if "voc" in logged else []  # older logs have none
         yield f"VOC AP50 ({interpolation})", f"{metrics['voc'][key]:.4f}", *before
     for name, values in metrics["per_class"].items():
-        yield f"AP {name}", f"{values['AP']:.4f}", f"{logged['per_class'][name]['AP']:.4f}"
+        yield f"AP {name}", shown(values["AP"]), shown(logged["per_class"][name]["AP"])
+
+
+def shown(value: float) -> str:
+    """Four digits; COCO's -1, of what has no objects, in words."""
+    return "no objects" if value == -1 else f"{value:.4f}"
 
 
 if __name__ == "__main__":

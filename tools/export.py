@@ -26,7 +26,10 @@ def main() -> None:
         help="with --int8: 8 bits for analogue convolutions too, but the first and those of prediction",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="new file (default: model.onnx, ... in the run folder)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="new file (default: model.onnx, ... in the run folder, of zoo:NAME in runs/zoo/NAME)",
     )
     defaults = ", ".join(f"{number} for {task}" for task, number in NUM_CALIBRATION.items())
     parser.add_argument(

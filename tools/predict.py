@@ -123,7 +123,7 @@ class Output:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="run folder")
+    parser.add_argument("run", help="run folder, or zoo:NAME")
     parser.add_argument(
         "source",
         nargs="+",

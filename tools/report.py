@@ -21,7 +21,8 @@ def main() -> None:
         "--out",
         type=Path,
         metavar="FILE.html",
-        help="page to write (default: RUN/report.html, or report.html here for several runs)",
+        help="page to write (default: RUN/report.html, where RUN of zoo:NAME is runs/zoo/NAME, or report.html here for "
+        "several runs)",
     )
     parser.add_argument(
         "--images", type=int, default=3, metavar="N", help="best and worst images to show, N each (default: 3)"

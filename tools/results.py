@@ -1,71 +1,285 @@
 #!/usr/bin/env python3
-"""Writes results/README.md, the tables of all runs under results/, from their logs."""
+"""Writes every table of measured numbers from the logs: results/README.md, and the marked parts of README.md.
+
+With --check nothing is written: the status is 1, and the files are named, if they say something else than the logs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from backbones import zoo
 from detection.checkpoint import Run
 from detection.cli import run_tool
+from detection.config import FREE_KEYS, Config, Recipe, flatten
+from detection.report import describe_network
 
 HEADER = """# Real runs
 
-Made from the logs by `python tools/results.py`. Metrics are those of the last epoch's weights, not of the best epoch;
-activity is the share of spiking neurons that fire per image on the evaluation images. Where several runs of one recipe
-stand in a folder, its README compares them.
+Made from the logs by `python tools/results.py`. Metrics are those of the last epoch's weights, not of the best epoch.
+The twin is the run of the same recipe with ReLU, the gap how far it is ahead, in points. Activity is the share of
+spiking neurons that fire per image on the evaluation images; energy is that of all operations, at 45 nm, in units of
+the twin's (`tools/analyze.py`). Where several runs of one recipe stand in a folder, its README compares them.
 """
-COLUMNS = {
-    "detection": ("AP", "AP50"),
-    "classification": ("top1", "top5"),
+ZOO = """These networks come with the package: `detection.load("zoo:NAME")`, or `zoo:NAME` wherever a tool takes a run.
+Weights of convolutions and linear layers are stored in 16 bits, and measured so."""
+METRICS = {"detection": ("AP50", "AP"), "classification": ("top1", "top5")}
+DATA = {"scenes": "drawn scenes", "bccd": "BCCD", "coco128": "COCO128", "cifar10": "CIFAR-10 (JPEG)"}
+# What README.md shows: one run of each kind.
+BEST = (
+    "demo_scenes_retinanet_resnet18_hoyer",
+    "c1_bccd_retinanet_resnet18_hoyer",
+    "c1_bccd_retinanet_resnet18_spiking_head",
+    "c3_coco128_fasterrcnn_resnet18_hoyer",
+    "c2_cifar10_vgg11_robustness/hoyer_seed0",
+)
+# Keys that say nothing about an analogue network.
+SPIKING_KEYS = ("hoyer.", "model.backbone.activation", "model.backbone.extremum", "model.backbone.momentum")
+NETWORKS = {
+    "vgg16": "VGG16 at 32x32",
+    "resnet18": "ResNet18 at 224x224",
+    "resnet50": "ResNet50 at 224x224",
+    "retinanet": "RetinaNet-ResNet18 at 320 px",
+    "retinanet_spiking": "the same, spiking neck and head",
 }
 
 
-def table_row(root: Path, run: Run) -> str:
-    """One run as a row of its table."""
-    history, info, model = run.history(), run.info(), run.config.model
-    last = history[-1]
-    minutes = sum(line["seconds"] + line.get("eval_seconds", 0.0) for line in history) / 60
-    machine = info["machine"]["gpu"] or f"{info['machine']['threads']} of {info['machine']['cores']} CPU cores"
-    name = run.folder.relative_to(root).as_posix()
-    network = f"{model.backbone.name} x{model.backbone.width:g}"
-    cells = [
-        f"[{name}]({name}/)",
-        f"{model.detector}, {network}" if run.config.task == "detection" else network,
-        model.backbone.activation,
-        str(last["epoch"]),
-        *(f"{last[key]:.4f}" for key in COLUMNS[run.config.task]),
-        f"{last['activity']:.4f}" if "activity" in last else "none",
-        f"{minutes:.0f}",
-        machine,
-        f"`{info['sha256']['last.safetensors'][:16]}`",
-    ]
-    return f"| {' | '.join(cells)} |\n"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="folder of run folders")
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
     options = parser.parse_args()
+    folder = options.folder
+    runs = read_runs(folder)
+    files = {folder / "README.md": results_page(folder, runs)}
+    readme = folder.parent / "README.md"
+    if folder.name == "results" and readme.is_file():
+        parts = {"measured": lambda: best_table(folder, runs), "speed": lambda: speed_tables(folder / "benchmarks")}
+        files[readme] = replace_parts(readme, parts)
+    different = [path for path, text in files.items() if not path.is_file() or path.read_text("utf-8") != text]
+    if options.check:
+        for path in different:
+            print(f"{path}: says something else than the logs; python tools/results.py writes it", file=sys.stderr)
+        if different:
+            sys.exit(1)
+        return
+    for path in different:
+        path.write_text(files[path], encoding="utf-8")
+    print(f"{folder / 'README.md'}: {len(runs)} runs")
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """The finished runs in `folder`; unfinished ones are named on standard error.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a file of a run is damaged.
+    """
     runs = []
-    for path in sorted(options.folder.rglob("config.yaml")):
+    for path in sorted(folder.rglob("config.yaml")):
         run = Run.open(path.parent)
-        if "sha256" in run.info():
+        if run.finished:
             runs.append(run)
         else:
             print(f"{run.folder}: not finished, left out", file=sys.stderr)
     if not runs:
-        raise FileNotFoundError(f"{options.folder}: no finished run in it")
-    text = HEADER
-    for task, metrics in COLUMNS.items():
-        rows = [table_row(options.folder, run) for run in runs if run.config.task == task]
+        raise FileNotFoundError(f"{folder}: no finished run in it")
+    return runs
+
+
+# Rows of runs
+
+
+def twin_of(run: Run, runs: Iterable[Run]) -> Run | None:
+    """The analogue run of the same recipe, one in the same folder first; None for an analogue run."""
+    if run.config.model.backbone.activation == "relu":
+        return None
+
+    def key(config: Recipe) -> dict[str, Any]:
+        values = flatten(config).items()
+        return {key: value for key, value in values if not key.startswith(SPIKING_KEYS) and key not in FREE_KEYS}
+
+    wanted = key(run.config)
+    twins = [each for each in runs if each.config.model.backbone.activation == "relu" and key(each.config) == wanted]
+    return min(twins, key=lambda twin: twin.folder.parent != run.folder.parent, default=None)
+
+
+def network_name(config: Recipe) -> str:
+    """Such as "RetinaNet, ResNet18 x0.5, Hoyer, neck and head too"."""
+    name = describe_network(config)
+    parts = [part for part in ("neck", "head") if isinstance(config, Config) and getattr(config.model, part).spiking]
+    return f"{name}, {' and '.join(parts)} too" if parts else name
+
+
+def energy_ratio(run: Run) -> str:
+    """Energy of operations in units of the twin's, of the run's own analysis, or nothing."""
+    path = run.folder / "analysis" / "analysis.json"
+    if not path.is_file():
+        return ""
+    try:
+        return f"{json.loads(path.read_text('utf-8'))['ratios']['spiking/twin']['operations']:.2f}"
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, or no analysis ({error!r})") from None
+
+
+def last_line(run: Run) -> dict[str, Any]:
+    """The last line of a run's log.
+
+    Raises:
+        ValueError: it has no metrics.
+    """
+    log, metric = run.history(), METRICS[run.config.task][0]
+    if not log or metric not in log[-1]:
+        raise ValueError(f"{run.folder / 'metrics.jsonl'}: its last line has no {metric}")
+    return log[-1]
+
+
+def minutes(run: Run) -> float:
+    return sum(line["seconds"] + line.get("eval_seconds", 0.0) for line in run.history()) / 60
+
+
+def run_row(folder: Path, run: Run, runs: Sequence[Run]) -> list[str]:
+    """One run as the cells of its table."""
+    info, last = run.info(), last_line(run)
+    if "last.safetensors" not in info["sha256"]:
+        raise ValueError(f"{run.folder / 'run.json'}: has no SHA-256 of last.safetensors")
+    first, second = METRICS[run.config.task]
+    twin = twin_of(run, runs)
+    ahead = "" if twin is None else f"{100 * (last_line(twin)[first] - last[first]):.1f}"
+    machine = info["machine"]["gpu"] or f"{info['machine']['threads']} of {info['machine']['cores']} CPU cores"
+    root = run.config.data.root.name
+    return [
+        link(folder, run),
+        DATA.get(root, root),
+        network_name(run.config),
+        str(last["epoch"]),
+        f"{last[first]:.4f}",
+        f"{last[second]:.4f}",
+        "" if twin is None else f"[{last_line(twin)[first]:.4f}]({twin.folder.relative_to(folder).as_posix()}/)",
+        ahead,
+        f"{last['activity']:.4f}" if "activity" in last else "",
+        energy_ratio(run),
+        f"{minutes(run):.0f} on {machine}",
+        f"`{info['command']}`",
+        f"`{info['sha256']['last.safetensors'][:16]}`",
+    ]
+
+
+def link(folder: Path, run: Run) -> str:
+    name = run.folder.relative_to(folder).as_posix()
+    return f"[{name}]({name}/)"
+
+
+def results_page(folder: Path, runs: Sequence[Run]) -> str:
+    """The whole of results/README.md."""
+    parts = [HEADER]
+    for task, (first, second) in METRICS.items():
+        rows = [run_row(folder, run, runs) for run in runs if run.config.task == task]
+        names = ["run", "data", "network", "epochs", first, second, f"twin's {first}", "gap", "activity", "energy"]
         if rows:
-            columns = ["run", "network", "activation", "epochs", *metrics, "spike activity", "minutes", "machine"]
-            columns += ["SHA-256 of the weights"]
-            text += f"\n## {task.capitalize()}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n" + "".join(rows)
-    (options.folder / "README.md").write_text(text, encoding="utf-8")
-    print(f"{options.folder / 'README.md'}: {len(runs)} runs")
+            header = [*names, "minutes", "command", "SHA-256 of the weights"]
+            parts.append(f"## {task.capitalize()}\n\n{markdown(header, rows)}")
+    if rows := list(zoo_rows(folder)):
+        header = ["name", "data", "network", "metric", "as stored", "as trained", "trained in", "MB", "SHA-256"]
+        parts.append(f"## Zoo\n\n{ZOO}\n\n{markdown(header, rows)}")
+    if rows := list(export_rows(folder)):
+        header = ["run", "file", "metric", "file's", "run's", "difference in points"]
+        title = "## Exported files\n\nAccuracy of ONNX files in ONNX Runtime, by `tools/export.py RUN ... --evaluate`."
+        parts.append(f"{title}\n\n{markdown(header, rows)}")
+    return "\n".join(parts)
+
+
+def zoo_rows(folder: Path) -> Iterable[list[str]]:
+    """A row for each entry of the zoo that was trained by one of these runs."""
+    for name in zoo.names():
+        run = Run.open(f"{zoo.PREFIX}{name}")
+        info, (line,), root = run.info(), run.history(), run.config.data.root.name
+        trained = folder.parent / info.get("trained_in", "none")
+        if not trained.is_dir():
+            continue
+        metric, weights = METRICS[run.config.task][0], run.folder / "last.safetensors"
+        place = trained.relative_to(folder).as_posix()
+        yield [
+            f"`zoo:{name}`",
+            DATA.get(root, root),
+            network_name(run.config),
+            metric,
+            f"{line[metric]:.4f}",
+            f"{last_line(Run.open(trained))[metric]:.4f}",
+            f"[{place}]({place}/)",
+            f"{weights.stat().st_size / 1e6:.1f}",
+            f"`{info['sha256'][weights.name][:16]}`",
+        ]
+
+
+def export_rows(folder: Path) -> Iterable[list[str]]:
+    """A row for each exported file that was evaluated."""
+    for path in sorted(folder.rglob("export/*.json")):
+        described = json.loads(path.read_text("utf-8"))
+        metric = METRICS[described["task"]][0]
+        found, logged = (described["evaluation"][key][metric] for key in ("file", "run"))
+        kind = "8 bits, analogue layers too" if described["analogue_int8"] else "8 bits where spikes come in"
+        name = path.parent.parent.relative_to(folder).as_posix()
+        yield [
+            f"[{name}]({name}/)",
+            f"[{kind if described['int8'] else 'float'}]({path.relative_to(folder).as_posix()})",
+            metric,
+            f"{found:.4f}",
+            f"{logged:.4f}",
+            f"{100 * (found - logged):+.2f}",
+        ]
+
+
+def best_table(folder: Path, runs: Sequence[Run]) -> str:
+    """The rows of README.md's table of what has been measured."""
+    rows, found = [], {run.folder.relative_to(folder).as_posix(): run for run in runs}
+    for name, run in ((name, found[name]) for name in BEST if name in found):
+        metric = METRICS[run.config.task][0]
+        last, twin = last_line(run), twin_of(run, runs)
+        root = run.config.data.root.name
+        rows.append(
+            [
+                f"[{DATA.get(root, root)}, {metric}](results/{name}/)",
+                network_name(run.config),
+                f"{last[metric]:.3f}",
+                "" if twin is None else f"{last_line(twin)[metric]:.3f}",
+                f"{last['activity']:.1%}".replace("%", " %"),
+                energy_ratio(run),
+            ]
+        )
+    header = ["data, metric", "network", "spiking", "analogue twin", "neurons that fire", "energy / twin's"]
+    return markdown(header, rows)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def replace_parts(path: Path, parts: dict[str, Callable[[], str]]) -> str:
+    """The text of a file with each part between its two marks made anew.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    text = path.read_text("utf-8")
+    for name, make in parts.items():
+        begin, end = f"<!-- {name}: made by tools/results.py -->\n", f"<!-- end of {name} -->\n"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{path}: needs the lines {begin.strip()!r} and {end.strip()!r} once")
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}{make()}{end}{rest.partition(end)[2]}"
+    return text
+
+
+def speed_tables(folder: Path) -> str:
+    """README.md's tables of speed and memory, from the benchmarks' logs."""
+    return ""
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from detection.checkpoint import command_line
+from detection.checkpoint import Run, command_line
 from detection.cli import run_tool, saved_run_parser, table_console
 from detection.robustness import ALL_LAYERS, KINDS, NEAR, SEVERITIES, UNITS, curves_of, study
 
@@ -30,10 +30,14 @@ def main() -> None:
     parser.add_argument(
         "--kinds", nargs="+", default=list(KINDS), metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder (default: FIRST_RUN_robustness)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="new folder (default: FIRST_RUN_robustness; FIRST_RUN of zoo:NAME is runs/zoo/NAME)",
+    )
     options = parser.parse_args()
-    first = Path(options.runs[0])
-    out = options.out or Path(f"{first}_robustness")
+    out = options.out or Path(f"{Run.open(options.runs[0]).products}_robustness")
     found = study(
         options.runs,
         out,

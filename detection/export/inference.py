@@ -141,7 +141,7 @@ def evaluate_file(
 
     Args:
         path: the file.
-        folder: the run that it was made of.
+        folder: the run that it was made of, as `Run.open` takes it.
         which: the weights that it was made of.
         data_root: where the run's data lie now; None: where they lay when it was trained.
 
@@ -153,13 +153,10 @@ def evaluate_file(
         ImportError: the package onnxruntime is not installed.
         ValueError: the file is none of this project, or of another task than the run.
     """
-    run = Run.open(folder)
-    config = run.config
-    if data_root is not None:
-        config.data.root = Path(data_root)
-    keys = ("top1", "top5") if isinstance(config, ClassificationConfig) else METRICS
+    run = Run.open(folder, data_root)
+    keys = ("top1", "top5") if isinstance(run.config, ClassificationConfig) else METRICS
     logged = logged_line(run, which, keys[0])
-    found = _evaluate(Path(path), config)
+    found = _evaluate(Path(path), run.config)
     return {name: {key: metrics[key] for key in keys} for name, metrics in (("file", found), ("run", logged))}
 
 

@@ -62,9 +62,9 @@ def export_run(
     a ResNet from behind its stem, whose max-pool of real values NIR does not know.
 
     Args:
-        folder: the run.
+        folder: the run, as `Run.open` takes it.
         file_format: "onnx", "torch" (torch.export, .pt2) or "nir".
-        out: the file; None: model.onnx, model_int8.onnx, model.pt2 or model.nir in the run folder.
+        out: the file; None: model.onnx, model_int8.onnx, model.pt2 or model.nir among the run's products.
         which: which of its weights.
         int8: int8 weights and integer thresholds where layers see spikes; not for NIR.
         analogue: with `int8`: 8 bits for analogue convolutions, too, but the first and those of prediction.
@@ -84,16 +84,18 @@ def export_run(
         ParityError: the file does not do what the network does; it is not written.
         ValueError: the run cannot be exported so.
     """
-    run = Run.open(folder)
+    run = Run.open(folder, data_root)
     if file_format not in SUFFIXES:
         raise ValueError(f"format {file_format!r} (allowed: {', '.join(SUFFIXES)})")
     for name in PACKAGES[file_format]:
         import_extra(name)
-    path = Path(out) if out else run.folder / f"model{'_int8' if int8 else ''}{SUFFIXES[file_format]}"
+    path = Path(out) if out else run.products / f"model{'_int8' if int8 else ''}{SUFFIXES[file_format]}"
     sidecar = path.with_name(f"{path.name}.json")
     for file in (path, sidecar):
         if file.exists():
             raise FileExistsError(f"{file} exists already; name another file with --out, or remove it first")
+    if not out:
+        path.parent.mkdir(parents=True, exist_ok=True)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}")
     if (height is None) != (width is None):
@@ -109,10 +111,7 @@ def export_run(
     model = load_model(run, which).float().to(memory_format=torch.contiguous_format)
     if int8 and not any(isinstance(module, backbones.HoyerSpike) for module in model.modules()):
         raise ValueError(f"--int8: {folder} has no spike layers; integers add up spikes")
-    config = run.config.model_copy(deep=True)
-    if data_root is not None:
-        config.data.root = Path(data_root)
-
+    config = run.config
     size, free = _sizes(config, model, height, width)
     example = _noise(1, size)
     description: dict[str, Any] = {

@@ -111,7 +111,7 @@ def build_backbone(settings: BackboneSettings) -> backbones.Backbone:
     """
     weights = None
     if settings.weights is not None:
-        weights = Path(settings.weights)
+        weights = backbones.zoo.locate(settings.weights)
         if weights.is_dir():
             weights = weights / "last.safetensors"
         _check_origin(settings, weights.parent / "config.yaml")

@@ -1,0 +1,71 @@
+"""The zoo: trained networks that come with the package, each a run folder here, called "zoo:NAME" elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+PREFIX = "zoo:"
+NAME = re.compile("[a-z0-9_]+")
+# In these, what the weights were trained for has to be what they are used for; the rest their shapes tell.
+KEYS = ("name", "width", "stem", "activation", "extremum", "pool_first")
+
+
+def names() -> list[str]:
+    """Names of all entries, sorted."""
+    return sorted(path.parent.name for path in FOLDER.glob("*/run.json") if NAME.fullmatch(path.parent.name))
+
+
+def find(name: str) -> Path:
+    """The folder of an entry, a run folder: recipe, log and last.safetensors. It is part of the package: only read it.
+
+    Raises:
+        ValueError: there is no such entry.
+    """
+    if name not in names():
+        raise ValueError(f"{PREFIX}{name}: no such entry of the zoo (allowed: {', '.join(names()) or 'none'})")
+    return FOLDER / name
+
+
+def settings(name: str) -> dict[str, Any]:
+    """Arguments of `backbones.create` for the backbone of an entry, detector or classifier; its weights not among them.
+
+    Raises:
+        ValueError: there is no such entry.
+    """
+    return json.loads((find(name) / "run.json").read_text(encoding="utf-8"))["backbone"]
+
+
+def locate(source: str | Path) -> Path:
+    """The folder of the entry where `source` is "zoo:NAME"; any other path as it is (so ./zoo:NAME is a file).
+
+    Raises:
+        ValueError: there is no such entry.
+    """
+    return find(str(source).removeprefix(PREFIX)) if is_entry(source) else Path(source)
+
+
+def is_entry(source: object) -> bool:
+    """Whether `source` is a text or path of the form "zoo:NAME"."""
+    return isinstance(source, (str, Path)) and str(source).startswith(PREFIX)
+
+
+def name_of(folder: Path) -> str | None:
+    """The name of the entry whose folder this is; None for any other folder."""
+    folder = folder.resolve()
+    return folder.name if folder.parent == FOLDER.resolve() else None
+
+
+def require_same(source: str | Path, wanted: Mapping[str, Any]) -> None:
+    """Nothing; raises ValueError that names the first of `KEYS` in which an entry's backbone is not the wanted one."""
+    trained = settings(str(source).removeprefix(PREFIX))
+    for key in KEYS:
+        if trained[key] != wanted[key]:
+            raise ValueError(
+                f"{source}: trained with {key} {trained[key]!r}, wanted is {wanted[key]!r}; "
+                f"backbones.zoo.settings() gives what it takes"
+            )

@@ -1,0 +1,131 @@
+"""The tables of measured numbers are what the logs say, and the planned experiments are commands that work."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, run_tool
+
+from detection.config import override, read_recipe
+
+RESULTS = ROOT / "results"
+
+
+def error_of(monkeypatch, capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run_tool(monkeypatch, "results", *arguments)
+    assert stop.value.code
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """A repository of two runs of one recipe, spiking and not, and a page with marks."""
+    for name in ("c1_bccd_retinanet_resnet18_hoyer", "c1_bccd_retinanet_resnet18_relu"):
+        pictures = shutil.ignore_patterns("*.png")
+        shutil.copytree(RESULTS / name, tmp_path / "results" / name, ignore=pictures)
+    shutil.copytree(RESULTS / "benchmarks", tmp_path / "results" / "benchmarks")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+def edit_log(run: Path, **values) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[-1] |= values
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_pages_say_what_the_logs_say(monkeypatch, capsys):
+    run_tool(monkeypatch, "results", RESULTS, "--check")
+    assert "says something else" not in capsys.readouterr().err
+
+
+def test_tables_follow_the_logs(copy, monkeypatch, capsys):
+    results, readme = copy / "results", copy / "README.md"
+    edit_log(results / "c1_bccd_retinanet_resnet18_hoyer", AP50=0.8111, activity=0.25)
+    edit_log(results / "c1_bccd_retinanet_resnet18_relu", AP50=0.8333)
+    errors = error_of(monkeypatch, capsys, results, "--check")
+    assert f"{results / 'README.md'}: says something else" in errors and f"{readme}: says" in errors
+    assert not (results / "README.md").exists()
+    before = readme.read_text()
+    run_tool(monkeypatch, "results", results)
+    rows = [line for line in (results / "README.md").read_text().splitlines() if line.startswith("| [c1_")]
+    row = rows[0]  # the spiking network's; below stand its twin and its exported files
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0] == "[c1_bccd_retinanet_resnet18_hoyer](c1_bccd_retinanet_resnet18_hoyer/)"
+    assert cells[1:6] == ["BCCD", "RetinaNet, ResNet18 \N{MULTIPLICATION SIGN}0.5, spiking", "40", "0.8111", cells[5]]
+    assert cells[6].startswith("[0.8333](") and cells[7:9] == ["2.2", "0.2500"]
+    energy = json.loads((results / "c1_bccd_retinanet_resnet18_hoyer" / "analysis" / "analysis.json").read_text())
+    assert cells[9] == f"{energy['ratios']['spiking/twin']['operations']:.2f}"
+    assert "`python tools/train_det.py configs/bccd_retinanet_resnet18.yaml`" in cells
+    after = readme.read_text()
+    assert after != before and "| 0.811 | 0.833 | 25.0 % |" in after
+    assert after.split("## The method")[0].split("## Train")[0] == before.split("## Train")[0]
+    run_tool(monkeypatch, "results", results, "--check")
+
+
+def test_a_run_of_another_recipe_is_no_twin(copy, monkeypatch):
+    config = copy / "results" / "c1_bccd_retinanet_resnet18_relu" / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 40", "epochs: 41"))
+    run_tool(monkeypatch, "results", copy / "results")
+    assert "0.8977](" not in (copy / "results" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("run.json", "{", "run.json: damaged"),
+        ("run.json", '{"sha256": {}}', "run.json: has no"),
+        ("metrics.jsonl", "", "metrics.jsonl: its last line has no AP50"),
+        ("metrics.jsonl", "{}\n", "metrics.jsonl: its last line has no"),
+        ("analysis/analysis.json", "[]", "analysis.json: damaged, or no analysis"),
+    ],
+)
+def test_damaged_logs_are_named(copy, monkeypatch, capsys, file, content, sentence):
+    run = copy / "results" / "c1_bccd_retinanet_resnet18_hoyer"
+    (run / file).write_text(content)
+    before = (copy / "README.md").read_text()
+    line = error_of(monkeypatch, capsys, copy / "results").splitlines()[-1]
+    assert str(run) in line and sentence in line
+    assert (copy / "README.md").read_text() == before
+
+
+def test_missing_marks_and_an_empty_folder(copy, monkeypatch, capsys, tmp_path):
+    readme = copy / "README.md"
+    readme.write_text(readme.read_text().replace("<!-- end of speed -->\n", ""))
+    assert "needs the lines" in error_of(monkeypatch, capsys, copy / "results")
+    (tmp_path / "none").mkdir()
+    assert "no finished run in it" in error_of(monkeypatch, capsys, tmp_path / "none")
+
+
+def planned_commands() -> list[str]:
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "docs" / "experiments.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def test_there_are_planned_experiments():
+    assert len(planned_commands()) >= 9
+
+
+@pytest.mark.parametrize("command", planned_commands())
+def test_planned_experiments_have_valid_recipes(command):
+    python, script, *arguments = shlex.split(command)
+    assert python == "python" and (ROOT / script).is_file()
+    if script != "tools/ablate.py":
+        return
+    recipe = read_recipe(ROOT / arguments[0])
+    start = arguments.index("--variants") + 1
+    others = [index for index in range(start, len(arguments)) if arguments[index].startswith("--")]
+    stop = others[0] if others else len(arguments)
+    common = [*arguments[1 : start - 1], *arguments[stop:]]
+    common = common[common.index("--out") + 2 :]
+    if "--seeds" in common:
+        common = common[common.index("--seeds") + 4 :]
+    known = {"hoyer", "relu", "fixed", "no_regulariser", "channel_extremum", "norm_before_pool"}
+    for variant in arguments[start:stop]:
+        name, _, overrides = variant.partition("=")
+        assert overrides or name in known
+        override(recipe, [*common, *shlex.split(overrides)], prog=name)
