@@ -47,8 +47,9 @@ def keep_less() -> Iterator[None]:
             loss = loss_function(model(images), labels)
         loss.backward()
 
-    For eager networks, in any precision, on any device. What is compiled decides for itself what it keeps. Every
-    operation costs some microseconds more: it pays where the tensors are large.
+    For eager networks, in any precision, on any device. Every operation costs some microseconds more: it pays where the
+    tensors are large. What is compiled decides for itself what it keeps: as little, but copies of weights, too, unless
+    those are in the order N, H, W, C, `model.to(memory_format=torch.channels_last)`.
     """
     recorder = _Recorder()
     with torch.autograd.graph.saved_tensors_hooks(recorder.pack, _unpack), recorder:

@@ -12,18 +12,16 @@ import statistics
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from common import add_log_option, write_log
 
 from backbones import Certificate, certify, record_layers
 from detection.analysis import analogue_parts
-from detection.checkpoint import command_line, describe_environment
 from detection.cli import parse_recipe, recipe_parser, run_tool
 from detection.data import DetectionDataset
-from detection.files import write_whole
 from detection.models import build_detector
 from detection.tasks import evaluate_detector, evaluation_loader, read_data
 
@@ -32,7 +30,7 @@ def main() -> None:
     parser = recipe_parser(__doc__)
     parser.add_argument("--images", type=int, help="first so many evaluation images (default: all)")
     parser.add_argument("--repeats", type=int, default=3, help="of each of the two (default: 3)")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    add_log_option(parser, "analysis", picture=False)
     config, options = parse_recipe(parser, sys.argv[1:])
     set_seed(config.train.seed)
     train, val = read_data(config)
@@ -64,7 +62,6 @@ def main() -> None:
             clock[name].append(round(time.perf_counter() - started[1], 3))
     medians = {name: statistics.median(values) for name, values in cpu.items()}
     result = {
-        "command": " ".join(command_line()),
         "num_images": len(val),
         "plain_cpu_seconds": medians["plain"],
         "analysis_cpu_seconds": medians["analysis"],
@@ -72,13 +69,9 @@ def main() -> None:
         "all_cpu_seconds": cpu,
         "all_clock_seconds": clock,
         "binary": certificates[-1].is_binary,
-        **describe_environment(),
     }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(options.out, text.encode())
+    print(json.dumps(result, indent=2))
+    write_log(options.log, result)
 
 
 @torch.no_grad()

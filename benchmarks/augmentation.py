@@ -2,25 +2,23 @@
 """Images of 32x32 per second: whole batches augmented on the training device against torchvision's transforms, image by
 image in loader processes. Both crop with padding 4, flip and normalise; rounds alternate, the medians count.
 
-    python benchmarks/augmentation.py --log benchmarks/augmentation.json
+    python benchmarks/augmentation.py
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
+from common import add_log_option, write_log
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from detection.checkpoint import command_line, describe_environment
 from detection.config import ImageAugment
 from detection.data import start_worker
 from detection.data.images import Images, MemoryBatches
@@ -67,7 +65,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="loader processes of torchvision's way (default: 2)")
     parser.add_argument("--rounds", type=int, default=5, help="passes of each, in turn (default: 5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--log", type=Path, help="JSON file to write")
+    add_log_option(parser, "augmentation", picture=False)
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: at least 1")
@@ -100,10 +98,8 @@ def main() -> None:
         print(f"{name}: {median:,.0f} images/s")
     ours, theirs = medians.values()
     print(f"ratio {ours / theirs:.2f}")
-    if options.log:
-        result = {"command": " ".join(command_line()), **describe_environment(), "device": str(device)}
-        result |= {"images_per_second": speeds, "median": medians, "ratio": ours / theirs}
-        options.log.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = {"device": str(device), "images_per_second": speeds, "median": medians, "ratio": ours / theirs}
+    write_log(options.log, result)
 
 
 if __name__ == "__main__":

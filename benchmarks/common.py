@@ -1,7 +1,21 @@
-"""What the benchmarks of training share: the textbook layer, clocks, memory, the log and the bars."""
+"""What the benchmarks share: the textbook layer, clocks, memory, the log and the bars.
+
+A log is one JSON object: `command`, `versions`, `machine`, `load` (averages of 1, 5 and 15 minutes), what holds for the
+whole run such as `device`, and `rows`, a list with one object per measurement. A row's keys are plain words and its
+values numbers and strings, apart from `each_...`, the single measurements behind a median:
+
+    spike_layer  shape, way, seconds, cpu_seconds
+    training     network, batch, side, width, way, seconds, cpu_seconds, peak_bytes, first_step_seconds
+    inference    network, form, batch, threads, milliseconds, images_per_second, times_twin_onnx_float, activity
+    scaling      series, value, network, batch, side, width, spike_layers, way, seconds, cpu_seconds, peak_bytes
+
+`ratios`, where a log has them, is such a list, too: what the row belongs to, `ours`, `other` and the quotients `time`,
+`cpu_time` and, in training, `memory` of their two rows.
+"""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -85,11 +99,13 @@ def textbook_penalty(model: nn.Module) -> Tensor:
     return torch.stack([module.penalty for module in model.modules() if isinstance(module, TextbookSpike)]).sum()
 
 
-def time_in_turn(steps: Mapping[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, Any]:
-    """{"seconds": {name: one per round}, "cpu_seconds": ..., "median": ..., "cpu_median": ...}; every second round runs
-    backwards, and one more before them is not counted.
+def time_in_turn(
+    steps: Mapping[str, Callable[[], None]], rounds: int, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """{name: {"seconds": median, "cpu_seconds": median, "each_seconds": one per round, "each_cpu_seconds": ...}}.
 
-    Processor time is that of all threads: other work on the machine changes it little. On a GPU it says nothing.
+    Every second round runs backwards, and one more before them is not counted. Processor time is that of all threads:
+    other work on the machine changes it less. On a GPU it says nothing.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
@@ -103,11 +119,25 @@ def time_in_turn(steps: Mapping[str, Callable[[], None]], rounds: int, device: t
                 seconds[name].append(time.perf_counter() - started[0])
                 cpu[name].append(time.process_time() - started[1])
     return {
-        "seconds": seconds,
-        "cpu_seconds": cpu,
-        "median": {name: statistics.median(values) for name, values in seconds.items()},
-        "cpu_median": {name: statistics.median(values) for name, values in cpu.items()},
+        name: {
+            "seconds": statistics.median(seconds[name]),
+            "cpu_seconds": statistics.median(cpu[name]),
+            "each_seconds": seconds[name],
+            "each_cpu_seconds": cpu[name],
+        }
+        for name in steps
     }
+
+
+def ratios_of(rows: Mapping[str, Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Quotients of the rows of two ways, for each pair of which both were measured."""
+    keys = {"time": "seconds", "cpu_time": "cpu_seconds", "memory": "peak_bytes"}
+    return [
+        {"ours": ours, "other": other}
+        | {name: rows[ours][key] / rows[other][key] for name, key in keys.items() if key in rows[ours]}
+        for ours, other in pairs
+        if ours in rows and other in rows
+    ]
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
@@ -151,12 +181,22 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console(width=120, highlight=False).print(table)
 
 
+def add_log_option(parser: argparse.ArgumentParser, name: str, *, picture: bool = True) -> None:
+    """`--log FILE`, results/benchmarks/NAME.json where the command line gives none."""
+    also = ", with a picture of the same name beside it" if picture else ""
+    default = Path(__file__).parents[1] / "results" / "benchmarks" / f"{name}.json"
+    parser.add_argument(
+        "--log", type=Path, default=default, help=f"JSON file to write{also} (default: results/benchmarks/{name}.json)"
+    )
+
+
 def write_log(path: Path, result: Mapping[str, Any]) -> None:
     """JSON with the command, the versions, the machine and its load."""
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
     log = {"command": " ".join(command_line()), **describe_environment(), "load": load, **result}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps(log, indent=2) + "\n").encode())
+    print(f"log: {path}")
 
 
 def plot_bars(path: Path, panels: Mapping[str, Mapping[str, float]], *, columns: int = 2) -> None:

@@ -4,7 +4,7 @@
 Trains the network of a recipe on random images by the loop itself, as long as needed for the given number of steps, and
 times the parts of the loop from inside, so that each share belongs to the very steps that it is compared with:
 
-    python benchmarks/engine.py configs/bccd_retinanet_resnet18.yaml --log results.json
+    python benchmarks/engine.py configs/bccd_retinanet_resnet18.yaml
 
 States are written every `train.save_minutes`, weights and log once an epoch: their times are spread over as many steps
 as fit in between. `--epoch-steps` is the length of an epoch.
@@ -13,7 +13,6 @@ as fit in between. `--epoch-steps` is the length of an epoch.
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -26,9 +25,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from common import add_log_option, write_log
 
 from detection import engine
-from detection.checkpoint import Run, command_line, describe_environment
+from detection.checkpoint import Run, command_line
 from detection.cli import parse_recipe, recipe_parser, run_tool
 from detection.models import build_detector
 from detection.resume import Progress
@@ -89,7 +89,7 @@ def main() -> None:
     parser = recipe_parser(__doc__)
     parser.add_argument("--steps", type=int, default=12, help="training steps to time, after two more (default: 12)")
     parser.add_argument("--epoch-steps", type=int, default=37, help="steps of an epoch, for the shares (default: 37)")
-    parser.add_argument("--log", type=Path, help="JSON file to write")
+    add_log_option(parser, "engine", picture=False)
     config, options = parse_recipe(parser, sys.argv[1:])
     minutes = config.train.save_minutes
     config.data.classes = config.data.classes or ["object"]
@@ -147,11 +147,9 @@ def main() -> None:
     print(f"step {step:.3f} s; state {size:.1f} MiB, written in {statistics.median(seconds['state']):.3f} s")
     for name, share in shares.items():
         print(f"{name}: {share:.2%} of a step")
-    if options.log:
-        result = {"command": " ".join(command_line()), **describe_environment(), "step_seconds": step}
-        result |= {"state_mebibytes": size, "epoch_steps": options.epoch_steps, "save_minutes": minutes}
-        result |= {"shares": shares, "seconds": seconds}
-        options.log.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = {"step_seconds": step, "state_mebibytes": size, "epoch_steps": options.epoch_steps}
+    result |= {"save_minutes": minutes, "shares": shares, "seconds": seconds}
+    write_log(options.log, result)
 
 
 if __name__ == "__main__":

@@ -4,41 +4,34 @@
 Milliseconds per batch and images per second of every form of three networks: VGG16 on 32x32, ResNet18 on 224x224, and
 RetinaNet on a ResNet18 of half width on 320x240, whole from images to boxes, with the analogue pyramid and head of
 configs/bccd_retinanet_resnet18.yaml or with spiking ones. The ratios say how many times as fast as the twin's ONNX file
-in floating point, folded as well. Weights are random; BatchNorm's averages and the thresholds are set so that a share
-of 15 % of the neurons fires in every layer.
+in floating point, folded as well. "compiled" is the folded network by torch.compile. Weights are random; BatchNorm's
+averages and the thresholds are set so that a share of 15 % of the neurons fires in every layer.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from rich.console import Console
-from rich.table import Table
+from common import add_log_option, print_table, write_log
 from torch import Tensor, nn
 
 import backbones
 from backbones.fold import fold
 from backbones.integer import fix_size, to_integers
-from detection.checkpoint import command_line, describe_environment
 from detection.cli import run_tool
 from detection.config import Config, load_config
 from detection.export import PREDICTIONS, DensePredictions, DetectorOf, Normalised, import_extra, to_onnx
-from detection.files import write_whole
 from detection.models import build_detector
 
 RATE = 0.15
@@ -53,54 +46,62 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=tuple(SIZES), default=list(SIZES), help="default: all")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="images per batch (default: 1 8)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default: 1 2")
-    parser.add_argument("--repeats", type=int, default=15, help="of every form, in alternating order (default: 15)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile as well, which takes minutes to begin")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=9,
+        help="of every form, in alternating order; a third of it for batches (default: 9)",
+    )
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        choices=tuple(SIZES),
+        default=["vgg16", "resnet18"],
+        help="networks to be run compiled, too, which takes a minute or two each (default: vgg16 resnet18)",
+    )
     parser.add_argument("--width", type=float, default=1.0, help="times every channel count, for a quick look")
-    parser.add_argument("--out", type=Path, help="JSON file to write; beside it NAME.png")
+    add_log_option(parser, "inference")
     options = parser.parse_args()
-    load = [os.getloadavg()[0]]
+    for name, values in (("batches", options.batches), ("threads", options.threads), ("repeats", [options.repeats])):
+        if min(values) < 1:
+            parser.error(f"--{name} {min(values)}: at least 1")
     rows: list[dict[str, Any]] = []
     for name in options.networks:
-        forms, activity = build_forms(name, options.width, options.compile)
+        forms, activity = build_forms(name, options.width, name in options.compile)
         for threads in options.threads:
             torch.set_num_threads(threads)
+            torch.compiler.reset()  # code is made for a number of threads, and only so often
             runs = {form: start(threads) for form, start in forms.items()}
             for batch in options.batches:
                 height, side = SIZES[name]
                 height = 240 if name.startswith("retinanet") else height
                 images = torch.rand(batch, 3, height, side, generator=torch.Generator().manual_seed(1))
-                medians = measure(runs, images, options.repeats)
-                for form, seconds in medians.items():
-                    rows.append(
-                        {
-                            "network": name,
-                            "form": form,
-                            "batch": batch,
-                            "threads": threads,
-                            "milliseconds": round(seconds * 1e3, 3),
-                            "images_per_second": round(batch / seconds, 2),
-                            "times_twin_onnx_float": round(medians[BASE] / seconds, 3),
-                            "activity": round(activity, 4),
-                        }
-                    )
+                repeats = options.repeats if batch == 1 else -(-options.repeats // 3)
+                medians = measure(runs, images, repeats)
+                found = [
+                    {
+                        "network": name,
+                        "form": form,
+                        "batch": batch,
+                        "threads": threads,
+                        "milliseconds": round(seconds * 1e3, 3),
+                        "images_per_second": round(batch / seconds, 2),
+                        "times_twin_onnx_float": round(medians[BASE] / seconds, 3),
+                        "activity": round(activity, 4),
+                    }
+                    for form, seconds in medians.items()
+                ]
+                rows += found
+                numbers = ("milliseconds", "images_per_second", "times_twin_onnx_float")
                 print_table(
-                    [row for row in rows if (row["network"], row["batch"], row["threads"]) == (name, batch, threads)]
+                    f"{name}, batch of {batch}, {threads} threads, {activity:.1%} fire",
+                    ["form", "ms", "images/s", "x twin onnx float"],
+                    [[row["form"], *(f"{row[number]:.2f}" for number in numbers)] for row in found],
                 )
-    load.append(os.getloadavg()[0])
     packages = {name: import_extra(name).__version__ for name in ("onnx", "onnxruntime")}
-    result = {
-        "command": " ".join(command_line()),
-        "repeats": options.repeats,
-        "width": options.width,
-        "load_average": load,
-        "rows": rows,
-        "packages": packages,
-        **describe_environment(),
-    }
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(options.out, (json.dumps(result, indent=2) + "\n").encode())
-        plot(rows, options.out.with_suffix(".png"))
+    result = {"repeats": options.repeats, "width": options.width, "packages": packages, "rows": rows}
+    write_log(options.log, result)
+    plot(rows, options.log.with_suffix(".png"))
 
 
 Run = Callable[[Tensor], Any]
@@ -127,7 +128,8 @@ def build_forms(name: str, width: float, compiled: bool) -> tuple[dict[str, Call
     files["twin onnx int8"] = quantise_statically(files[BASE], images)
     in_torch = {"eager": spiking, "folded": folded, "twin eager": twin, "twin folded": folded_twin}
     if compiled:
-        in_torch |= {"compiled": torch.compile(folded), "twin compiled": torch.compile(folded_twin)}
+        compiler = partial(torch.compile, dynamic=False)  # code for each number of images
+        in_torch |= {"compiled": compiler(folded), "twin compiled": compiler(folded_twin)}
 
     def torch_form(network: nn.Module, wrapper: Callable[[Run], Run]) -> Callable[[int], Run]:
         return lambda threads: wrapper(network)
@@ -245,16 +247,6 @@ def measure(runs: dict[str, Run], images: Tensor, repeats: int) -> dict[str, flo
             run(images)
             seconds[form].append(time.perf_counter() - started)
     return {form: statistics.median(values) for form, values in seconds.items()}
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    first = rows[0]
-    title = f"{first['network']}, batch of {first['batch']}, {first['threads']} threads, {first['activity']:.1%} fire"
-    table = Table("form", "ms", "images/s", "x twin onnx float", title=title)
-    for row in rows:
-        numbers = row["milliseconds"], row["images_per_second"], row["times_twin_onnx_float"]
-        table.add_row(row["form"], *(f"{number:.2f}" for number in numbers))
-    Console().print(table)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

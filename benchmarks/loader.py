@@ -7,13 +7,12 @@ import itertools
 import json
 import sys
 import time
-from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from common import add_log_option, write_log
 
 from backbones import hoyer_penalty
-from detection.checkpoint import command_line, describe_environment
 from detection.cli import parse_recipe, recipe_parser, run_tool
 from detection.data import build_loader
 from detection.engine import build_optimizer
@@ -25,7 +24,7 @@ def main() -> None:
     parser = recipe_parser(__doc__)
     parser.add_argument("--batches", type=int, default=40, help="batches to load (default: 40)")
     parser.add_argument("--steps", type=int, default=8, help="training steps to time, after two more (default: 8)")
-    parser.add_argument("--log", type=Path, help="JSON file to write")
+    add_log_option(parser, "loader", picture=False)
     config, options = parse_recipe(parser, sys.argv[1:])
     set_seed(config.train.seed)
     train, _ = read_data(config)
@@ -74,18 +73,14 @@ def main() -> None:
     training = num_images / (time.perf_counter() - started)
 
     result = {
-        "command": " ".join(command_line()),
         "loader_images_per_second": round(loading, 2),
         "step_images_per_second": round(training, 2),
         "loader_over_step": round(loading / training, 2),
         "workers": config.data.workers,
         "batch_size": config.train.batch_size,
-        **describe_environment(),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.log:
-        options.log.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+    write_log(options.log, result)
 
 
 def synchronise(device: str) -> None:

@@ -4,7 +4,7 @@
 One of them grows at a time, the others stay: 8 images of 128x128 in a ResNet18 of width 0.25; for the number of layers
 VGG11 to VGG19. Each point measures the spiking network, the same with low memory, and the analogue twin, in turn.
 
-    python benchmarks/scaling.py --log benchmarks/scaling.json
+    python benchmarks/scaling.py
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import peak_bytes, print_table, time_in_turn, write_log
+from common import add_log_option, peak_bytes, print_table, time_in_turn, write_log
 
 import backbones
 from backbones import HoyerSpike
 from backbones.memory import keep_less
 from detection.cli import run_tool
 
+DEPTH = "spike layers"
 BASE = {"network": "resnet18", "batch": 8, "side": 128, "width": 0.25}
 SERIES: dict[str, list[dict[str, Any]]] = {
     "batch, images": [{"batch": batch} for batch in (4, 8, 16, 32)],
     "side, pixels": [{"side": side} for side in (64, 96, 128, 192)],
     "width": [{"width": width} for width in (0.125, 0.25, 0.5, 1.0)],
-    "spike layers": [{"network": network} for network in ("vgg11", "vgg13", "vgg16", "vgg19")],
+    DEPTH: [{"network": network} for network in ("vgg11", "vgg13", "vgg16", "vgg19")],
 }
 WAYS = {"hoyer": ("hoyer", False), "hoyer low memory": ("hoyer", True), "twin": ("relu", False)}
 
@@ -56,25 +57,30 @@ def make_step(
     return step, sum(isinstance(module, HoyerSpike) for module in backbone.modules())
 
 
-def measure(point: dict[str, Any], rounds: int, device: torch.device) -> dict[str, Any]:
-    """Median seconds and peak bytes of each way."""
+def measure(series: str, point: dict[str, Any], rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """A row of times and peak bytes for each way at one point of a series."""
     steps, num_layers = {}, 0
     for way, (activation, low_memory) in WAYS.items():
         steps[way], number = make_step(activation=activation, low_memory=low_memory, device=device, **point)
         steps[way]()
         num_layers = max(num_layers, number)
     memory = {way: peak_bytes(step, device) for way, step in steps.items()}
-    return {**point, "spike_layers": num_layers, **time_in_turn(steps, rounds, device), "peak_bytes": memory}
+    value = num_layers if series == DEPTH else point[series.split(",")[0]]
+    place = {"series": series, "value": value, **point, "spike_layers": num_layers}
+    times = time_in_turn(steps, rounds, device)
+    return [{**place, "way": way, **times[way], "peak_bytes": memory[way]} for way in WAYS]
 
 
-def plot(path: Path, series: dict[str, list[dict[str, Any]]]) -> None:
+def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     """PNG: time above, memory below, a column per series."""
+    series = list(dict.fromkeys(row["series"] for row in rows))
     figure, axes = plt.subplots(2, len(series), figsize=(3.6 * len(series), 6), squeeze=False, layout="constrained")
-    for column, (name, points) in enumerate(series.items()):
-        x = [where(name, point) for point in points]
+    for column, name in enumerate(series):
         for way in WAYS:
-            axes[0][column].plot(x, [point["median"][way] for point in points], marker="o", label=way)
-            axes[1][column].plot(x, [point["peak_bytes"][way] / 2**20 for point in points], marker="o", label=way)
+            line = [row for row in rows if (row["series"], row["way"]) == (name, way)]
+            x = [row["value"] for row in line]
+            axes[0][column].plot(x, [row["seconds"] for row in line], marker="o", label=way)
+            axes[1][column].plot(x, [row["peak_bytes"] / 2**20 for row in line], marker="o", label=way)
         axes[1][column].set_xlabel(name)
         for axis in axes[:, column]:
             axis.set_ylim(bottom=0)
@@ -87,42 +93,36 @@ def plot(path: Path, series: dict[str, list[dict[str, Any]]]) -> None:
     plt.close(figure)
 
 
-def where(series: str, point: dict[str, Any]) -> float:
-    """The place of a point on the axis of its series."""
-    return point["spike_layers"] if series == "spike layers" else point[series.split(",")[0]]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=4, help="first so many of each series (default: all 4)")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each way, in turn (default: 5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--log", type=Path, help="JSON file to write, with a picture of the same name beside it")
+    add_log_option(parser, "scaling")
     options = parser.parse_args()
     for name in ("points", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: at least 1")
     device = torch.device(options.device)
-    results: dict[str, list[dict[str, Any]]] = {}
+    rows: list[dict[str, Any]] = []
     for name, changes in SERIES.items():
-        points = [measure(BASE | change, options.rounds, device) for change in changes[: options.points]]
-        results[name] = points
-        rows = []
-        for point in points:
-            times, memory = point["median"], point["peak_bytes"]
-            rows.append(
+        table = []
+        for change in changes[: options.points]:
+            found = measure(name, BASE | change, options.rounds, device)
+            rows += found
+            memory = {row["way"]: row["peak_bytes"] for row in found}
+            table.append(
                 [
-                    f"{where(name, point):g}",
-                    *(f"{times[way]:.3f}" for way in WAYS),
-                    *(f"{memory[way] / 2**20:.1f}" for way in WAYS),
+                    f"{found[0]['value']:g}",
+                    *(f"{row['seconds']:.3f}" for row in found),
+                    *(f"{row['peak_bytes'] / 2**20:.1f}" for row in found),
                     f"{memory['hoyer low memory'] / memory['twin']:.2f}",
                 ]
             )
         columns = [name, *(f"{way}, s" for way in WAYS), *(f"{way}, MiB" for way in WAYS), "low / twin"]
-        print_table(name, columns, rows)
-    if options.log:
-        write_log(options.log, {"device": str(device), "rounds": options.rounds, "series": results})
-        plot(options.log.with_suffix(".png"), results)
+        print_table(name, columns, table)
+    write_log(options.log, {"device": str(device), "rounds": options.rounds, "rows": rows})
+    plot(options.log.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

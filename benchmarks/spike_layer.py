@@ -2,20 +2,19 @@
 """Milliseconds of one spike layer, forward and backward with H: ours, the textbook formulation, and ReLU.
 
 The ways take turns, the medians count. Compiled ReLU is not always the quicker one: for its gradient the compiler keeps
-a mask of bool, which its CPU code is slow with. So ours is compared with the quicker of ReLU's two, too, alone and
-behind a BatchNorm, as in a network.
+a mask of bool, which its CPU code is slow with. So ours is compared with eager ReLU, too, alone and behind a BatchNorm,
+as in a network.
 
-    python benchmarks/spike_layer.py --log benchmarks/spike_layer.json
+    python benchmarks/spike_layer.py
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from common import TextbookSpike, plot_bars, print_table, time_in_turn, write_log
+from common import TextbookSpike, add_log_option, plot_bars, print_table, ratios_of, time_in_turn, write_log
 from torch import nn
 
 from backbones import HoyerSpike, hoyer_penalty
@@ -23,6 +22,7 @@ from detection.cli import run_tool
 
 HOYER_WEIGHT = 1e-8
 OURS, TEXTBOOK, RELU = "hoyer compiled", "textbook eager", "relu compiled"
+BN_OURS, BN_RELU = "BN + hoyer compiled", "BN + relu compiled"
 
 
 def make_step(model: nn.Module, u: torch.Tensor, upstream: torch.Tensor, *, compiled: bool) -> Callable[[], None]:
@@ -63,14 +63,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=21, help="passes of each, in turn (default: 21)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--log", type=Path, help="JSON file to write, with a picture of the same name beside it")
+    add_log_option(parser, "spike_layer")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: at least 1")
     shapes = [parse_shape(parser, text) for text in options.shapes]
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     check(8)
-    results, panels = {}, {}
+    rows, ratios, panels = [], [], {}
     for text, shape in zip(options.shapes, shapes, strict=True):
         torch.manual_seed(0)
         u = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
@@ -82,35 +82,37 @@ def main() -> None:
             TEXTBOOK: (TextbookSpike(), False),
             "relu eager": (nn.ReLU(), False),
             RELU: (nn.ReLU(), True),
-            "BN + hoyer compiled": (nn.Sequential(nn.BatchNorm2d(channels), HoyerSpike(channels)), True),
+            "BN + hoyer eager": (nn.Sequential(nn.BatchNorm2d(channels), HoyerSpike(channels)), False),
+            BN_OURS: (nn.Sequential(nn.BatchNorm2d(channels), HoyerSpike(channels)), True),
             "BN + relu eager": (nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()), False),
-            "BN + relu compiled": (nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()), True),
+            BN_RELU: (nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()), True),
         }
         torch.compiler.reset()
         steps = {
             name: make_step(model.to(device, dtype), u, upstream, compiled=compiled)
             for name, (model, compiled) in ways.items()
         }
-        timing = time_in_turn(steps, options.rounds, device)
-        median = timing["median"]
-        ratios = {
-            "textbook eager / hoyer compiled": median[TEXTBOOK] / median[OURS],
-            "hoyer compiled / relu compiled": median[OURS] / median[RELU],
-            "hoyer compiled / relu, the quicker of its two": median[OURS] / min(median[RELU], median["relu eager"]),
-            "hoyer eager / relu eager": median["hoyer eager"] / median["relu eager"],
-            "BN + hoyer compiled / BN + relu compiled": median["BN + hoyer compiled"] / median["BN + relu compiled"],
-            "BN + hoyer compiled / BN + relu, the quicker of its two": median["BN + hoyer compiled"]
-            / min(median["BN + relu compiled"], median["BN + relu eager"]),
-        }
-        results[text] = {**timing, "ratios": ratios}
-        panels[f"{text} {options.dtype}, ms"] = {name: 1e3 * value for name, value in median.items()}
-        rows = [[name, f"{1e3 * median[name]:.2f}", f"{median[name] / median[RELU]:.2f}"] for name in ways]
-        print_table(f"{text} {options.dtype} on {device}", ["way", "ms", "/ relu compiled"], rows)
-        for name, ratio in ratios.items():
-            print(f"{name}: {ratio:.2f}")
-    if options.log:
-        write_log(options.log, {"device": str(device), "dtype": options.dtype, "shapes": results})
-        plot_bars(options.log.with_suffix(".png"), panels)
+        found = time_in_turn(steps, options.rounds, device)
+        rows += [{"shape": text, "way": way, **row} for way, row in found.items()]
+        pairs = [
+            (TEXTBOOK, OURS),
+            (OURS, RELU),
+            (OURS, "relu eager"),
+            ("hoyer eager", "relu eager"),
+            (BN_OURS, BN_RELU),
+            (BN_OURS, "BN + relu eager"),
+            ("BN + hoyer eager", "BN + relu eager"),
+        ]
+        quotients = ratios_of(found, pairs)
+        ratios += [{"shape": text, **quotient} for quotient in quotients]
+        milliseconds = {way: 1e3 * row["seconds"] for way, row in found.items()}
+        panels[f"{text} {options.dtype}, ms"] = milliseconds
+        table = [[way, f"{value:.2f}", f"{value / milliseconds[RELU]:.2f}"] for way, value in milliseconds.items()]
+        print_table(f"{text} {options.dtype} on {device}", ["way", "ms", "/ relu compiled"], table)
+        for each in quotients:
+            print(f"{each['ours']} / {each['other']}: {each['time']:.2f}")
+    write_log(options.log, {"device": str(device), "dtype": options.dtype, "rows": rows, "ratios": ratios})
+    plot_bars(options.log.with_suffix(".png"), panels)
 
 
 def parse_shape(parser: argparse.ArgumentParser, text: str) -> tuple[int, ...]:

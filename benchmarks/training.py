@@ -2,27 +2,33 @@
 """Seconds and memory of one training step: spiking networks, their analogue twins, and the textbook formulation.
 
 A step is forward pass, backward pass and optimiser. The ways take turns, the medians count. "low memory" is eager under
-`backbones.memory.keep_less`. Memory is that of tensors during the step, beyond weights and optimiser.
+`backbones.memory.keep_less`. "compiled" is the backbone by torch.compile and the network's weights in the order N, H,
+W, C, as `train.compile` with `train.channels_last`: of weights in another order the compiler makes copies, and keeps
+them from the forward to the backward pass. Memory is that of tensors during the step, gradients included, beyond
+weights and optimiser.
 
-    python benchmarks/training.py --log benchmarks/training.json
-    python benchmarks/training.py --networks resnet18 --batch 2 --side 64 --width 0.125 --rounds 2   # in a minute
+    python benchmarks/training.py
+    python benchmarks/training.py --networks resnet18 --batch 2 --side 64 --width 0.125 --rounds 2 --log /tmp/quick.json
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from common import (
+    add_log_option,
     peak_bytes,
     plot_bars,
     print_table,
+    ratios_of,
     synchronise,
     textbook_penalty,
     time_in_turn,
@@ -82,9 +88,9 @@ def make_step(
     """Forward, backward and SGD with momentum on random images; gradients are gone afterwards."""
     activation, mode = WAYS[way]
     model = build(network, activation, side, width).to(device).train()
-    # Compiled is the backbone: what follows it in a detector depends on the boxes of each image.
     if mode == "compiled":
-        model.backbone.compile()
+        model.to(memory_format=torch.channels_last)
+        model.backbone.compile()  # what follows it in a detector depends on the boxes of each image
     context = keep_less if mode == "low memory" else contextlib.nullcontext
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     images = torch.rand(batch, 3, side, side, device=device)
@@ -115,74 +121,74 @@ def make_step(
     return step
 
 
-def measure(network: str, ways: Iterable[str], rounds: int, **size: Any) -> dict[str, Any]:
-    """Times, memory in bytes and ratios of a network."""
+def measure(network: str, ways: Iterable[str], rounds: int, **size: Any) -> dict[str, dict[str, Any]]:
+    """A row of times and memory in bytes for each way."""
     device = size["device"]
-    torch.compiler.reset()
-    steps, first = {}, {}
+    steps, rows = {}, {}
     for way in ways:
         started = time.perf_counter()
         steps[way] = make_step(network, way, **size)
         steps[way]()
         synchronise(device)
-        first[way] = time.perf_counter() - started
-        print(f"{network}, {way}: first step after {first[way]:.1f} s", flush=True)
-    memory = {way: peak_bytes(step, device) for way, step in steps.items()}
-    timing = time_in_turn(steps, rounds, device)
-    ratios = {
-        f"{ours} / {other}": {
-            "time": timing["median"][ours] / timing["median"][other],
-            "cpu_time": timing["cpu_median"][ours] / timing["cpu_median"][other],
-            "memory": memory[ours] / memory[other],
-        }
-        for ours, other in RATIOS
-        if ours in steps and other in steps
-    }
-    return {**timing, "first_step_seconds": first, "peak_bytes": memory, "ratios": ratios}
+        rows[way] = {"first_step_seconds": time.perf_counter() - started}
+        print(f"{network}, {way}: first step after {rows[way]['first_step_seconds']:.1f} s", flush=True)
+    for way, step in steps.items():
+        rows[way]["peak_bytes"] = peak_bytes(step, device)
+    for way, times in time_in_turn(steps, rounds, device).items():
+        rows[way] |= times
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--networks", nargs="+", choices=SIZES, default=list(SIZES), help="default: all")
     parser.add_argument(
         "--compile",
         nargs="*",
         choices=SIZES,
-        default=["vgg16", "resnet18"],
-        help="networks to be measured compiled, too, a minute or two each (default: vgg16 resnet18)",
+        default=list(SIZES),
+        help="networks to be measured compiled, too, two or three minutes each (default: all)",
     )
     parser.add_argument("--batch", type=int, help="images, in place of each network's own number")
     parser.add_argument("--side", type=int, help="pixels, in place of each network's own number")
     parser.add_argument("--width", type=float, default=1.0, help="of the backbones (default: 1)")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each way, in turn (default: 5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--log", type=Path, help="JSON file to write, with a picture of the same name beside it")
+    add_log_option(parser, "training")
     options = parser.parse_args()
     for name in ("batch", "side", "rounds"):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value}: at least 1")
     device = torch.device(options.device)
-    results, panels = {}, {}
+    rows, ratios, panels = [], [], {}
+    # A process for each network: what was compiled before it in the same one can change its code and its memory.
+    processes = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     for network in options.networks:
         batch, side = options.batch or SIZES[network][0], options.side or SIZES[network][1]
         ways = [way for way, (_, mode) in WAYS.items() if mode != "compiled" or network in options.compile]
-        found = measure(network, ways, options.rounds, batch=batch, side=side, width=options.width, device=device)
+        size = {"batch": batch, "side": side, "width": options.width}
+        found = processes.submit(measure, network, ways, options.rounds, **size, device=device).result()
+        rows += [{"network": network, **size, "way": way, **row} for way, row in found.items()]
+        quotients = ratios_of(found, RATIOS)
+        ratios += [{"network": network, **quotient} for quotient in quotients]
         title = f"{network}, {batch} images of {side}x{side}"
-        results[network] = {"batch": batch, "side": side, "width": options.width, **found}
-        megabytes = {way: value / 2**20 for way, value in found["peak_bytes"].items()}
-        panels[f"{title}: seconds per step"] = found["median"]
+        megabytes = {way: row["peak_bytes"] / 2**20 for way, row in found.items()}
+        panels[f"{title}: seconds per step"] = {way: row["seconds"] for way, row in found.items()}
         panels[f"{title}: peak MiB"] = megabytes
-        rows = [
-            [way, f"{found['median'][way]:.3f}", f"{found['cpu_median'][way]:.3f}", f"{megabytes[way]:.0f}"]
-            for way in ways
+        table = [
+            [way, f"{row['seconds']:.3f}", f"{row['cpu_seconds']:.3f}", f"{megabytes[way]:.0f}"]
+            for way, row in found.items()
         ]
-        print_table(title, ["way", "seconds", "processor seconds", "peak MiB"], rows)
-        rows = [[pair, *(f"{value:.2f}" for value in ratio.values())] for pair, ratio in found["ratios"].items()]
-        print_table("ratios", ["ratio", "time", "processor time", "memory"], rows)
-    if options.log:
-        write_log(options.log, {"device": str(device), "rounds": options.rounds, "networks": results})
-        plot_bars(options.log.with_suffix(".png"), panels)
+        print_table(title, ["way", "seconds", "processor seconds", "peak MiB"], table)
+        table = [
+            [f"{each['ours']} / {each['other']}", *(f"{each[name]:.2f}" for name in ("time", "cpu_time", "memory"))]
+            for each in quotients
+        ]
+        print_table("ratios", ["ratio", "time", "processor time", "memory"], table)
+    processes.shutdown()
+    write_log(options.log, {"device": str(device), "rounds": options.rounds, "rows": rows, "ratios": ratios})
+    plot_bars(options.log.with_suffix(".png"), panels)
 
 
 if __name__ == "__main__":

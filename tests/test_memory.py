@@ -102,6 +102,25 @@ def test_bytes_per_neuron():
     assert less == pytest.approx(4 + 4 / num, abs=0.3)  # BN's input
 
 
+def test_a_compiled_network_keeps_what_its_convolutions_give_and_no_copies_of_weights():
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    num = 2
+    eager = layers(num, "hoyer").double()  # so that no potential rounds to the other side of its threshold
+    compiled = copy.deepcopy(eager).to(memory_format=torch.channels_last)
+    compiled.compile(fullgraph=True)
+    images = torch.randn(4, 8, 8, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    found = []
+    for model in (eager, compiled):
+        loss = model(images).square().mean() + hoyer_penalty(model, "mean")
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(*found)
+    assert found[0][1].count_nonzero() > 0
+    num_maps = kept_bytes(compiled, images) / images.nbytes
+    assert num_maps == pytest.approx(num + 1, abs=0.15)  # what BN takes, and the spikes that leave the network
+    assert num * compiled[0].weight.nbytes / images.nbytes > 0.5  # which copies of the weights would come to
+
+
 def trained(model: nn.Module, images: Tensor, context, dtype: torch.dtype | None) -> list[Tensor]:
     """Loss, gradients and buffers of two steps."""
     results = []

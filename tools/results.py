@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes every table of measured numbers from the logs: results/README.md, and the marked parts of README.md.
+"""Writes every table of measured numbers from the logs: results/README.md, and marked parts of two other pages.
 
 With --check nothing is written: the status is 1, and the files are named, if they say something else than the logs.
 """
@@ -41,11 +41,12 @@ BEST = (
 # Keys that say nothing about an analogue network.
 SPIKING_KEYS = ("hoyer.", "model.backbone.activation", "model.backbone.extremum", "model.backbone.momentum")
 NETWORKS = {
-    "vgg16": "VGG16 at 32x32",
-    "resnet18": "ResNet18 at 224x224",
-    "resnet50": "ResNet50 at 224x224",
-    "retinanet": "RetinaNet-ResNet18 at 320 px",
-    "retinanet_spiking": "the same, spiking neck and head",
+    "vgg16": "VGG16",
+    "resnet18": "ResNet18",
+    "resnet50": "ResNet50",
+    "retinanet": "RetinaNet",
+    "retinanet_spiking": "RetinaNet, spiking neck and head",
+    "retinanet_resnet18": "RetinaNet-ResNet18",
 }
 
 
@@ -61,6 +62,9 @@ def main() -> None:
     if folder.name == "results" and readme.is_file():
         parts = {"measured": lambda: best_table(folder, runs), "speed": lambda: speed_tables(folder / "benchmarks")}
         files[readme] = replace_parts(readme, parts)
+    benchmarks = folder.parent / "benchmarks" / "README.md"
+    if folder.name == "results" and benchmarks.is_file():
+        files[benchmarks] = replace_parts(benchmarks, {"tables": lambda: benchmark_tables(folder / "benchmarks")})
     different = [path for path, text in files.items() if not path.is_file() or path.read_text("utf-8") != text]
     if options.check:
         for path in different:
@@ -277,9 +281,104 @@ def replace_parts(path: Path, parts: dict[str, Callable[[], str]]) -> str:
     return text
 
 
+# Speed and memory
+
+
+def read_benchmark(folder: Path, name: str) -> dict[str, Any]:
+    """A benchmark's log, see benchmarks/common.py."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such log; python benchmarks/run_all.py {name} makes it")
+    return json.loads(path.read_text("utf-8"))
+
+
 def speed_tables(folder: Path) -> str:
-    """README.md's tables of speed and memory, from the benchmarks' logs."""
-    return ""
+    """README.md's tables of inference and training, by the logs of two benchmarks."""
+    inference, training = read_benchmark(folder, "inference"), read_benchmark(folder, "training")
+    first = [row for row in inference["rows"] if (row["batch"], row["threads"]) == (1, 1)]
+    ratios = {(each["network"], each["ours"], each["other"]): each for each in training["ratios"]}
+    sizes = {row["network"]: f"{row['batch']} images of {row['side']}x{row['side']}" for row in training["rows"]}
+    trained = []
+    for network, size in sizes.items():
+        cells = [
+            cell(ratios, (network, ours, other), key)
+            for ours, other, key in (
+                ("hoyer compiled", "twin compiled", "time"),
+                ("hoyer compiled", "textbook eager", "time"),
+                ("hoyer compiled", "twin eager", "memory"),
+                ("hoyer low memory", "twin eager", "memory"),
+            )
+        ]
+        trained.append([f"{NETWORKS[network]}, {size}", *cells])
+    machine = training["machine"]["gpu"] or f"{training['machine']['cores']} CPU cores"
+    header = [
+        "a training step",
+        "time, compiled / compiled twin's",
+        "/ eager textbook's",
+        "memory, compiled / eager twin's",
+        "`train.low_memory` / eager twin's",
+    ]
+    return (
+        f"Images per second, in units of the analogue twin's ONNX file in float (batch 1, one thread):\n\n"
+        f"{inference_table(first)}\n"
+        f"Training on {machine}:\n\n{markdown(header, trained)}"
+    )
+
+
+def inference_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Speed of the files of each network; rows of one size of batch and number of threads."""
+    speed = {(row["network"], row["form"]): row for row in rows}
+    forms = {
+        "onnx int8": "spiking, 8 bits",
+        "onnx int8, analogue too": "analogue layers in 8 bits, too",
+        "onnx float": "spiking, float",
+        "twin onnx int8": "twin, 8 bits",
+    }
+    return markdown(
+        ["network", *forms.values()],
+        [
+            [NETWORKS[network], *(cell(speed, (network, form), "times_twin_onnx_float") for form in forms)]
+            for network in dict.fromkeys(row["network"] for row in rows)
+        ],
+    )
+
+
+def cell(rows: dict[Any, dict[str, Any]], place: Any, key: str) -> str:
+    """A number of two digits after the point, or nothing where it was not measured."""
+    return f"{rows[place][key]:.2f}" if place in rows else ""
+
+
+def benchmark_tables(folder: Path) -> str:
+    """The tables of benchmarks/README.md: all that four benchmarks have logged."""
+    layer, scaling = read_benchmark(folder, "spike_layer"), read_benchmark(folder, "scaling")
+    training, inference = read_benchmark(folder, "training"), read_benchmark(folder, "inference")
+    parts = ["### Spike layer, forward and backward\n"]
+    rows = [[each["shape"], each["ours"], each["other"], f"{each['time']:.2f}"] for each in layer["ratios"]]
+    parts.append(markdown(["potential", "time of", "in units of", "quotient"], rows))
+    parts.append("### Training step\n")
+    rows = [
+        [NETWORKS[each["network"]], each["ours"], each["other"], *(f"{each[key]:.2f}" for key in ("time", "memory"))]
+        for each in training["ratios"]
+    ]
+    parts.append(markdown(["network", "way", "in units of", "time", "peak memory"], rows))
+    for batch, threads in dict.fromkeys((row["batch"], row["threads"]) for row in inference["rows"]):
+        here = [row for row in inference["rows"] if (row["batch"], row["threads"]) == (batch, threads)]
+        parts.append(f"### Inference, batch {batch}, {threads} thread{'s' if threads > 1 else ''}\n")
+        parts.append(f"Images per second in units of the twin's ONNX file in float.\n\n{inference_table(here)}")
+    parts.append("### Growth of a training step\n")
+    rows = []
+    for series, value in dict.fromkeys((row["series"], row["value"]) for row in scaling["rows"]):
+        ways = {row["way"]: row for row in scaling["rows"] if (row["series"], row["value"]) == (series, value)}
+        quotients = [
+            f"{ways[way][key] / ways['twin'][key]:.2f}"
+            for way in ("hoyer", "hoyer low memory")
+            for key in ("seconds", "peak_bytes")
+        ]
+        size = f"{ways['twin']['seconds']:.3f} s, {ways['twin']['peak_bytes'] / 2**20:.0f} MiB"
+        rows.append([f"{series} {value:g}", size, *quotients])
+    header = ["", "twin", "Hoyer, time / twin's", "memory", "low memory, time", "memory"]
+    parts.append(markdown(header, rows))
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
