@@ -5,7 +5,7 @@ whole run such as `device`, and `rows`, a list with one object per measurement. 
 values numbers and strings, apart from `each_...`, the single measurements behind a median:
 
     spike_layer  shape, way, seconds, cpu_seconds
-    training     network, batch, side, width, way, seconds, cpu_seconds, peak_bytes, first_step_seconds
+    training     network, batch, side, width, precision, way, seconds, cpu_seconds, peak_bytes, first_step_seconds
     inference    network, form, batch, threads, milliseconds, images_per_second, times_twin_onnx_float, activity
     scaling      series, value, network, batch, side, width, spike_layers, way, seconds, cpu_seconds, peak_bytes
 

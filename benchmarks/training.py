@@ -8,6 +8,7 @@ them from the forward to the backward pass. Memory is that of tensors during the
 weights and optimiser.
 
     python benchmarks/training.py
+    python benchmarks/training.py --precision bf16 --networks resnet50 --batch 128 --log resnet50_gpu.json
     python benchmarks/training.py --networks resnet18 --batch 2 --side 64 --width 0.125 --rounds 2 --log /tmp/quick.json
 """
 
@@ -19,6 +20,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,9 +85,10 @@ def build(network: str, activation: str, side: int, width: float) -> nn.Module:
 
 
 def make_step(
-    network: str, way: str, *, batch: int, side: int, width: float, device: torch.device
+    network: str, way: str, *, batch: int, side: int, width: float, precision: str, device: torch.device
 ) -> Callable[[], None]:
     """Forward, backward and SGD with momentum on random images; gradients are gone afterwards."""
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
     activation, mode = WAYS[way]
     model = build(network, activation, side, width).to(device).train()
     if mode == "compiled":
@@ -108,7 +111,7 @@ def make_step(
             return F.cross_entropy(model(images), labels)
 
     def step() -> None:
-        with context():
+        with context(), autocast():
             loss = task_loss()
             if activation == TEXTBOOK:
                 loss = loss + HOYER_WEIGHT * textbook_penalty(model)
@@ -152,6 +155,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images, in place of each network's own number")
     parser.add_argument("--side", type=int, help="pixels, in place of each network's own number")
     parser.add_argument("--width", type=float, default=1.0, help="of the backbones (default: 1)")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="default: float32")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each way, in turn (default: 5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_log_option(parser, "training")
@@ -167,7 +171,7 @@ def main() -> None:
     for network in options.networks:
         batch, side = options.batch or SIZES[network][0], options.side or SIZES[network][1]
         ways = [way for way, (_, mode) in WAYS.items() if mode != "compiled" or network in options.compile]
-        size = {"batch": batch, "side": side, "width": options.width}
+        size = {"batch": batch, "side": side, "width": options.width, "precision": options.precision}
         found = processes.submit(measure, network, ways, options.rounds, **size, device=device).result()
         rows += [{"network": network, **size, "way": way, **row} for way, row in found.items()]
         quotients = ratios_of(found, RATIOS)

@@ -59,7 +59,7 @@ def test_tables_follow_the_logs(copy, monkeypatch, capsys):
     assert cells[1:6] == ["BCCD", "RetinaNet, ResNet18 \N{MULTIPLICATION SIGN}0.5, spiking", "40", "0.8111", cells[5]]
     assert cells[6].startswith("[0.8333](") and cells[7:9] == ["2.2", "0.2500"]
     energy = json.loads((results / "c1_bccd_retinanet_resnet18_hoyer" / "analysis" / "analysis.json").read_text())
-    assert cells[9] == f"{energy['ratios']['spiking/twin']['operations']:.2f}"
+    assert cells[9] == f"{energy['ratios']['spiking/twin']['operations']:.3f}"
     assert "`python tools/train_det.py configs/bccd_retinanet_resnet18.yaml`" in cells
     after = readme.read_text()
     assert after != before and "| 0.811 | 0.833 | 25.0 % |" in after

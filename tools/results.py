@@ -16,7 +16,7 @@ from typing import Any
 from backbones import zoo
 from detection.checkpoint import Run
 from detection.cli import run_tool
-from detection.config import FREE_KEYS, Config, Recipe, flatten
+from detection.config import FREE_KEYS, Recipe, flatten
 from detection.report import describe_network
 
 HEADER = """# Real runs
@@ -113,20 +113,13 @@ def twin_of(run: Run, runs: Iterable[Run]) -> Run | None:
     return min(twins, key=lambda twin: twin.folder.parent != run.folder.parent, default=None)
 
 
-def network_name(config: Recipe) -> str:
-    """Such as "RetinaNet, ResNet18 x0.5, Hoyer, neck and head too"."""
-    name = describe_network(config)
-    parts = [part for part in ("neck", "head") if isinstance(config, Config) and getattr(config.model, part).spiking]
-    return f"{name}, {' and '.join(parts)} too" if parts else name
-
-
 def energy_ratio(run: Run) -> str:
     """Energy of operations in units of the twin's, of the run's own analysis, or nothing."""
     path = run.folder / "analysis" / "analysis.json"
     if not path.is_file():
         return ""
     try:
-        return f"{json.loads(path.read_text('utf-8'))['ratios']['spiking/twin']['operations']:.2f}"
+        return f"{json.loads(path.read_text('utf-8'))['ratios']['spiking/twin']['operations']:.3f}"
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged, or no analysis ({error!r})") from None
 
@@ -160,7 +153,7 @@ def run_row(folder: Path, run: Run, runs: Sequence[Run]) -> list[str]:
     return [
         link(folder, run),
         DATA.get(root, root),
-        network_name(run.config),
+        describe_network(run.config),
         str(last["epoch"]),
         f"{last[first]:.4f}",
         f"{last[second]:.4f}",
@@ -211,7 +204,7 @@ def zoo_rows(folder: Path) -> Iterable[list[str]]:
         yield [
             f"`zoo:{name}`",
             DATA.get(root, root),
-            network_name(run.config),
+            describe_network(run.config),
             metric,
             f"{line[metric]:.4f}",
             f"{last_line(Run.open(trained))[metric]:.4f}",
@@ -249,7 +242,7 @@ def best_table(folder: Path, runs: Sequence[Run]) -> str:
         rows.append(
             [
                 f"[{DATA.get(root, root)}, {metric}](results/{name}/)",
-                network_name(run.config),
+                describe_network(run.config),
                 f"{last[metric]:.3f}",
                 "" if twin is None else f"{last_line(twin)[metric]:.3f}",
                 f"{last['activity']:.1%}".replace("%", " %"),

@@ -47,14 +47,18 @@ def without_common(paths: Sequence[Sequence[str]]) -> list[Sequence[str]]:
 
 
 def describe_network(config: Recipe) -> str:
-    """Such as "RetinaNet, ResNet18 x0.5, spiking"."""
+    """Such as "RetinaNet, ResNet18 x0.5, spiking, neck and head too"."""
     backbone = config.model.backbone
     name = backbone.name
     for word in ("ResNet", "VGG", "MobileNetV"):
         name = name.replace(word.lower(), word)
     width = "" if backbone.width == 1 else f" \N{MULTIPLICATION SIGN}{backbone.width:g}"
-    head = f"{NAMES[config.model.detector]}, " if isinstance(config, Config) else ""
-    return f"{head}{name}{width}, {NAMES[backbone.activation]}"
+    parts = [f"{name}{width}", NAMES[backbone.activation]]
+    if isinstance(config, Config):
+        parts.insert(0, NAMES[config.model.detector])
+        spiking = [part for part in ("neck", "head") if getattr(config.model, part).spiking]
+        parts += [f"{' and '.join(spiking)} too"] if spiking else []
+    return ", ".join(parts)
 
 
 def describe_data(config: Recipe) -> str:
