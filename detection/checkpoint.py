@@ -18,7 +18,7 @@ from torch import nn
 
 from backbones import read_tensors, tensors_to_bytes, zoo
 from detection.config import Recipe, read_recipe, save_config
-from detection.files import write_whole
+from detection.files import is_empty, write_whole
 
 Weights = Literal["best", "last", "ema"]
 PACKAGES = ("torch", "torchvision", "numpy", "albumentations", "pycocotools", "accelerate", "safetensors")
@@ -48,7 +48,7 @@ class Run:
             FileExistsError: there is something already.
         """
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or not is_empty(folder)):
             go_on = ", or go on with --resume" if (folder / "config.yaml").is_file() else ""
             raise FileExistsError(f"{folder} exists already; name another folder, or remove it first{go_on}")
         return folder

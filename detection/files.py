@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
+
+PROBE = ".writable."  # begins the name of a file that is there for a moment, on file systems where it needs one
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -35,15 +38,17 @@ def write_whole(path: Path, content: bytes) -> None:
 def require_writable(folder: Path) -> None:
     """Nothing; raises OSError if files cannot be written into `folder`, which need not exist yet.
 
-    For what takes long before it writes: better said beforehand.
+    For what takes long before it writes: better said beforehand. Nothing is made in the folder that another process
+    could see, since all processes of a training ask at once.
     """
-    new = not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable.part"
-        probe.touch()
-        probe.unlink()
-        if new:
-            folder.rmdir()
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing, prefix=PROBE):
+            pass
     except OSError as error:
         raise OSError(f"{folder}: no files can be written there ({error.strerror}); name another folder") from None
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing is in a folder, but for what `require_writable` of another process has there for a moment."""
+    return all(path.name.startswith(PROBE) for path in folder.iterdir())

@@ -27,7 +27,9 @@ def run_tool(monkeypatch, name: str, *arguments) -> None:
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["detection.classification"])
-STARTED: list[multiprocessing.Process] = []  # by this test; none outlives it, see conftest.py
+# Of this test; none outlives it, see conftest.py.
+STARTED: list[multiprocessing.Process] = []
+RESERVED: list[socket.socket] = []
 
 
 def start(function: Callable[..., None], *arguments, log: Path, **environment: str) -> multiprocessing.Process:
@@ -39,7 +41,9 @@ def start(function: Callable[..., None], *arguments, log: Path, **environment: s
 
 
 def kill_started() -> None:
-    """A test that failed leaves no process behind, for which this one would wait at its end."""
+    """A test that failed leaves no process behind, for which this one would wait at its end, and no port."""
+    while RESERVED:
+        RESERVED.pop().close()
     while STARTED:
         process = STARTED.pop()
         process.kill()
@@ -56,9 +60,11 @@ def wait_until(condition: Callable[[], bool], processes: Sequence[multiprocessin
 
 def start_together(number: int, function: Callable[..., None], *arguments, log: Path) -> list[multiprocessing.Process]:
     """As many processes as one training on the CPU, as torchrun would start them."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    reserved = socket.socket()  # bound until the test ends, so that nobody else is given the port
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as that which will listen there does
+    reserved.bind(("localhost", 0))
+    RESERVED.append(reserved)
+    port = reserved.getsockname()[1]
     common = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     return [
         start(function, *arguments, log=log, **common, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number))

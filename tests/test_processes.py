@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from backbones.weights import read_tensors
 from detection.checkpoint import Run
 from detection.data.batches import TrainingBatches, evaluation_batches, take_share
 from detection.distributed import SyncBatchNorm, synchronise
+from detection.files import require_writable
 
 MODEL = {"backbone": {"name": "resnet18", "width": 0.125}}
 
@@ -88,6 +90,20 @@ def layers_over_two_processes(folder: Path) -> None:
 def test_layers_over_processes_have_the_gradients_of_the_whole_batch(tmp_path):
     run_together(2, layers_over_two_processes, tmp_path, log=tmp_path / "log.txt")
     assert len(list(tmp_path.glob("*.done"))) == 2
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_all_processes_may_ask_for_the_same_folder_at_once(tmp_path, there):
+    folder = tmp_path / "runs" / "run"
+    if there:
+        folder.mkdir(parents=True)
+
+    def ask(_: int) -> None:
+        require_writable(Run.check_free(folder))
+
+    with ThreadPool(8) as pool:
+        pool.map(ask, range(2000))
+    assert folder.exists() == there and not list(tmp_path.rglob("*.*"))
 
 
 # Evaluation over several processes
