@@ -267,7 +267,7 @@ def analyze_run(
     model, accelerator = load_for_evaluation(run, which)
     try:
         with record_layers(model) as measured:
-            metrics = _evaluate(model, run.config, accelerator, num_images)
+            metrics = evaluate_model(model, run.config, accelerator, num_images)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; if the data lie elsewhere now, say where: --data.root FOLDER") from None
     metrics.pop("potentials", None)  # histograms of the first batch, which the log has already
@@ -294,9 +294,17 @@ def analogue_parts(config: Config | ClassificationConfig, model: nn.Module) -> d
     return {part: reason for part, reason in parts.items() if any(name.startswith(f"{part}.") for name in weighted)}
 
 
-def _evaluate(
-    model: nn.Module, config: Config | ClassificationConfig, accelerator: Accelerator, num_images: int | None
+def evaluate_model(
+    model: nn.Module, config: Config | ClassificationConfig, accelerator: Accelerator, num_images: int | None = None
 ) -> dict[str, Any]:
+    """What `evaluate_detector` or `evaluate_classifier` finds on the evaluation images of a recipe.
+
+    Args:
+        model: a detector or classifier, in evaluation mode, or what behaves like one.
+        config: says which, and where the images are.
+        accelerator: of the run.
+        num_images: the first so many images only; None: all.
+    """
     if isinstance(config, ClassificationConfig):
         batches = _first_images(validation_batches(config, accelerator), num_images)
         return evaluate_classifier(model, batches, accelerator)

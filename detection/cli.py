@@ -51,6 +51,12 @@ def saved_run_parser(description: str, *, several: bool = False) -> argparse.Arg
         )
     else:
         parser.add_argument("run", help="run folder, or zoo:NAME, see tools/zoo.py")
+    add_saved_run_options(parser)
+    return parser
+
+
+def add_saved_run_options(parser: argparse.ArgumentParser) -> None:
+    """`--weights WHICH` and `--data.root FOLDER`, as `weights` and `data_root` (None: as in training)."""
     parser.add_argument(
         "--weights",
         choices=get_args(Weights),
@@ -65,7 +71,6 @@ def saved_run_parser(description: str, *, several: bool = False) -> argparse.Arg
         metavar="FOLDER",
         help="where the data lie now (default: where they lay when the run was trained)",
     )
-    return parser
 
 
 def parse_recipe(

@@ -146,18 +146,19 @@ def run_row(folder: Path, run: Run, runs: Sequence[Run]) -> list[str]:
     if "last.safetensors" not in info["sha256"]:
         raise ValueError(f"{run.folder / 'run.json'}: has no SHA-256 of last.safetensors")
     first, second = METRICS[run.config.task]
-    twin = twin_of(run, runs)
-    ahead = "" if twin is None else f"{100 * (last_line(twin)[first] - last[first]):.1f}"
+    twin, theirs, ahead = twin_of(run, runs), "", ""
+    if twin is not None:
+        value = last_line(twin)[first]
+        theirs, ahead = link(folder, twin, f"{value:.4f}"), f"{100 * (value - last[first]):.1f}"
     machine = info["machine"]["gpu"] or f"{info['machine']['threads']} of {info['machine']['cores']} CPU cores"
-    root = run.config.data.root.name
     return [
         link(folder, run),
-        DATA.get(root, root),
+        data_name(run),
         describe_network(run.config),
         str(last["epoch"]),
         f"{last[first]:.4f}",
         f"{last[second]:.4f}",
-        "" if twin is None else f"[{last_line(twin)[first]:.4f}]({twin.folder.relative_to(folder).as_posix()}/)",
+        theirs,
         ahead,
         f"{last['activity']:.4f}" if "activity" in last else "",
         energy_ratio(run),
@@ -167,9 +168,15 @@ def run_row(folder: Path, run: Run, runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def link(folder: Path, run: Run) -> str:
+def link(folder: Path, run: Run, text: str | None = None) -> str:
+    """To the run, by its name or `text`, for a page in `folder`."""
     name = run.folder.relative_to(folder).as_posix()
-    return f"[{name}]({name}/)"
+    return f"[{text or name}]({name}/)"
+
+
+def data_name(run: Run) -> str:
+    root = run.config.data.root.name
+    return DATA.get(root, root)
 
 
 def results_page(folder: Path, runs: Sequence[Run]) -> str:
@@ -195,20 +202,19 @@ def zoo_rows(folder: Path) -> Iterable[list[str]]:
     """A row for each entry of the zoo that was trained by one of these runs."""
     for name in zoo.names():
         run = Run.open(f"{zoo.PREFIX}{name}")
-        info, (line,), root = run.info(), run.history(), run.config.data.root.name
+        info, (line,) = run.info(), run.history()
         trained = folder.parent / info.get("trained_in", "none")
         if not trained.is_dir():
             continue
-        metric, weights = METRICS[run.config.task][0], run.folder / "last.safetensors"
-        place = trained.relative_to(folder).as_posix()
+        metric, weights, source = METRICS[run.config.task][0], run.folder / "last.safetensors", Run.open(trained)
         yield [
             f"`zoo:{name}`",
-            DATA.get(root, root),
+            data_name(run),
             describe_network(run.config),
             metric,
             f"{line[metric]:.4f}",
-            f"{last_line(Run.open(trained))[metric]:.4f}",
-            f"[{place}]({place}/)",
+            f"{last_line(source)[metric]:.4f}",
+            link(folder, source),
             f"{weights.stat().st_size / 1e6:.1f}",
             f"`{info['sha256'][weights.name][:16]}`",
         ]
@@ -221,9 +227,8 @@ def export_rows(folder: Path) -> Iterable[list[str]]:
         metric = METRICS[described["task"]][0]
         found, logged = (described["evaluation"][key][metric] for key in ("file", "run"))
         kind = "8 bits, analogue layers too" if described["analogue_int8"] else "8 bits where spikes come in"
-        name = path.parent.parent.relative_to(folder).as_posix()
         yield [
-            f"[{name}]({name}/)",
+            link(folder, Run.open(path.parent.parent)),
             f"[{kind if described['int8'] else 'float'}]({path.relative_to(folder).as_posix()})",
             metric,
             f"{found:.4f}",
@@ -238,10 +243,9 @@ def best_table(folder: Path, runs: Sequence[Run]) -> str:
     for name, run in ((name, found[name]) for name in BEST if name in found):
         metric = METRICS[run.config.task][0]
         last, twin = last_line(run), twin_of(run, runs)
-        root = run.config.data.root.name
         rows.append(
             [
-                f"[{DATA.get(root, root)}, {metric}](results/{name}/)",
+                f"[{data_name(run)}, {metric}](results/{name}/)",
                 describe_network(run.config),
                 f"{last[metric]:.3f}",
                 "" if twin is None else f"{last_line(twin)[metric]:.3f}",

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from backbones import tensors_to_bytes, zoo
 from detection.checkpoint import Run, Weights, describe_environment
 from detection.classification import evaluate_classification_run
-from detection.cli import run_tool, table_console
+from detection.cli import add_saved_run_options, run_tool, table_console
 from detection.config import Config, Recipe, save_config
 from detection.engine import spike_layers
 from detection.files import require_writable, write_whole
@@ -42,16 +42,7 @@ def main() -> None:
     adding = actions.add_parser("add", help="makes an entry of a run")
     adding.add_argument("run", help="folder of a finished run")
     adding.add_argument("name", help="of the new entry: a to z, 0 to 9 and _")
-    adding.add_argument(
-        "--weights", choices=get_args(Weights), default="last", help="which weights; ema: their average (default: last)"
-    )
-    adding.add_argument(
-        "--data.root",
-        dest="data_root",
-        type=Path,
-        metavar="FOLDER",
-        help="where the data lie now (default: where they lay when the run was trained)",
-    )
+    add_saved_run_options(adding)
     adding.add_argument(
         "--trained-in",
         type=Path,

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detection.analysis import evaluate_model
 from detection.checkpoint import Run, Weights
-from detection.classification import evaluate_classifier, validation_batches
 from detection.config import ClassificationConfig, Config, Recipe
-from detection.data import build_datasets
 from detection.evaluation import METRICS
 from detection.export.common import import_extra, open_session
 from detection.export.networks import DetectorOf
 from detection.models import build_detector
-from detection.tasks import evaluate_detector, evaluation_loader, logged_line, make_accelerator
+from detection.tasks import logged_line, make_accelerator
 
 METADATA_KEY = "hoyer_det"
 
@@ -166,8 +165,6 @@ def _evaluate(path: Path, config: Recipe) -> dict[str, Any]:
         classifier = OnnxClassifier(path)
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (config.data.mean, config.data.std))
         model = _OnTheCpu(lambda images: classifier.predict(images.cpu() * std + mean).to(images.device))
-        return evaluate_classifier(model, validation_batches(config, accelerator), accelerator)
-    detector = OnnxDetector(path)
-    _, val = build_datasets(config.data)
-    loader = evaluation_loader(val, config, accelerator)
-    return evaluate_detector(_OnTheCpu(detector.predict), loader, val, config, accelerator)
+    else:
+        model = _OnTheCpu(OnnxDetector(path).predict)
+    return evaluate_model(model, config, accelerator)

@@ -132,7 +132,7 @@ def _check_origin(settings: BackboneSettings, recipe: Path) -> None:
     if not recipe.is_file():
         return
     origin = read_recipe(recipe).model.backbone
-    for key in ("name", "width", "stem", "activation", "extremum", "pool_first"):
+    for key in backbones.zoo.KEYS:
         theirs, ours = getattr(origin, key), getattr(settings, key)
         if theirs != ours:
             why = ""
