@@ -17,6 +17,7 @@ for one time step to train, and minimising H pushes potentials away from it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -26,6 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from .spiking import SpikeLayer, spike_layers
+
+Reduction = Literal["sum", "mean"]
 
 
 def moments(c: Tensor, *, per_channel: bool = False) -> tuple[Tensor, Tensor]:
@@ -56,16 +61,44 @@ def regulariser(sum_c: Tensor, sum_c2: Tensor) -> Tensor:
 
 
 def spike(z: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
-    """1 where z >= threshold, else 0, in z's dtype; backward ds/dz = 1/2 for 0 < z < 2, else 0.
+    """Return 1 where z >= threshold, else 0, in z's dtype; backward ds/dz = 1/2 for 0 < z < 2, else 0.
 
-    The surrogate belongs to z alone: the threshold gets no gradient. The output is exactly 0 or 1, because
-    g - g is exactly 0 for every finite g.
+    The surrogate gradient belongs to z alone: the threshold gets none.
     """
-    hard = (z >= threshold).to(z.dtype)
-    if not (torch.is_grad_enabled() and z.requires_grad):
-        return hard
-    g = 0.5 * F.hardtanh(z, 0.0, 2.0)  # hardtanh's derivative is 0 at both ends, clamp's is 1
-    return hard + (g - g.detach())
+    return _Spike.apply(z, threshold, fire)
+
+
+def fire(z: Tensor, threshold: Tensor | float) -> Tensor:
+    """Return 1 where z >= threshold, else 0, in z's dtype, without gradient."""
+    return (z >= threshold).to(z.dtype)
+
+
+def add_surrogate_(dz: Tensor, ds: Tensor, z: Tensor) -> Tensor:
+    """Return dz + ds * ds/dz, in place, with the surrogate gradient ds/dz = 1/2 for 0 < z < 2, else 0.
+
+    dz must be 0 outside of the window, as that of the regulariser is.
+    """
+    return _inside_(dz.add_(ds, alpha=0.5), z, 2.0)
+
+
+def _inside_(gradient: Tensor, z: Tensor, end: float) -> Tensor:
+    """The gradient where 0 < z < end, else 0; in place."""
+    return torch.ops.aten.hardtanh_backward.grad_input(gradient, z, 0.0, end, grad_input=gradient)
+
+
+class _Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, threshold: Tensor | float, fire: Callable[[Tensor, Tensor | float], Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(z)
+        return fire(z, threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ds: Tensor) -> tuple[Tensor | None, ...]:
+        (z,) = ctx.saved_tensors
+        return add_surrogate_(torch.zeros_like(z), ds, z), None, None
 
 
 def sum_over_processes(*sums: Tensor) -> list[Tensor]:
@@ -91,7 +124,7 @@ class SpikesAndPenalty(torch.autograd.Function):
 
     With q = sum c / sum c^2 and the gradients ds, dH that arrive:
 
-        dz = ds / 2                  for 0 < z < 2, the surrogate gradient
+        dz = ds / 2                  for 0 < z < 2, the surrogate gradient, `add_surrogate_`
            + dH * 2 q (1 - z q)      for 0 < z < 1, where c = z
         du = dz / |v_th|
         d|v_th| = -sum z dz / |v_th|
@@ -101,12 +134,23 @@ class SpikesAndPenalty(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, v: Tensor, z: Tensor, threshold: Tensor | float, sum_c: Tensor, sum_c2: Tensor, share: int
+        ctx: Any,
+        u: Tensor,
+        v: Tensor,
+        z: Tensor,
+        threshold: Tensor | float,
+        sum_c: Tensor,
+        sum_c2: Tensor,
+        share: int,
+        fire: Callable[[Tensor, Tensor | float], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Of z = u / v, v = |v_th|. `share` times the gradient of H goes to u and v: see `HoyerSpike`, `sync`."""
+        """Return fire(z, threshold) and H, for z = u / v, v = |v_th|.
+
+        `share` times the gradient of H goes to u and v: see `HoyerSpike`, `sync`.
+        """
         ctx.save_for_backward(z, v, sum_c.sum(), sum_c2.sum())
         ctx.share = share
-        return spike(z, threshold), regulariser(sum_c, sum_c2)
+        return fire(z, threshold), regulariser(sum_c, sum_c2)
 
     @staticmethod
     @once_differentiable
@@ -115,24 +159,19 @@ class SpikesAndPenalty(torch.autograd.Function):
         q = sum_c / torch.where(sum_c2 > 0, sum_c2, 1.0)
         wide = z.to(sum_c.dtype)
         dz = wide.mul(-q).add_(1.0).mul_(2 * q * dh * ctx.share)  # in place: at this size every tensor counts
-        dz = _inside_(_inside_(dz, wide, 1.0).add_(ds, alpha=0.5), wide, 2.0)
+        dz = add_surrogate_(_inside_(dz, wide, 1.0), ds, wide)
         dv = -(wide * dz).sum() / v
-        return dz.div_(v).to(z.dtype), dv.to(v.dtype), None, None, None, None, None
+        return dz.div_(v).to(z.dtype), dv.to(v.dtype), None, None, None, None, None, None
 
 
-def _inside_(gradient: Tensor, z: Tensor, end: float) -> Tensor:
-    """The gradient where 0 < z < end, else 0; in place."""
-    return torch.ops.aten.hardtanh_backward.grad_input(gradient, z, 0.0, end, grad_input=gradient)
-
-
-class HoyerSpike(nn.Module):
+class HoyerSpike(SpikeLayer):
     """Spikes of one layer: 0/1 in the shape and dtype of the membrane potential.
 
     In training the extremum comes from the batch and feeds a counted running average: the n-th batch (from 0)
     has the weight max(momentum, 1 / (n + 1)), so that the average is right from the first batch on. Evaluation uses
     the average alone, so an image's spikes do not depend on its neighbours in the batch.
 
-    In training with gradients the layer also keeps its H, until `hoyer_penalty` takes it.
+    In training with gradients the layer also keeps its H, until `hoyer_penalties` takes it.
 
     Args:
         channels: size of dimension 1 of the potential.
@@ -151,6 +190,8 @@ class HoyerSpike(nn.Module):
         num_batches_tracked: batches averaged so far, int64, shape ().
     """
 
+    has_penalty = True
+
     def __init__(
         self,
         channels: int,
@@ -168,14 +209,13 @@ class HoyerSpike(nn.Module):
         self.v_th = nn.Parameter(torch.ones(()))
         self.register_buffer("extremum", torch.ones(channels if per_channel else ()))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
-        self._penalty: Tensor | None = None  # H of the training passes since the last hoyer_penalty
-        self._neurons: int | Tensor = 0  # that H was taken over
 
     def forward(self, u: Tensor) -> Tensor:
         v = self.v_th.abs().clamp_min(1e-6).to(u.dtype)  # the bound is only to keep z finite should v_th cross 0
         if not self.training:
             z = u / v
-            return spike(z) if self.fixed else spike(z, self._broadcast(self.extremum, z))
+            threshold = 1.0 if self.fixed else self.broadcast(self.extremum.to(z.dtype), z)
+            return _Spike.apply(z, threshold, self.fire)
         with torch.no_grad():
             z = u / v
             sum_c, sum_c2 = moments(F.hardtanh(z, 0.0, 1.0), per_channel=self.per_channel)
@@ -186,23 +226,35 @@ class HoyerSpike(nn.Module):
             if not self.fixed:
                 batch_extremum = extremum(sum_c, sum_c2)
                 self._track(batch_extremum)
-                threshold = self._broadcast(batch_extremum, z)
+                threshold = self.broadcast(batch_extremum.to(z.dtype), z)
         if not torch.is_grad_enabled():
-            return spike(z, threshold)
+            return self.fire(z, threshold)
         share = num_processes() if self.sync else 1
         layer = SpikesAndPenalty.apply
         if torch.compiler.is_compiling():  # else the compiler keeps the spikes as they enter the next convolution
             layer = partial(checkpoint, layer, use_reentrant=False)
-        spikes, penalty = layer(u, v, z, threshold, sum_c, sum_c2, share)
-        self._penalty = penalty if self._penalty is None else self._penalty + penalty
-        self._neurons = self._neurons + neurons
+        spikes, penalty = layer(u, v, z, threshold, sum_c, sum_c2, share, self.fire)
+        self.add_penalty(penalty, neurons)
         return spikes
+
+    def fire(self, z: Tensor, threshold: Tensor | float) -> Tensor:
+        """Return the spikes at a normalised potential, in its shape and dtype."""
+        return fire(z, threshold)
 
     @property
     def threshold(self) -> Tensor:
         """Effective threshold on u in evaluation, |v_th| E (|v_th| if fixed), shape () or (C,)."""
         v_th = self.v_th.abs()
         return v_th if self.fixed else v_th * self.extremum
+
+    def fold_threshold(self) -> Tensor:
+        super().fold_threshold()  # refuses more levels than two
+        v_th = self.v_th.detach().double().abs().clamp_min(1e-6)
+        return v_th if self.fixed else v_th * self.extremum.double()
+
+    def logged(self) -> dict[str, float]:
+        """Return |v_th|, and the extremum's running average, its mean over the channels."""
+        return {"v_th": abs(self.v_th.item()), "extremum": self.extremum.mean().item()}
 
     @torch.no_grad()
     def _track(self, batch_extremum: Tensor) -> None:
@@ -211,24 +263,16 @@ class HoyerSpike(nn.Module):
         average = torch.lerp(self.extremum.to(batch_extremum.dtype), batch_extremum, weight.to(batch_extremum.dtype))
         self.extremum.copy_(average)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The pending H hangs on the graph of its pass, which cannot be copied: copies and pickles start without.
-        return super().__getstate__() | {"_penalty": None, "_neurons": 0}
-
-    def _broadcast(self, value: Tensor, z: Tensor) -> Tensor:
-        value = value.to(z.dtype)
-        return value.view(-1, *[1] * (z.dim() - 2)) if self.per_channel else value
-
     def extra_repr(self) -> str:
         scope = "fixed" if self.fixed else "channel" if self.per_channel else "layer"
         return f"{self.channels}, extremum={scope}, momentum={self.momentum}"
 
 
-def hoyer_penalties(model: nn.Module, reduction: Literal["sum", "mean"] = "sum") -> dict[str, Tensor]:
-    """Every spike layer's H of the last training pass by module name; taken out, so a second call raises.
+def hoyer_penalties(model: nn.Module, reduction: Reduction = "sum") -> dict[str, Tensor]:
+    """Return every spike layer's H of the last training pass by module name; taken out, so a second call raises.
 
     Args:
-        model: any module; its `HoyerSpike` layers are found by walking it.
+        model: any module.
         reduction: "sum" is the paper's H, taken over the whole batch tensor: it grows with batch size, resolution
             and width (a weight of 1e-8 belongs to 128 images of 32x32). "mean" is H divided by the number of
             neurons in the tensor: a density in (0, 1], whose weight carries over between sizes.
@@ -239,8 +283,8 @@ def hoyer_penalties(model: nn.Module, reduction: Literal["sum", "mean"] = "sum")
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, HoyerSpike)}
-    empty = [name for name, layer in layers.items() if layer._penalty is None]
+    layers = {name: layer for name, layer in spike_layers(model).items() if layer.has_penalty}
+    empty = [name for name, layer in layers.items() if not layer.has_pending_penalty]
     if empty:
         raise RuntimeError(
             f"no Hoyer term in spike layer {empty[0]!r} ({len(empty)} of {len(layers)} layers): "
@@ -248,13 +292,13 @@ def hoyer_penalties(model: nn.Module, reduction: Literal["sum", "mean"] = "sum")
         )
     penalties = {}
     for name, layer in layers.items():
-        penalties[name] = layer._penalty if reduction == "sum" else layer._penalty / layer._neurons
-        layer._penalty, layer._neurons = None, 0
+        penalty, neurons = layer.take_penalty()
+        penalties[name] = penalty if reduction == "sum" else penalty / neurons
     return penalties
 
 
-def hoyer_penalty(model: nn.Module, reduction: Literal["sum", "mean"] = "sum") -> Tensor:
-    """Sum over all spike layers of H, shape (): the term that the loss takes times its weight.
+def hoyer_penalty(model: nn.Module, reduction: Reduction = "sum") -> Tensor:
+    """Return the sum over all spike layers of H, shape (): the term that the loss takes times its weight.
 
     0 for a model without spike layers (the analogue twin). See `hoyer_penalties` for the reductions and errors.
     """

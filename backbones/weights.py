@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import zoo
-from .base import Backbone
+from .networks.base import Backbone
 
 # The one entry in the metadata of a file that this project wrote: the checksum, and behind it a text. One, because the
 # order of several in the file would be random; of a shape that is known even where its name is damaged.

@@ -27,8 +27,8 @@ from common import add_log_option, print_table, write_log
 from torch import Tensor, nn
 
 import backbones
-from backbones.fold import fold
-from backbones.integer import fix_size, to_integers
+from backbones.deploy.fold import fold
+from backbones.deploy.integer import fix_size, to_integers
 from detection.cli import run_tool
 from detection.config import Config, load_config
 from detection.export import PREDICTIONS, DensePredictions, DetectorOf, Normalised, import_extra, to_onnx

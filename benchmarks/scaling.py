@@ -21,7 +21,7 @@ from common import add_log_option, peak_bytes, print_table, time_in_turn, write_
 
 import backbones
 from backbones import HoyerSpike
-from backbones.memory import keep_less
+from backbones.recompute import recompute_activations
 from detection.cli import run_tool
 
 DEPTH = "spike layers"
@@ -43,7 +43,7 @@ def make_step(
     backbone = backbones.create(network, activation=activation, width=width).to(device).train()
     optimizer = torch.optim.SGD(backbone.parameters(), lr=1e-3, momentum=0.9)
     images = torch.rand(batch, 3, side, side, device=device)
-    context = keep_less if low_memory else contextlib.nullcontext
+    context = recompute_activations if low_memory else contextlib.nullcontext
 
     def step() -> None:
         with context():

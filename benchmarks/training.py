@@ -2,7 +2,7 @@
 """Seconds and memory of one training step: spiking networks, their analogue twins, and the textbook formulation.
 
 A step is forward pass, backward pass and optimiser. The ways take turns, the medians count. "low memory" is eager under
-`backbones.memory.keep_less`. "compiled" is the backbone by torch.compile and the network's weights in the order N, H,
+`backbones.recompute.recompute_activations`. "compiled" is the backbone by torch.compile and the network's weights in the order N, H,
 W, C, as `train.compile` with `train.channels_last`: of weights in another order the compiler makes copies, and keeps
 them from the forward to the backward pass. Memory is that of tensors during the step, gradients included, beyond
 weights and optimiser.
@@ -40,7 +40,7 @@ from common import (
 from torch import Tensor, nn
 
 import backbones
-from backbones.memory import keep_less
+from backbones.recompute import recompute_activations
 from detection.cli import run_tool
 from detection.config import Config
 from detection.models import build_detector
@@ -94,7 +94,7 @@ def make_step(
     if mode == "compiled":
         model.to(memory_format=torch.channels_last)
         model.backbone.compile()  # what follows it in a detector depends on the boxes of each image
-    context = keep_less if mode == "low memory" else contextlib.nullcontext
+    context = recompute_activations if mode == "low memory" else contextlib.nullcontext
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     images = torch.rand(batch, 3, side, side, device=device)
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from backbones import HoyerSpike, hoyer_penalties, keep_less
+from backbones import HoyerSpike, hoyer_penalties, recompute_activations
 from detection import config as settings
 from detection import resume as going_on
 from detection.checkpoint import Run

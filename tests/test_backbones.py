@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import backbones
 from backbones import Classifier, HoyerSpike, create, hoyer_penalty, load_weights, record_activity, spike_activity
-from backbones.base import scale_channels
+from backbones.networks.base import scale_channels
 
 WIDTH = 0.125
 STEMS = ("imagenet", "cifar")
@@ -100,7 +100,7 @@ def assert_equal_state(state: dict[str, Tensor], other: dict[str, Tensor]) -> No
 
 def test_names():
     vggs, resnets = (11, 13, 16, 19), (18, 20, 34, 50, 101, 152)
-    published = [*(f"vgg{depth}" for depth in vggs), *(f"resnet{depth}" for depth in resnets), "mobilenetv1"]
+    published = ["mobilenetv1", *(f"resnet{depth}" for depth in resnets), *(f"vgg{depth}" for depth in vggs)]
     assert backbones.names() == published
 
 
@@ -442,7 +442,7 @@ def test_unknown_name_lists_the_allowed_ones():
     ("options", "message"),
     [
         ({"stem": "coco"}, "'imagenet' or 'cifar', got 'coco'"),
-        ({"activation": "gelu"}, "'hoyer', 'relu' or 'fixed', got 'gelu'"),
+        ({"activation": "gelu"}, "'hoyer', 'relu', 'fixed', 'graded', got 'gelu'"),
         ({"extremum": "row"}, "'layer' or 'channel', got 'row'"),
         ({"width": 0}, "width must be positive, got 0"),
         ({"width": -0.5}, "width must be positive, got -0.5"),

@@ -13,8 +13,8 @@ from test_fold import classifier, detector, scramble
 from torch import fx, nn
 
 import backbones
-from backbones.fold import ChannelThreshold, fold
-from backbones.integer import IntegerSpikes, fix_size, to_integers
+from backbones.deploy.fold import ChannelThreshold, fold
+from backbones.deploy.integer import IntegerSpikes, fix_size, to_integers
 from detection.checkpoint import Run
 from detection.classification import evaluate_classification_run
 from detection.config import ClassificationConfig, Config

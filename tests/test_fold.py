@@ -9,8 +9,8 @@ from torch import fx, nn
 
 import backbones
 from backbones import HoyerSpike
-from backbones.fold import ChannelThreshold, fold, round_up
-from backbones.integer import IntegerReal, IntegerSpikes, QuantisedReal, fix_size, to_integers
+from backbones.deploy.fold import ChannelThreshold, fold, round_up
+from backbones.deploy.integer import IntegerReal, IntegerSpikes, QuantisedReal, fix_size, to_integers
 from detection.config import Config
 from detection.models import build_detector
 

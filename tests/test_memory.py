@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import backbones
 from backbones import HoyerSpike, extremum, hoyer_penalty, moments, regulariser, spike
-from backbones.memory import keep_less
+from backbones.recompute import recompute_activations
 
 
 def plain_layer(layer: HoyerSpike, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def test_bytes_per_neuron():
     neurons, num = images.numel(), 4
     twin = kept_bytes(layers(num, "relu"), images) / neurons / num
     plain = kept_bytes(layers(num, "hoyer"), images) / neurons / num
-    less = kept_bytes(layers(num, "hoyer"), images, keep_less) / neurons / num
+    less = kept_bytes(layers(num, "hoyer"), images, recompute_activations) / neurons / num
     # Small tensors, such as statistics, take the rest. The spikes that leave the network are there in any case.
     assert twin == pytest.approx(8, abs=0.3)  # BN's input, ReLU's output
     assert plain == pytest.approx(12, abs=0.3)  # BN's input, z, spikes
@@ -140,7 +140,7 @@ def test_every_family_trains_bit_for_bit_alike(name):
     model = backbones.create(name, width=0.125)
     images = torch.randn(2, 3, 64, 64)
     expected = trained(copy.deepcopy(model), images, contextlib.nullcontext, None)
-    found = trained(model, images, keep_less, None)
+    found = trained(model, images, recompute_activations, None)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -159,7 +159,7 @@ def test_every_activation_and_precision_trains_bit_for_bit_alike(options, dtype)
     model = backbones.create("resnet18", width=0.125, pool_first=False, **options)
     images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     expected = trained(copy.deepcopy(model), images, contextlib.nullcontext, dtype)
-    found = trained(model, images, keep_less, dtype)
+    found = trained(model, images, recompute_activations, dtype)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -169,7 +169,7 @@ def test_frozen_statistics_and_gradients_of_an_evaluation():
     model(torch.randn(4, 8, 8, 8))
     model.eval()
     found = []
-    for context in (contextlib.nullcontext, keep_less):
+    for context in (contextlib.nullcontext, recompute_activations):
         images = torch.linspace(-3, 3, 512).sin().view(1, 8, 8, 8).requires_grad_()
         with context():
             out = model(images)
@@ -190,7 +190,7 @@ def test_the_graph_can_be_gone_through_twice():
 def test_what_was_changed_in_place_is_kept_as_it_was_used():
     u = torch.randn(3, 4, requires_grad=True)
     found = []
-    for context in (contextlib.nullcontext, keep_less):
+    for context in (contextlib.nullcontext, recompute_activations):
         with context():
             total = u + 1
             total.relu_()
@@ -206,7 +206,7 @@ def test_a_source_that_was_changed_in_place_is_an_error():
         out = ((weight + torch.rand(2, 3)) * torch.rand(2, 3, requires_grad=True)).sum()
     with torch.no_grad():
         weight += 1
-    with pytest.raises(RuntimeError, match=r"shape \(2, 3\) was changed in place.*keep_less"):
+    with pytest.raises(RuntimeError, match=r"shape \(2, 3\) was changed in place.*recompute_activations"):
         out.backward()
 
 

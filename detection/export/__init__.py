@@ -1,6 +1,6 @@
 """Networks as files: ONNX in floating point or integers, torch.export, NIR; each checked against PyTorch when written.
 
-All start from the folded network (`backbones.fold`), in which BatchNorm and spike layer are one comparison per channel.
+All start from the folded network (`backbones.deploy.fold`), in which BatchNorm and spike layer are one comparison per channel.
 A network takes images (N, 3, H, W), RGB in [0, 1], and normalises them itself. A classifier gives "logits" (N, K). A
 dense detector gives what its head predicts for every anchor, on images that were resized and padded before;
 `OnnxDetector` does that, and makes boxes of what comes out by torchvision's own code.

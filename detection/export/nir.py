@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from backbones.fold import ChannelThreshold, module_of
-from backbones.integer import fix_size, is_binary
+from backbones.deploy.fold import ChannelThreshold, module_of
+from backbones.deploy.integer import fix_size, is_binary
 from detection.export.common import columns, import_extra, pair
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from backbones.fold import ChannelThreshold, module_of
-from backbones.integer import IntegerReal, IntegerSpikes, QuantisedReal
+from backbones.deploy.fold import ChannelThreshold, module_of
+from backbones.deploy.integer import IntegerReal, IntegerSpikes, QuantisedReal
 from detection.export.common import columns, import_extra, pair
 
 OPSET = 17

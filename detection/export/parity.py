@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from backbones.fold import ChannelThreshold, module_of
-from backbones.integer import IntegerSpikes, QuantisedReal
+from backbones.deploy.fold import ChannelThreshold, module_of
+from backbones.deploy.integer import IntegerSpikes, QuantisedReal
 from detection.export.common import ParityError, columns, difference_of, import_extra, leaves, open_session
 from detection.export.nir import run_nir
 

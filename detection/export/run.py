@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import backbones
-from backbones.fold import fold
-from backbones.integer import fix_size, to_integers
+from backbones.deploy.fold import fold
+from backbones.deploy.integer import fix_size, to_integers
 from detection.checkpoint import Run, Weights
 from detection.classification import in_memory
 from detection.config import ClassificationConfig, Config, Recipe

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from backbones import SpikeFactory
-from backbones.base import conv
+from backbones.networks.base import conv
 from detection.models.neck import normalised_spikes
 
 

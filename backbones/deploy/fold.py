@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from .hoyer import HoyerSpike
+from ..spiking import SpikeLayer
 
 AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)  # what does nothing in evaluation
@@ -86,7 +86,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def _fold(model: nn.Module) -> nn.Module:
-    if not any(isinstance(module, (*NORMS, HoyerSpike)) for module in model.modules()):
+    if not any(isinstance(module, (*NORMS, SpikeLayer)) for module in model.modules()):
         return model
     # A lone norm has nothing to join, a list of modules no forward.
     traced = None if isinstance(model, (*NORMS, nn.ModuleList, nn.ModuleDict)) else trace(model)
@@ -106,12 +106,12 @@ class _Tracer(fx.Tracer):
     """Goes into every module but torch's own and the spike layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, HoyerSpike) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, SpikeLayer) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> fx.GraphModule | None:
     """The graph of `model`'s forward over modules, without what nobody uses; None where torch.fx cannot trace it."""
-    root = nn.Sequential(model) if isinstance(model, HoyerSpike) else model
+    root = nn.Sequential(model) if isinstance(model, SpikeLayer) else model
     try:
         graph = _Tracer().trace(root)
     except Exception:  # a forward may fail in any way with a placeholder in place of a tensor
@@ -171,7 +171,7 @@ class _Affine(NamedTuple):
 def _fold_spikes(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         layer = module_of(traced, node)
-        if not isinstance(layer, HoyerSpike):
+        if not isinstance(layer, SpikeLayer):
             continue
         affine = _look_back(traced, node.args[0])
         threshold = _threshold(layer, affine)
@@ -214,16 +214,15 @@ def _look_back(traced: fx.GraphModule, node: fx.Node) -> _Affine:
             return found
 
 
-def _threshold(layer: HoyerSpike, affine: _Affine) -> ChannelThreshold:
-    v_th = layer.v_th.detach().double().abs().clamp_min(1e-6)
-    level = v_th if layer.fixed else v_th * layer.extremum.double()
+def _threshold(layer: SpikeLayer, affine: _Affine) -> ChannelThreshold:
+    level = layer.fold_threshold()
     scale, shift = affine.scale, affine.shift
     distance = level - shift
     # 0 or more where the channel, whose scale is 0, never reaches the level.
     constant = torch.where(distance > 0, float("inf"), float("-inf")).double()
     threshold = torch.where(scale == 0, constant, distance / torch.where(scale == 0, 1.0, scale))
     sign = torch.where(scale < 0, -1.0, 1.0).double().expand_as(threshold)
-    return ChannelThreshold(sign * threshold, sign, dtype=layer.v_th.dtype)
+    return ChannelThreshold(sign * threshold, sign, dtype=layer.threshold.dtype)
 
 
 def norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

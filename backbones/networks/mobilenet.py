@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from .base import Backbone, FeatureInfo, SpikeFactory, Stem, conv, scale_channels
+from ..spiking import SpikeFactory
+from .base import Backbone, FeatureInfo, Stem, conv, register_backbone, scale_channels
 
 NAMES = ("mobilenetv1",)
 STEM_CHANNELS = 32
@@ -29,6 +30,7 @@ class SeparableConv(nn.Sequential):
         )
 
 
+@register_backbone(*NAMES)
 class MobileNetV1(Backbone):
     """Membrane potentials c2 ... c5 at the end of each stage, after its last BN and before the next spike.
 
@@ -66,11 +68,3 @@ class MobileNetV1(Backbone):
             self.stages.append(nn.Sequential(*blocks))
             info.append(FeatureInfo(f"c{index + 1}", channels_in, stride))
         self.feature_info = tuple(info[1:])
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = self.stem(x)
-        maps = {}
-        for index, stage in enumerate(self.stages):
-            x = stage(x)
-            maps[f"c{index + 1}"] = x
-        return {info.name: maps[info.name] for info in self.feature_info}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from .base import Backbone, FeatureInfo, SpikeFactory, Stem, conv, pool_and_norm, scale_channels
+from ..spiking import SpikeFactory
+from .base import Backbone, FeatureInfo, Stem, conv, pool_and_norm, register_backbone, scale_channels
 
 # Convolutions per stage; a stage is what lies between two poolings. Channels double from 64 up to 512.
 DEPTHS = {
@@ -16,6 +17,7 @@ DEPTHS = {
 CHANNELS = (64, 128, 256, 512, 512)
 
 
+@register_backbone(*DEPTHS)
 class VGG(Backbone):
     """Membrane potentials c2 ... c5 at the end of each stage, after its pooling and BN and before its spike.
 
@@ -45,7 +47,7 @@ class VGG(Backbone):
         pool_first: bool = True,
     ) -> None:
         super().__init__()
-        self.stem, self.width = stem, width
+        self.width, self._head_side = width, 2 if stem == "cifar" else 7
         self._spike = spike
         self.stages = nn.ModuleList()
         info, channels_in, stride = [], in_channels, 1
@@ -67,21 +69,19 @@ class VGG(Backbone):
             info.append(FeatureInfo(f"c{index + 1}", channels, stride))
         self.feature_info = tuple(info[1:])
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        maps = {}
-        for index, stage in enumerate(self.stages):
-            x = stage(x)
-            maps[f"c{index + 1}"] = x
-        return {info.name: maps[info.name] for info in self.feature_info}
+    @property
+    def stem(self) -> nn.Module:
+        """The first convolution, which is part of the first stage."""
+        return self.stages[0][0]
 
     def make_head(self, num_classes: int, dropout: float) -> nn.Module:
-        """Spike -> three linear layers without bias, spikes and dropout between them.
+        """Return spike -> three linear layers without bias, spikes and dropout between them.
 
         The size is pooled to 2x2 ("cifar") or 7x7 ("imagenet") before the first spike, which leaves the nominal
         input sizes 32 and 224 as they are. While training, dropout scales the spikes that it keeps by 1 / (1 - p):
         the linear layers see exactly 0/1 in evaluation only, unless dropout is 0.
         """
-        side = 2 if self.stem == "cifar" else 7
+        side = self._head_side
         channels, hidden = self.feature_info[-1].channels, scale_channels(4096, self.width)
         return nn.Sequential(
             nn.AdaptiveAvgPool2d(side),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .base import Backbone, FeatureInfo, SpikeFactory, Stem, conv, pool_and_norm, scale_channels
+from ..spiking import SpikeFactory
+from .base import Backbone, FeatureInfo, Stem, conv, pool_and_norm, register_backbone, scale_channels
 
 # Blocks per stage. A basic block is one convolution with its own shortcut, a bottleneck is three with one.
 BASIC = {"resnet18": (4, 4, 4, 4), "resnet20": (4, 4, 4, 4), "resnet34": (6, 8, 12, 6)}
@@ -85,6 +86,7 @@ class Bottleneck(nn.Module):
         return self.shortcut(u) + self.branch(u)
 
 
+@register_backbone(*BASIC, *BOTTLENECK)
 class ResNet(Backbone):
     """The residual stream at the end of each stage, c2 ... c5, real-valued.
 
@@ -140,11 +142,3 @@ class ResNet(Backbone):
             self.stages.append(nn.Sequential(*blocks))
             info.append(FeatureInfo(f"c{index + 2}", channels_in, stride))
         self.feature_info = tuple(info)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        x = self.stem(x)
-        maps = {}
-        for info, stage in zip(self.feature_info, self.stages, strict=True):
-            x = stage(x)
-            maps[info.name] = x
-        return maps

@@ -38,12 +38,12 @@ MAX_OPERATIONS = 5
 
 
 @contextmanager
-def keep_less() -> Iterator[None]:
+def recompute_activations() -> Iterator[None]:
     """Forward passes that keep the outputs of convolutions and compute cheap operations again for the gradient.
 
     Outputs, gradients and running averages are bit for bit those without it. The backward pass belongs outside:
 
-        with keep_less():
+        with recompute_activations():
             loss = loss_function(model(images), labels)
         loss.backward()
 
@@ -108,7 +108,7 @@ class _Source:
         if self.tensor._version != self.version:
             raise RuntimeError(
                 f"a tensor of shape {tuple(self.tensor.shape)} was changed in place between the forward pass in "
-                "keep_less() and its backward pass, which needs it: call backward first, or leave keep_less out"
+                "recompute_activations() and its backward pass, which needs it: call backward first, or leave it out"
             )
         return self.tensor
 

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .activity import Measurement, WeightedLayer
+from .operations import Measurement, WeightedLayer
 
 SPIKING = ("spiking", "spiking_int8", "binary")  # there only for a network with spike layers
 NETWORKS = ("spiking", "spiking_int8", "twin", "twin_int8", "binary")

@@ -1,0 +1,75 @@
+"""The neurons that come with the package, by the names that recipes and `create` know."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .hoyer import HoyerSpike
+from .spiking import register_neuron
+
+Extremum = Literal["layer", "channel"]
+
+
+@register_neuron("hoyer", words="spiking")
+def make_hoyer(channels: int, extremum: Extremum = "layer", momentum: float = 0.1) -> HoyerSpike:
+    """Return the method's neuron: the Hoyer extremum, of the layer or of each channel, lowers the threshold."""
+    return HoyerSpike(channels, per_channel=_is_channel(extremum), momentum=momentum)
+
+
+@register_neuron("relu", spiking=False, words="analogue twin")
+def make_relu(channels: int) -> nn.ReLU:
+    """Return the activation of the analogue twin: the same topology, real values in place of spikes."""
+    return nn.ReLU()
+
+
+@register_neuron("fixed", words="spiking, threshold without extremum")
+def make_fixed(channels: int, extremum: Extremum = "layer", momentum: float = 0.1) -> HoyerSpike:
+    """Return the ablation: a plain trainable threshold v_th, the extremum left out."""
+    return HoyerSpike(channels, per_channel=_is_channel(extremum), momentum=momentum, fixed=True)
+
+
+class GradedSpike(HoyerSpike):
+    """Spikes of several levels, all else as in the method, the surrogate gradient included. Not binary.
+
+        s = 1/n * number of i in 1..n with z >= 2 i E / (n + 1),   n = levels - 1
+
+    is the method's spike for two levels, and approaches the ramp clip(z / 2E, 0, 1) for many.
+
+    Args:
+        channels: size of dimension 1 of the potential.
+        levels: values that a spike can take, 0 and 1 included, 2 to 16.
+        options: of `HoyerSpike`.
+    """
+
+    def __init__(self, channels: int, *, levels: int, **options: bool | float) -> None:
+        super().__init__(channels, **options)
+        if not 2 <= levels <= 16:
+            raise ValueError(f"levels must be in 2..16, got {levels}")
+        self.levels = levels
+
+    def fire(self, z: Tensor, threshold: Tensor | float) -> Tensor:
+        steps = self.levels - 1
+        fires = (z >= threshold * (2 * step / (steps + 1)) for step in range(1, steps + 1))
+        return sum(each.to(z.dtype) for each in fires) / steps
+
+    @property
+    def threshold(self) -> Tensor:
+        """Potential of the first level, 2 / (n + 1) of the method's threshold."""
+        return super().threshold * (2 / self.levels)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, levels={self.levels}"
+
+
+@register_neuron("graded", words="graded spikes")
+def make_graded(channels: int, extremum: Extremum = "layer", momentum: float = 0.1, levels: int = 4) -> GradedSpike:
+    """Return a neuron between spike and ReLU, for controlled runs: spikes of 2 to 16 levels."""
+    return GradedSpike(channels, levels=levels, per_channel=_is_channel(extremum), momentum=momentum)
+
+
+def _is_channel(extremum: str) -> bool:
+    if extremum not in ("layer", "channel"):
+        raise ValueError(f"extremum must be 'layer' or 'channel', got {extremum!r}")
+    return extremum == "channel"

@@ -1,0 +1,1 @@
+"""Networks for inference: comparisons per channel, 8-bit weights."""

@@ -1,0 +1,1 @@
+"""Measurements of a network: spikes, synaptic operations, energy, binarity."""

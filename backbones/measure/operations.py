@@ -1,0 +1,357 @@
+"""What the layers with weights of a network do: inputs, synaptic operations and MACs, counted exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ..spiking import spike_layers
+from .flow import Flow
+from .record import LayerActivity, hook_layers
+
+# What may lie between a layer with weights and the spike layer that takes its output: all of it is done on the way.
+TRANSPARENT = (
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.GroupNorm,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Flatten,
+    nn.Identity,
+)
+
+
+@dataclass
+class WeightedLayer:
+    """Counts of one convolution or linear layer over all recorded passes and calls.
+
+    A shared head is called once per level of a pyramid: its calls add up here.
+
+    Attributes:
+        name: module name.
+        kind: "conv" or "linear".
+        num_weights: numbers in the weight.
+        num_biases: numbers in the bias, 0 without one.
+        num_calls: forward calls.
+        num_images: images of the passes in which it ran.
+        num_inputs: input neurons, padding left out.
+        num_active: those that were not zero.
+        num_synops: synaptic operations, that is pairs of an active input and an output that it reaches. Exact at the
+            borders: what falls into the padding, or between the steps of a stride, is not counted.
+        num_exact_macs: the same with every input active.
+        num_macs: in the usual convention, outputs * C_in / groups * kernel area, padding included.
+        num_outputs: output neurons.
+        example: an input that was neither 0 nor 1; None if there was none.
+        spikes_from: spike layers whose output enters this layer, those left out that entered another one before.
+        spikes_to: spike layers that take its output straight, through pooling, normalisation, dropout and flattening.
+        output_bits: binary values that leave per output neuron, one for each spike layer that takes it; None where
+            the output is needed as a real value: no spike layer takes it, or something else does too, such as a
+            residual sum.
+    """
+
+    name: str
+    kind: Literal["conv", "linear"]
+    num_weights: int
+    num_biases: int
+    num_calls: int = 0
+    num_images: int = 0
+    num_inputs: int = 0
+    num_active: int = 0
+    num_synops: int = 0
+    num_exact_macs: int = 0
+    num_macs: int = 0
+    num_outputs: int = 0
+    example: float | None = None
+    spikes_from: list[str] = field(default_factory=list)
+    spikes_to: list[str] = field(default_factory=list)
+    output_bits: float | None = None
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether it ran and every input was exactly 0 or 1."""
+        return self.num_calls > 0 and self.example is None
+
+    @property
+    def input_rate(self) -> float:
+        """Share of its inputs that were not zero, in [0, 1]; 0 before the first pass."""
+        return self.num_active / self.num_inputs if self.num_inputs else 0.0
+
+    @property
+    def rate_times_macs(self) -> float:
+        """The literature's estimate of the synaptic operations; it counts padding, so it is wrong on small maps."""
+        return self.input_rate * self.num_macs
+
+
+@dataclass
+class Measurement:
+    """What a network did over the recorded passes.
+
+    Attributes:
+        layers: every `nn.Conv2d` and `nn.Linear` by module name, in the order of definition.
+        spikes: every `HoyerSpike` by module name; its neurons are its comparisons.
+        unhandled: class by name of every other module with weights (a parameter of two dimensions or more): a
+            transposed convolution, say. Nothing is counted for those.
+        num_images: images that the model was given.
+        ran: names of the layers and spike layers that ran, in the order of their first call.
+    """
+
+    layers: dict[str, WeightedLayer]
+    spikes: dict[str, LayerActivity]
+    unhandled: dict[str, str]
+    num_images: int = 0
+    ran: list[str] = field(default_factory=list)
+
+    @property
+    def stem(self) -> str | None:
+        """The first convolution that ran, in a network without convolutions the first linear layer; None: none ran."""
+        ran = [self.layers[name] for name in self.ran if name in self.layers]
+        return next((layer.name for kind in ("conv", "linear") for layer in ran if layer.kind == kind), None)
+
+
+@torch.no_grad()
+def measure_activity(model: nn.Module, batches: Iterable[Any]) -> Measurement:
+    """Counts of every convolution, linear and spike layer of `model` in evaluation mode, over all batches.
+
+    Args:
+        model: a classifier, a detector, any module; left in the mode that it was in.
+        batches: what the model takes as its one argument, a tensor (N, ...) or a list of N images, on its device. Of a
+            tuple, such as (images, targets), the first item is taken.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with record_layers(model) as measured:
+            for batch in batches:
+                model(batch[0] if isinstance(batch, tuple) else batch)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not measured.num_images:
+        raise ValueError("no images to measure: there are no batches, or they are empty")
+    return measured
+
+
+@contextmanager
+def record_layers(model: nn.Module) -> Iterator[Measurement]:
+    """Count, while the context is open, what every convolution, linear and spike layer of `model` does.
+
+    Passes must go through `model` itself, whose images are counted: a tensor (N, ...) or a list of N images.
+    """
+    modules = dict(model.named_modules())
+    counted = {name: module for name, module in modules.items() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    measured = Measurement(
+        layers={
+            name: WeightedLayer(
+                name,
+                "conv" if isinstance(module, nn.Conv2d) else "linear",
+                module.weight.numel(),
+                module.bias.numel() if module.bias is not None else 0,
+            )
+            for name, module in counted.items()
+        },
+        spikes={name: LayerActivity(name, levels=layer.levels) for name, layer in spike_layers(model).items()},
+        unhandled={
+            name: type(module).__name__
+            for name, module in modules.items()
+            if name not in counted
+            # Norms' weights scale, they do not connect; a parametrisation's are those of the layer that it belongs to.
+            and not isinstance(module, (nn.LayerNorm, nn.RMSNorm, ParametrizationList))
+            and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+        },
+    )
+    with _Recorder(measured).watch(model, modules):
+        yield measured
+
+
+class _Recorder:
+    """The hooks of `record_layers`, and what they have to remember between two layers."""
+
+    def __init__(self, measured: Measurement) -> None:
+        self.measured = measured
+        self.images_in_pass = 0
+        self.flow: Flow | None = None  # there in the first pass only
+        self.followed = False
+        self.seen_in_pass: set[str] = set()
+        self.fanouts: dict[tuple[Any, ...], Tensor] = {}
+        # A spike layer's output is counted once, though the next layer asks for it again.
+        self.latest: tuple[Tensor, int, _Counts] | None = None
+
+    @contextmanager
+    def watch(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Count while the context is open."""
+        watched = {
+            name: module
+            for name, module in modules.items()
+            if name in self.measured.layers or name in self.measured.spikes or isinstance(module, TRANSPARENT)
+        }
+        try:
+            # In front of hooks that were there before: what those do to a tensor must not pass for a use of it. Those
+            # of the whole model come around the others, should it be one layer.
+            with (
+                hook_layers(watched, before=self.enter, after=self.leave, prepend=True),
+                hook_layers({"": model}, before=self.start_pass, after=self.end_pass, prepend=True),
+            ):
+                yield
+        finally:
+            self.stop_following()
+
+    def start_pass(self, name: str, model: nn.Module, images: Any) -> None:
+        if not isinstance(images, (Tensor, list, tuple)):
+            raise ValueError(
+                f"{type(model).__name__} was given {type(images).__name__}; images are counted in a tensor (N, ...) "
+                "or a list of N images, its first argument"
+            )
+        self.images_in_pass = len(images)
+        self.measured.num_images += len(images)
+        self.seen_in_pass.clear()
+        self.stop_following()  # of a pass that failed
+        if not self.followed:
+            self.flow = Flow()
+            self.flow.__enter__()
+
+    def end_pass(self, name: str, model: nn.Module, images: Any, output: Any) -> None:
+        self.latest = None
+        if self.flow is not None:
+            self.flow.use_elsewhere(output)
+            self.flow.describe(self.measured)
+            self.stop_following()
+            self.followed = True
+
+    def stop_following(self) -> None:
+        if self.flow is not None:
+            self.flow.__exit__(None, None, None)
+            self.flow = None
+
+    def enter(self, name: str, module: nn.Module, x: Tensor) -> None:
+        """Call what belongs to the kind of module."""
+        if self.flow is not None:
+            self.flow.inside += 1
+        if name in self.measured.layers:
+            self.enter_layer(name, module, x)
+        elif name in self.measured.spikes and self.flow is not None:
+            self.flow.enter_spikes(name, x)
+
+    def leave(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        """Call what belongs to the kind of module."""
+        if name in self.measured.layers:
+            self.leave_layer(name, module, output)
+        elif name in self.measured.spikes:
+            self.leave_spikes(name, output)
+        elif self.flow is not None:
+            self.flow.pass_on(x, output)
+        if self.flow is not None:
+            self.flow.inside -= 1
+
+    def enter_layer(self, name: str, module: nn.Conv2d | nn.Linear, x: Tensor) -> None:
+        layer = self.measured.layers[name]
+        if self.flow is not None:
+            self.flow.enter_layer(layer, x)
+        if not layer.num_calls:
+            self.measured.ran.append(name)
+        if name not in self.seen_in_pass:
+            self.seen_in_pass.add(name)
+            layer.num_images += self.images_in_pass
+        counts = self.count(x)
+        layer.num_calls += 1
+        layer.num_inputs += x.numel()
+        layer.num_active += counts.num_active
+        if not counts.is_binary and layer.example is None:
+            layer.example = float(x[(x != 0) & (x != 1)][0])
+        if isinstance(module, nn.Linear):
+            layer.num_synops += counts.num_active * module.out_features
+            layer.num_exact_macs += x.numel() * module.out_features
+            return
+        fanout = self.fanout(module, x.shape[-2], x.shape[-1])
+        outputs_per_input = module.out_channels // module.groups
+        planes = x.numel() // max(1, x.shape[-2] * x.shape[-1])  # of all images and channels
+        layer.num_synops += outputs_per_input * int((counts.per_position * fanout).sum())
+        layer.num_exact_macs += outputs_per_input * planes * int(fanout.sum())
+
+    def leave_layer(self, name: str, module: nn.Conv2d | nn.Linear, output: Tensor) -> None:
+        layer = self.measured.layers[name]
+        layer.num_outputs += output.numel()
+        layer.num_macs += output.numel() * (module.weight.numel() // module.weight.shape[0])
+        if self.flow is not None:
+            self.flow.leave_layer(layer, output)
+
+    def leave_spikes(self, name: str, output: Tensor) -> None:
+        activity = self.measured.spikes[name]
+        if not activity.num_neurons:
+            self.measured.ran.append(name)
+        activity.num_neurons += output.numel()
+        activity.num_spikes += self.count(output).num_active
+        if self.flow is not None:
+            self.flow.spikes[output] = name
+
+    def count(self, x: Tensor) -> _Counts:
+        if self.latest is not None and self.latest[0] is x and self.latest[1] == x._version:
+            return self.latest[2]
+        counts = _count(x)
+        if not x.is_inference():  # such a tensor does not say whether it was changed since
+            self.latest = (x, x._version, counts)
+        return counts
+
+    def fanout(self, module: nn.Conv2d, height: int, width: int) -> Tensor:
+        """Outputs per output channel that each input position reaches, (height, width): rows times columns."""
+        lines = []
+        for axis, size in enumerate((height, width)):
+            kernel, stride, dilation = module.kernel_size[axis], module.stride[axis], module.dilation[axis]
+            if module.padding == "same":  # the odd one goes behind, as in torch
+                before, after = divmod(dilation * (kernel - 1), 2)
+                after += before
+            else:
+                before = after = 0 if module.padding == "valid" else module.padding[axis]
+            key = (size, kernel, stride, dilation, before, after, module.padding_mode)
+            if key not in self.fanouts:
+                self.fanouts[key] = _fanout(*key)
+            lines.append(self.fanouts[key])
+        return torch.outer(*lines)
+
+
+class _Counts(NamedTuple):
+    """Of one tensor: values other than 0, at each position over all images and channels (float64, on the CPU)."""
+
+    per_position: Tensor
+    num_active: int
+    is_binary: bool
+
+
+def _count(x: Tensor) -> _Counts:
+    """Few passes over the memory, as this runs for every layer of every batch."""
+    x = x.detach()
+    is_binary = True
+    if x.numel():
+        low, high = torch.aminmax(x)
+        # In [0, 1] no x - x^2 is negative, and it is 0 at the ends only, also after rounding. NaN fails the first test.
+        is_binary = bool((low >= 0) & (high <= 1)) and not bool(torch.addcmul(x, x, x, value=-1).max())
+    over = (0, 1) if x.dim() == 4 else 0
+    # Sums of fewer than 2^24 ones are exact in float32.
+    per_position = x.sum(over, dtype=torch.float32) if is_binary else (x != 0).sum(over, dtype=torch.int32)
+    per_position = per_position.cpu().double()
+    return _Counts(per_position, int(per_position.sum()), is_binary)
+
+
+def _fanout(size: int, kernel: int, stride: int, dilation: int, before: int, after: int, mode: str) -> Tensor:
+    """Outputs that each of `size` inputs in a row reaches, also through its copies in the padding, (size,) float64."""
+    positions = torch.arange(size, dtype=torch.float64).view(1, 1, size)
+    if mode == "zeros":
+        positions = F.pad(positions, (before, after), value=-1)
+    elif before or after:
+        positions = F.pad(positions, (before, after), mode=mode)
+    taps = positions.flatten().long().unfold(0, dilation * (kernel - 1) + 1, stride)[:, ::dilation]  # (outputs, kernel)
+    return torch.bincount(taps[taps >= 0], minlength=size).double()
