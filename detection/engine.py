@@ -287,7 +287,7 @@ def train_epoch(
             batch = send_to_device(next(source), accelerator.device)
             # Gradients are averaged over the processes once a step.
             with accelerator.no_sync(model) if part < parts else contextlib.nullcontext():
-                with keep_less() if config.train.low_memory else contextlib.nullcontext():
+                with recompute_activations() if config.train.low_memory else contextlib.nullcontext():
                     losses = compute_losses(model, batch)
                 penalties = hoyer_penalties(training.network, hoyer.reduction)
                 if penalties:

@@ -180,7 +180,7 @@ def test_frozen_statistics_and_gradients_of_an_evaluation():
 
 def test_the_graph_can_be_gone_through_twice():
     model = layers(2, "hoyer")
-    with keep_less():
+    with recompute_activations():
         out = model(torch.randn(2, 8, 6, 6)).mean()
     first = torch.autograd.grad(out, model[0].weight, retain_graph=True)[0]
     assert first.count_nonzero() > 0
@@ -202,7 +202,7 @@ def test_what_was_changed_in_place_is_kept_as_it_was_used():
 
 def test_a_source_that_was_changed_in_place_is_an_error():
     weight = nn.Parameter(torch.ones(2, 3))
-    with keep_less():
+    with recompute_activations():
         out = ((weight + torch.rand(2, 3)) * torch.rand(2, 3, requires_grad=True)).sum()
     with torch.no_grad():
         weight += 1
@@ -214,7 +214,7 @@ def test_nothing_is_left_after_a_step():
     model = layers(3, "hoyer")
 
     def step(images: Tensor) -> None:
-        with keep_less():
+        with recompute_activations():
             loss = model(images).mean() + hoyer_penalty(model)
         loss.backward()
         model.zero_grad()
@@ -238,7 +238,7 @@ def test_a_compiled_model_is_left_alone():
     compiled = copy.deepcopy(eager)
     compiled.compile(backend="aot_eager")
     images = torch.randn(2, 8, 6, 6)
-    with keep_less():
+    with recompute_activations():
         found = compiled(images)
     found.mean().backward()
     expected = eager(images)
