@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    import torch
+    from detection.api import evaluate, export, load, load_config, train
+    from detection.evaluation import CocoEvaluator
+    from detection.models import build_detector
 
-    from detection.checkpoint import Weights
-    from detection.predict import Predictor
+# Imported when they are asked for: `import detection` alone loads neither torch nor matplotlib.
+_PLACES = {
+    "CocoEvaluator": "detection.evaluation",
+    "build_detector": "detection.models",
+    "evaluate": "detection.api",
+    "export": "detection.api",
+    "load": "detection.api",
+    "load_config": "detection.config",
+    "train": "detection.api",
+}
+
+__all__ = ["CocoEvaluator", "build_detector", "evaluate", "export", "load", "load_config", "train"]
 
 
-def load(run: str | Path, weights: Weights = "last", device: str | torch.device | None = None) -> Predictor:
-    """A saved run, ready to be asked: `detection.load("runs/demo").predict("image.jpg")`.
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
 
-    Args:
-        run: run folder of a detector or a classifier (which gives a `ClassPredictor`), or "zoo:NAME" for a network
-            that comes with the package (`backbones.zoo.names()`).
-        weights: "last", "best" or "ema".
-        device: such as "cpu" or "cuda:0"; None: the first GPU, if there is one.
 
-    Raises:
-        FileNotFoundError: no such run or weights.
-        ValueError: the weights are damaged or do not fit, or there is no such device or entry of the zoo.
-    """
-    # Here and not above: `import detection` alone loads neither torch nor matplotlib.
-    from detection.checkpoint import Run
-    from detection.predict import make_predictor
-
-    return make_predictor(Run.open(run), weights, device)
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from backbones import HoyerSpike
-from detection.models import BackboneWithNeck, SpikingFPN
+from backbones import hook_layers, spike_layers
 
 DPI = 100  # pixels per inch
 
@@ -43,8 +42,7 @@ def spike_maps(model: nn.Module, image: Tensor) -> list[SpikeMap]:
 
     Args:
         model: a detector or a `backbones.Classifier`, in evaluation mode.
-        image: (3, H, W), as the model takes it: values in [0, 1] for a detector, normalised and of the right size for
-            a classifier.
+        image: (3, H, W) in [0, 1], of the right size for a classifier.
 
     Raises:
         RuntimeError: the model is in training mode.
@@ -54,31 +52,22 @@ def spike_maps(model: nn.Module, image: Tensor) -> list[SpikeMap]:
         raise RuntimeError("spike_maps: the model is in training mode; call model.eval() first")
     if image.dim() != 3 or not image.is_floating_point():
         raise ValueError(f"image: expected floats of shape (3, H, W), got {image.dtype} of shape {tuple(image.shape)}")
-    layers = _layers(model)
+    parts = {name: spike_layers(part) for name, part in model.backbone.parts().items()}
+    layers = {name: list(found.values())[-1] for name, found in parts.items() if found}
     rates: dict[str, Tensor] = {}
     covered = [1.0, 1.0]  # share of the network's input that the image covers, vertically and horizontally
 
-    def record(name: str):  # one closure per layer
-        def hook(layer: nn.Module, inputs: Any, spikes: Tensor) -> None:
-            rates[name] = (spikes[0] != 0).float().mean(0)
+    def record(name: str, layer: nn.Module, u: Tensor, spikes: Tensor) -> None:
+        rates[name] = (spikes[0] != 0).float().mean(0)
 
-        return hook
-
-    def note_padding(transform: nn.Module, inputs: Any, output: Any) -> None:
+    def note_padding(name: str, transform: nn.Module, images: Any, output: Any) -> None:
         batch = output[0]
         covered[:] = (size / whole for size, whole in zip(batch.image_sizes[0], batch.tensors.shape[-2:], strict=True))
 
-    handles = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
-    detector = isinstance(model.backbone, BackboneWithNeck)
-    if detector:
-        handles.append(model.transform.register_forward_hook(note_padding))
+    resizing = {"transform": model.transform} if hasattr(model, "transform") else {}  # a detector's
     image = image.to(next(model.parameters()).device)
-    try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code may skip the hooks
-            model([image]) if detector else model(image[None])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hook_layers(layers, after=record), hook_layers(resizing, after=note_padding):
+        model([image]) if resizing else model(image[None])
     return [_cut(name, rates[name].cpu().numpy(), covered) for name in layers if name in rates]
 
 
@@ -140,27 +129,6 @@ def draw_spike_maps(
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
-
-
-def _layers(model: nn.Module) -> Mapping[str, HoyerSpike]:
-    """The spike layers to watch, by the names of their maps, in the order of the network."""
-    backbone = model.backbone
-    body = backbone.body if isinstance(backbone, BackboneWithNeck) else backbone
-    # Some families have stages in front of the first declared map, and a stem that is part of them.
-    names = [info.name for info in body.feature_info]
-    before = [f"c{index}" for index in range(1, 1 + len(body.stages) - len(names))]
-    parts: dict[str, nn.Module] = {}
-    if isinstance(body.stem, nn.Module):
-        parts["stem"] = body.stem
-    parts |= dict(zip([*before, *names], body.stages, strict=True))
-    if isinstance(backbone, BackboneWithNeck):
-        neck = backbone.neck
-        leaving = neck.laterals if isinstance(neck, SpikingFPN) else neck.leaving
-        coarsest = int(backbone.levels[-1].removeprefix("c"))
-        levels = [*backbone.levels, *(f"p{coarsest + step}" for step in range(1, neck.num_extra + 1))]
-        parts |= {f"neck {level}": layer for level, layer in zip(levels, leaving, strict=False)}
-    found = {name: [layer for layer in part.modules() if isinstance(layer, HoyerSpike)] for name, part in parts.items()}
-    return {name: layers[-1] for name, layers in found.items() if layers}
 
 
 def _cut(name: str, rate: np.ndarray, covered: Sequence[float]) -> SpikeMap:

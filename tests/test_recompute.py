@@ -21,7 +21,7 @@ def plain_layer(layer: HoyerSpike, u: Tensor) -> tuple[Tensor, Tensor]:
     """Spikes and H of a training pass, their gradients left to autograd: the formulas of backbones/hoyer.py."""
     z = u / layer.v_th.abs()
     sums = moments(F.hardtanh(z, 0.0, 1.0), per_channel=layer.per_channel)
-    threshold = 1.0 if layer.fixed else layer._broadcast(extremum(*sums), z)
+    threshold = 1.0 if layer.fixed else layer.broadcast(extremum(*sums).to(z.dtype), z)
     return spike(z, threshold), regulariser(*sums)
 
 

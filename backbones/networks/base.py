@@ -38,12 +38,13 @@ class Backbone(nn.Module):
         stages: the parts between the maps; the last ones end in the maps of `feature_info`. A family whose stem is no
             module of its own has it at the beginning of the first stage.
         feature_info: one `FeatureInfo` for each map of the output, in its order.
+        make_spike: maker of the activation layers, for heads and necks of the same neurons.
     """
 
     stem: nn.Module
     stages: nn.ModuleList
     feature_info: tuple[FeatureInfo, ...]
-    _spike: SpikeFactory
+    make_spike: SpikeFactory
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         if "stem" in self._modules:
@@ -59,6 +60,11 @@ class Backbone(nn.Module):
         """Names of the stages' last maps, "c1" or "c2" first; those of `feature_info` are the last ones."""
         names = [info.name for info in self.feature_info]
         return [*(f"c{index}" for index in range(1, 1 + len(self.stages) - len(names))), *names]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Return "stem", where it is a module of its own, and each stage by the name of its last map, in their order."""
+        own = {"stem": self.stem} if "stem" in self._modules else {}
+        return own | dict(zip(self.stage_names, self.stages, strict=True))
 
     def truncate(self, name: str) -> None:
         """Remove what comes after the map `name`: its time, its weights and its Hoyer terms are saved.
@@ -81,7 +87,7 @@ class Backbone(nn.Module):
         channels = self.feature_info[-1].channels
         return nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
-            self._spike(channels),
+            self.make_spike(channels),
             nn.Flatten(),
             nn.Dropout(dropout),
             nn.Linear(channels, num_classes),

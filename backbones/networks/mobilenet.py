@@ -52,7 +52,7 @@ class MobileNetV1(Backbone):
         self, name: str, spike: SpikeFactory, *, in_channels: int = 3, stem: Stem = "imagenet", width: float = 1.0
     ) -> None:
         super().__init__()
-        self._spike = spike
+        self.make_spike = spike
         stride = 2 if stem == "imagenet" else 1
         channels_in = scale_channels(STEM_CHANNELS, width)
         self.stem = nn.Sequential(conv(in_channels, channels_in, 3, stride=stride), nn.BatchNorm2d(channels_in))

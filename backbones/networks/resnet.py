@@ -117,7 +117,7 @@ class ResNet(Backbone):
         pool_first: bool = True,
     ) -> None:
         super().__init__()
-        self._spike = spike
+        self.make_spike = spike
         block = BasicBlock if name in BASIC else Bottleneck
         channels_in = scale_channels(CHANNELS[0], width)
         if stem == "imagenet":

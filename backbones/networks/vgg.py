@@ -48,7 +48,7 @@ class VGG(Backbone):
     ) -> None:
         super().__init__()
         self.width, self._head_side = width, 2 if stem == "cifar" else 7
-        self._spike = spike
+        self.make_spike = spike
         self.stages = nn.ModuleList()
         info, channels_in, stride = [], in_channels, 1
         for index, (depth, channels) in enumerate(zip(DEPTHS[name], CHANNELS, strict=True)):
@@ -85,14 +85,14 @@ class VGG(Backbone):
         channels, hidden = self.feature_info[-1].channels, scale_channels(4096, self.width)
         return nn.Sequential(
             nn.AdaptiveAvgPool2d(side),
-            self._spike(channels),
+            self.make_spike(channels),
             nn.Flatten(),
             nn.Dropout(dropout),
             nn.Linear(channels * side * side, hidden, bias=False),
-            self._spike(hidden),
+            self.make_spike(hidden),
             nn.Dropout(dropout),
             nn.Linear(hidden, hidden, bias=False),
-            self._spike(hidden),
+            self.make_spike(hidden),
             nn.Dropout(dropout),
             nn.Linear(hidden, num_classes, bias=False),
         )

@@ -1,15 +1,5 @@
-"""Annotations, images and batches for object detection."""
+"""Annotations, images and batches."""
 
-from __future__ import annotations
-
-import os
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-from detection.config import Data
 from detection.data.batches import (
     AspectRatioBatches,
     SeededItems,
@@ -18,6 +8,8 @@ from detection.data.batches import (
     evaluation_batches,
 )
 from detection.data.coco import read_coco
+from detection.data.formats import build_datasets, read_split, register_format
+from detection.data.loaders import build_loader, loader_options, start_worker
 from detection.data.records import Annotations, DetectionDataset, Record, load_image
 from detection.data.synthetic import draw_scene, draw_scenes
 from detection.data.transforms import build_transform
@@ -40,82 +32,8 @@ __all__ = [
     "load_image",
     "loader_options",
     "read_coco",
+    "read_split",
     "read_voc",
+    "register_format",
     "start_worker",
 ]
-
-
-def build_datasets(data: Data) -> tuple[DetectionDataset, DetectionDataset]:
-    """Training data, augmented, and validation data, as stored; both with the same classes in the same order.
-
-    For `synthetic` the scenes are drawn first. See `read_voc`, `read_coco` and `draw_scenes` for the errors.
-    """
-    root = data.root
-    if data.format == "voc":
-        train = read_voc(root, data.train, data.classes, verify=data.verify)
-        val = read_voc(root, data.val, train.categories, verify=data.verify)
-    else:
-        if data.format == "synthetic":
-            draw_scenes(root, **data.scenes.model_dump())
-            sources = {name: (root / "annotations" / f"{name}.json", root / name) for name in ("train", "val")}
-        else:
-            sources = {
-                "train": (root / data.train[0], root / data.train_images),
-                "val": (root / data.val[0], root / data.val_images),
-            }
-        train = read_coco(*sources["train"], data.classes, verify=data.verify)
-        val = read_coco(*sources["val"], train.categories, verify=data.verify)
-    return DetectionDataset(train, build_transform(data.augment)), DetectionDataset(val)
-
-
-def build_loader(
-    dataset: Dataset,
-    *,
-    batch_size: int,
-    workers: int,
-    shuffle: bool,
-    seed: int = 0,
-    aspect_groups: int = 0,
-    share: tuple[int, int] = (0, 1),
-) -> DataLoader[tuple[list[Tensor], list[dict[str, Any]]]]:
-    """This process's batches (images, targets), both lists, since images differ in size and in number of objects.
-
-    Shuffled, it is a `TrainingLoader`: `set_epoch` says which epoch the next pass is. Not shuffled, see
-    `evaluation_batches`.
-
-    Args:
-        seed: of the order and the augmentation, whatever the number of loader processes.
-        aspect_groups: shuffled batches hold images of similar shape, see `AspectRatioBatches`; 0: any images. A
-            `DetectionDataset` is needed for it.
-        share: (index of this process, number of processes).
-    """
-    if not shuffle:
-        batches = evaluation_batches(len(dataset), batch_size, share)
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=_collate, **loader_options(workers))
-    ratios = [record.width / record.height for record in dataset.annotations.records] if aspect_groups else None
-    sampler = TrainingBatches(len(dataset), batch_size, seed=seed, share=share, ratios=ratios, num_groups=aspect_groups)
-    return TrainingLoader(SeededItems(dataset), batch_sampler=sampler, collate_fn=_collate, **loader_options(workers))
-
-
-def loader_options(workers: int) -> dict[str, Any]:
-    """What all loaders have in common."""
-    return {
-        "num_workers": workers,
-        "generator": torch.Generator(),  # for the workers' seeds, on which nothing depends, in place of the global one
-        "worker_init_fn": start_worker,
-        "persistent_workers": workers > 0,
-        "pin_memory": torch.cuda.is_available(),
-    }
-
-
-def _collate(items: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    images, targets = zip(*items, strict=True)
-    return list(images), list(targets)
-
-
-def start_worker(worker: int) -> None:
-    """Prepares a loader process: one thread, and a process group of its own."""
-    # With a pool of threads in each, a few workers would fight for the cores. OpenCV has none, see transforms.py.
-    torch.set_num_threads(1)
-    # Ctrl-C and a stop of the main process's group are its affair: it needs its workers for the step under way.
-    os.setpgid(0, 0)

@@ -8,7 +8,7 @@ from zipfile import BadZipFile
 from torchvision.datasets import VOCDetection
 from torchvision.datasets.utils import download_and_extract_archive
 
-from detection.config import Data
+from detection.config.schema import Data
 
 COCO = "http://images.cocodataset.org"
 

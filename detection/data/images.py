@@ -1,27 +1,26 @@
-"""Labelled images for classification: readers, and batches that are augmented on the training device."""
+"""Labelled images for classification: readers, and the registry of their formats."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
 
-from detection.config import ImageAugment, ImageData
-from detection.data.batches import TrainingBatches, derive_seed, evaluation_batches, take_share
+from detection.config.schema import ImageData
 from detection.data.records import NUM_THREADS, Verify, check_classes, image_problem, load_image, require_folder
 from detection.data.synthetic import CATEGORIES, SCALE, draw_scene
+from detection.text import nearest
+
+Split = Literal["train", "val"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,13 @@ class Images:
     classes: tuple[str, ...]
     dropped: tuple[str, ...] = ()
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def choose(self, indices: Sequence[int]) -> Images:
+        """Return these images alone."""
+        return replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
+
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -49,32 +55,77 @@ class ImageFiles:
     classes: tuple[str, ...]
     dropped: tuple[str, ...] = ()
 
+    def __len__(self) -> int:
+        return len(self.files)
 
-def read_images(data: ImageData, split: Literal["train", "val"], *, download: bool = False) -> Images:
-    """A split in memory, its classes those of `data.classes` or, if that is empty, all that the split has.
+    def choose(self, indices: Sequence[int]) -> ImageFiles:
+        """Return these files alone."""
+        return replace(self, files=tuple(self.files[index] for index in indices))
 
-    Images of a folder are cut to a square in their middle and resized to the side `data.size`. Files that do not
-    decode are left out and named.
+
+Reader = Callable[[ImageData, Split, bool], Images]
+_READERS: dict[str, Reader] = {}
+
+
+def register_image_format(name: str) -> Callable[[Reader], Reader]:
+    """Decorate a function (data, split, download) -> `Images`, which reads files for `data.format: NAME`.
+
+    Raises:
+        ValueError: the name is taken by another function.
+    """
+
+    def register(reader: Reader) -> Reader:
+        taken = _READERS.get(name, reader)
+        if (taken.__module__, taken.__qualname__) != (reader.__module__, reader.__qualname__):
+            raise ValueError(f"data.format {name!r} is registered already, by {taken.__module__}")
+        _READERS[name] = reader
+        return reader
+
+    return register
+
+
+def read_image_split(data: ImageData, split: Split, *, download: bool = False) -> Images | ImageFiles:
+    """Return a split: its pixels, or the files of large images in folders (`data.in_memory` False).
+
+    The classes are those of `data.classes` or, if that is empty, all that the split has. Images of a folder that are
+    kept in memory are cut to a square in their middle and resized to the side `data.size`. Files that do not decode are
+    left out and named.
 
     Args:
+        data: where it is.
+        split: "train" or "val".
         download: fetch CIFAR if it is missing.
 
     Raises:
         FileNotFoundError: no such folder, or CIFAR is missing and may not be fetched.
-        ValueError: the layout is not root/SPLIT/CLASS/*, a class has no image, a wanted class is not in the data, or
-            the data's image size is not `data.size`.
+        ValueError: no such format, the layout is not root/SPLIT/CLASS/*, a class has no image, a wanted class is not
+            in the data, or the data's image size is not `data.size`.
     """
-    match data.format:
-        case "folder":
-            return _decode(read_folder(data.root / getattr(data, split), data.classes), data.size)
-        case "synthetic":
-            return _draw(data, 0, data.num_train) if split == "train" else _draw(data, 1, data.num_val)
-        case _:
-            return _cifar(data, split == "train", download)
+    if data.format not in _READERS:
+        raise ValueError(f"data.format: unknown {data.format!r}{nearest(data.format, _READERS)}")
+    if data.format == "folder" and not data.in_memory:
+        return check_files(read_folder(data.root / getattr(data, split), data.classes), data.verify)
+    return _READERS[data.format](data, split, download)
+
+
+@register_image_format("folder")
+def _folder(data: ImageData, split: Split, download: bool) -> Images:
+    return _decode(read_folder(data.root / getattr(data, split), data.classes), data.size)
+
+
+@register_image_format("synthetic")
+def _synthetic(data: ImageData, split: Split, download: bool) -> Images:
+    return _draw(data, 0, data.num_train) if split == "train" else _draw(data, 1, data.num_val)
+
+
+@register_image_format("cifar10")
+@register_image_format("cifar100")
+def _torchvision(data: ImageData, split: Split, download: bool) -> Images:
+    return _cifar(data, split == "train", download)
 
 
 def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
-    """The image files of folder/CLASS/*.
+    """Return the image files of folder/CLASS/*.
 
     Args:
         folder: of one split.
@@ -121,147 +172,6 @@ def _without(files: ImageFiles, problems: Sequence[str | None]) -> ImageFiles:
         if label not in left:
             raise ValueError(f"class {name!r} has no usable image; {len(dropped)} left out, the first: {dropped[0]}")
     return ImageFiles(kept, files.classes, files.dropped + dropped)
-
-
-class MemoryBatches:
-    """Batches (images, labels) of a split that lies on the training device, augmented there, a whole batch at a time.
-
-    An image is padded with black, a window of its own size is cut out at a random place, flipped, and a square of it
-    blackened, as `augment` says; then the images are normalised. Without `augment` they come in order, as they are.
-
-    Args:
-        data: the split; its pixels are moved to `device`.
-        device: where the batches lie.
-        batch_size: images per batch and process; the last one may have fewer.
-        mean, std: RGB, of images in [0, 1].
-        augment: None in evaluation.
-        seed: of order and augmentation, which differ from epoch to epoch.
-        share: (index, number) of the processes that share the split, see `TrainingBatches` and `evaluation_batches`.
-
-    Shape: images (B, 3, size, size) float32, labels (B,) int64.
-    """
-
-    def __init__(
-        self,
-        data: Images,
-        device: torch.device,
-        *,
-        batch_size: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        augment: ImageAugment | None = None,
-        seed: int = 0,
-        share: tuple[int, int] = (0, 1),
-    ) -> None:
-        self.pixels, self.labels = data.pixels.to(device), data.labels.to(device)
-        self.augment, self.seed, self.share = augment, seed, share
-        self.mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
-        self.std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
-        self.order = TrainingBatches(len(self.labels), batch_size, seed=seed, share=share, drop_single=True)
-
-    def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """The next pass is that of `epoch`, counted from 1, without its first `first` batches."""
-        self.order.set_epoch(epoch, first)
-
-    def __len__(self) -> int:
-        if self.augment is None:
-            return len(evaluation_batches(len(self.labels), self.order.batch_size, self.share))
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.augment is None:
-            for batch in evaluation_batches(len(self.labels), self.order.batch_size, self.share):
-                yield self._load(torch.tensor(batch))
-            return
-        epoch, batches = self.order.draw()
-        for position, batch in batches:
-            # On the CPU, so the same on every device, and for the whole batch, so the same for every process.
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, position))
-            drawn = draw_augmentation(len(batch), self.pixels.shape[-1], self.augment, generator)
-            chosen = take_share(range(len(batch)), self.share)
-            yield self._load(torch.tensor(batch)[chosen], {name: values[chosen] for name, values in drawn.items()})
-
-    def _load(self, indices: Tensor, drawn: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        device = self.pixels.device
-        indices = indices.to(device)
-        images = self.pixels[indices]
-        if drawn is not None:
-            images = augment_batch(images, self.augment, {name: values.to(device) for name, values in drawn.items()})
-        return (images - self.mean) / self.std, self.labels[indices]
-
-
-def draw_augmentation(number: int, size: int, augment: ImageAugment, generator: torch.Generator) -> dict[str, Tensor]:
-    """What `augment_batch` does to each image: "top" and "left" of its window, "flip", "y" and "x" of its square.
-
-    Shape: each (number,).
-    """
-    drawn: dict[str, Tensor] = {}
-    if augment.padding:
-        for name in ("top", "left"):
-            drawn[name] = torch.randint(2 * augment.padding + 1, (number,), generator=generator)
-    if augment.hflip:
-        drawn["flip"] = torch.rand(number, generator=generator) < augment.hflip
-    if augment.cutout:
-        for name in ("y", "x"):  # the square's middle: near the border a part of it falls outside
-            drawn[name] = torch.randint(size, (number,), generator=generator)
-    return drawn
-
-
-def augment_batch(images: Tensor, augment: ImageAugment, drawn: Mapping[str, Tensor]) -> Tensor:
-    """Square images (B, C, S, S) cut, flipped and blackened in part, each by draws of its own; dtype kept.
-
-    Args:
-        drawn: from `draw_augmentation`, on the images' device.
-    """
-    device, size = images.device, images.shape[-1]
-    if "top" in drawn:
-        rows = drawn["top"][:, None] + torch.arange(size, device=device)
-        columns = drawn["left"][:, None] + torch.arange(size, device=device)
-        padded = F.pad(images, [augment.padding] * 4)
-        each = torch.arange(len(images), device=device)[:, None, None]
-        # Indices on both sides of the channels put these last: (B, S, S, C).
-        images = padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    if "flip" in drawn:
-        images = torch.where(drawn["flip"][:, None, None, None], images.flip(-1), images)
-    if "y" in drawn:
-        near_rows, near_columns = (
-            (torch.arange(size, device=device) - drawn[name][:, None] + augment.cutout // 2) // augment.cutout == 0
-            for name in ("y", "x")
-        )
-        images = images.masked_fill((near_rows[:, :, None] & near_columns[:, None, :])[:, None], 0)
-    return images
-
-
-class FolderImages(Dataset):
-    """Items (image (3, size, size) float32 normalised, label) read from disk one by one.
-
-    Training cuts a random part of the image and resizes it; evaluation resizes the short side to 256/224 of `size` and
-    cuts out the centre, as is usual for ImageNet.
-
-    Args:
-        files: path and label of every image.
-        data: size, augmentation, mean and standard deviation.
-        train: with augmentation or without.
-    """
-
-    def __init__(self, files: ImageFiles, data: ImageData, *, train: bool) -> None:
-        self.files = files
-        if train:
-            shape = [
-                v2.RandomResizedCrop(data.size, scale=(data.augment.min_area, 1.0), antialias=True),
-                v2.RandomHorizontalFlip(data.augment.hflip),
-            ]
-        else:
-            shape = [v2.Resize(round(data.size * 256 / 224), antialias=True), v2.CenterCrop(data.size)]
-        self.transform = v2.Compose([*shape, v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)])
-
-    def __len__(self) -> int:
-        return len(self.files.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.files.files[index]
-        pixels = torch.from_numpy(load_image(path).transpose(2, 0, 1).copy())
-        return self.transform(pixels), label
 
 
 def _decode(files: ImageFiles, size: int) -> Images:

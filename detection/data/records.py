@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -281,6 +281,16 @@ class DetectionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.annotations.records)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the labels 1..K."""
+        return self.annotations.categories
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """A sentence for each thing that was left out or mended."""
+        return self.annotations.dropped
+
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         record = self.annotations.records[index]
         image = load_image(record.path)
@@ -296,6 +306,12 @@ class DetectionDataset(Dataset):
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels), "image_id": record.image_id}
         return pixels.float() / 255, target
+
+    def choose(self, indices: Sequence[int]) -> DetectionDataset:
+        """Return these images alone."""
+        records = self.annotations.records
+        chosen = replace(self.annotations, records=tuple(records[index] for index in indices))
+        return DetectionDataset(chosen, self.transform)
 
     def ground_truth(self) -> dict[str, Any]:
         """A COCO dictionary for pycocotools, in pixels of the stored images; ignored objects have iscrowd = 1.

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import torch
 
-from detection.config import Augment
+from detection.config.schema import Augment
 from detection.data.records import Transform
 
 # albumentations looks for a newer version of itself on the network while it is imported. Set outright: a value that

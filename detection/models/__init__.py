@@ -1,16 +1,13 @@
-"""Networks of recipes and of saved runs: torchvision's detectors over spiking backbones and necks, classifiers."""
+"""Networks of recipes: torchvision's detectors over spiking backbones and necks, classifiers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import backbones
-from detection.checkpoint import Run, Weights
-from detection.config import Backbone as BackboneSettings
-from detection.config import ClassificationConfig, Config, read_recipe
+from detection.config import Recipe, read_recipe, schema
 from detection.models.fasterrcnn import build_fasterrcnn
 from detection.models.fcos import build_fcos
 from detection.models.neck import BackboneWithNeck, SpikingFPN, SpikingMaps, check_levels
@@ -24,14 +21,13 @@ __all__ = [
     "build_backbone",
     "build_classifier",
     "build_detector",
-    "load_model",
 ]
 
 BUILDERS = {"fasterrcnn": build_fasterrcnn, "retinanet": build_retinanet, "fcos": build_fcos, "ssd": build_ssd}
 NUM_EXTRA = {"fasterrcnn": 1, "retinanet": 2, "fcos": 2, "ssd": 3}
 
 
-def build_detector(config: Config) -> nn.Module:
+def build_detector(config: Recipe) -> nn.Module:
     """The detector of a recipe, with torchvision's interface.
 
     In training `model(images, targets)` gives a dict of losses, in evaluation `model(images)` a list of dicts with
@@ -47,7 +43,7 @@ def build_detector(config: Config) -> nn.Module:
         raise ValueError("data.classes is empty: a detector needs the class names; reading the data fills them in")
     model, settings = config.model, config.model.backbone
     body = build_backbone(settings)
-    spike = backbones.SpikeFactory(settings.activation, extremum=settings.extremum, momentum=settings.momentum)
+    spike = body.make_spike
     levels = model.neck.levels or (["c2", "c3", "c4", "c5"] if model.detector == "fasterrcnn" else ["c3", "c4", "c5"])
     channels = [info.channels for info in check_levels(body, levels)]
     num_extra = NUM_EXTRA[model.detector] if model.neck.extra_levels is None else model.neck.extra_levels
@@ -67,7 +63,7 @@ def build_detector(config: Config) -> nn.Module:
     return BUILDERS[model.detector](model, BackboneWithNeck(body, neck, levels), len(config.data.classes), spike)
 
 
-def build_classifier(config: ClassificationConfig) -> backbones.Classifier:
+def build_classifier(config: Recipe) -> backbones.Classifier:
     """The classifier of a recipe: images (N, 3, size, size) normalised -> logits (N, K), K = len(data.classes).
 
     Raises:
@@ -83,26 +79,13 @@ def build_classifier(config: ClassificationConfig) -> backbones.Classifier:
             f"data.size {config.data.size}: smaller than a cell of the last feature map, whose stride is {stride} "
             f"({config.model.backbone.name} with the {config.model.backbone.stem} stem)"
         )
-    return backbones.Classifier(backbone, len(config.data.classes), dropout=config.model.dropout)
+    model = config.model
+    return backbones.Classifier(
+        backbone, len(config.data.classes), dropout=model.dropout, mean=model.mean, std=model.std
+    )
 
 
-def load_model(run: Run, which: Weights = "last") -> nn.Module:
-    """The network of a saved run, a detector or a classifier, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: the run has no such weights.
-        ValueError: they are damaged or do not fit.
-    """
-    config = run.config.model_copy(deep=True)
-    config.model.backbone.weights = None  # what the training started from: the run brings its own
-    model = build_detector(config) if isinstance(config, Config) else build_classifier(config)
-    run.load(model, which)
-    if config.train.channels_last:  # as in training, for the same rounding
-        model.to(memory_format=torch.channels_last)
-    return model.eval()
-
-
-def build_backbone(settings: BackboneSettings) -> backbones.Backbone:
+def build_backbone(settings: schema.Backbone) -> backbones.Backbone:
     """The backbone of a recipe, with its pretrained weights if it names any.
 
     Raises:
@@ -115,19 +98,10 @@ def build_backbone(settings: BackboneSettings) -> backbones.Backbone:
         if weights.is_dir():
             weights = weights / "last.safetensors"
         _check_origin(settings, weights.parent / "config.yaml")
-    return backbones.create(
-        settings.name,
-        activation=settings.activation,
-        stem=settings.stem,
-        width=settings.width,
-        weights=weights,
-        pool_first=settings.pool_first,
-        extremum=settings.extremum,
-        momentum=settings.momentum,
-    )
+    return backbones.create(settings.name, weights=weights, **settings.arguments())
 
 
-def _check_origin(settings: BackboneSettings, recipe: Path) -> None:
+def _check_origin(settings: schema.Backbone, recipe: Path) -> None:
     """Raises ValueError if the weights come from a run, whose recipe says that its backbone was another one."""
     if not recipe.is_file():
         return

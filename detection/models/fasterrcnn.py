@@ -10,7 +10,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import MultiScaleRoIAlign
 
 from backbones import SpikeFactory
-from detection.config import Model
+from detection.config.schema import Model
 from detection.models.heads import resize_and_normalise
 from detection.models.neck import BackboneWithNeck
 

@@ -186,6 +186,13 @@ class BackboneWithNeck(nn.Module):
         self.body = body
         self.neck = neck
 
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the body's parts, and "neck c3", ...: what turns the maps that leave for the neck into spikes."""
+        leaving = self.neck.laterals if isinstance(self.neck, SpikingFPN) else self.neck.leaving
+        coarsest = int(self.levels[-1].removeprefix("c"))
+        levels = [*self.levels, *(f"p{coarsest + step}" for step in range(1, self.neck.num_extra + 1))]
+        return self.body.parts() | {f"neck {level}": layer for level, layer in zip(levels, leaving, strict=False)}
+
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         maps = self.body(x)
         return self.neck({name: maps[name] for name in self.levels})

@@ -8,7 +8,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from backbones import SpikeFactory
-from detection.config import Model
+from detection.config.schema import Model
 from detection.models.heads import ForegroundOnly, SpikingTower, norm_layer, resize_and_normalise
 from detection.models.neck import BackboneWithNeck
 

@@ -7,7 +7,7 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
 
 from backbones import SpikeFactory
-from detection.config import Model
+from detection.config.schema import Model
 from detection.models.neck import BackboneWithNeck
 
 

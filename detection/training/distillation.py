@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,95 +10,64 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from detection.checkpoint import Run
-from detection.config import Distillation, Recipe
-from detection.engine import ComputeLosses
-from detection.models import load_model
+from detection.config import schema
+from detection.training.trainer import Losses
+
+Distance = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def learn_from(
-    settings: Distillation,
-    compute_losses: ComputeLosses,
+    teacher: nn.Module,
     student: nn.Module,
-    config: Recipe,
+    losses: Losses,
+    settings: schema.Distillation,
     accelerator: Accelerator,
-) -> ComputeLosses:
-    """`compute_losses` with "distillation" and, if wanted, "features" beside the task's losses, weighted.
+    *,
+    head_of: Callable[[nn.Module], nn.Module],
+    ask: Callable[[nn.Module, Any], None],
+    distance: Distance,
+) -> Losses:
+    """Return `losses` with "distillation" and, if wanted, "features" beside the task's losses, weighted.
 
     "distillation" compares the class predictions, "features" what the classification head sees: the last map of a
-    classifier's backbone, the pyramid of a detector. The teacher sees the pixels that the student sees.
+    classifier's backbone, the pyramid of a detector.
 
     Args:
-        settings: which teacher, and the weights.
-        compute_losses: the task's.
+        teacher: trained network, in evaluation mode; it is moved to the device of the training.
         student: watched by hooks; may be wrapped later.
-        config: the student's recipe, class names filled in.
+        losses: the task's.
+        settings: the weights.
         accelerator: of the training.
-
-    Raises:
-        FileNotFoundError: the teacher is no run folder.
-        ValueError: it was trained for another task or other classes.
+        head_of: the module of a network whose input are the features and whose output are the class predictions.
+        ask: (teacher, batch): runs it on what the student has just seen of a batch.
+        distance: (student's predictions, teacher's predictions, temperature) -> ().
     """
-    teacher = load_teacher(settings, config).to(accelerator.device).requires_grad_(False)
-    seen, known = watch_head(student), watch_head(teacher)
-    pixels: dict[str, Tensor] = {}
-    detecting = hasattr(student, "transform")
-    if detecting:
-        student.transform.register_forward_hook(lambda module, inputs, output: pixels.update(images=output[0].tensors))
+    teacher = teacher.to(accelerator.device).requires_grad_(False)
+    seen, known = watch(head_of(student)), watch(head_of(teacher))
 
     def compute(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        losses = compute_losses(model, batch)
+        found = losses(model, batch)
         with torch.no_grad(), accelerator.autocast():
-            if detecting:
-                teacher.head.classification_head(list(teacher.backbone(pixels["images"]).values()))
-            else:
-                teacher(batch[0])
+            ask(teacher, batch)
         if settings.logits:
-            distance = detection_distance if detecting else softened_distance
-            losses["distillation"] = settings.logits * distance(
-                seen["logits"].float(), known["logits"].float(), settings.temperature
-            )
+            gap = distance(seen["logits"].float(), known["logits"].float(), settings.temperature)
+            found["distillation"] = settings.logits * gap
         if settings.features:
-            losses["features"] = settings.features * feature_distance(seen["features"], known["features"])
-        return losses
+            found["features"] = settings.features * feature_distance(seen["features"], known["features"])
+        return found
 
     return compute
 
 
-def load_teacher(settings: Distillation, config: Recipe) -> nn.Module:
-    """The teacher with its last weights, in evaluation mode; errors as in `learn_from`."""
-    run = Run.open(settings.teacher)
-    if run.config.task != config.task:
-        raise ValueError(f"distillation.teacher {run.folder}: trained for {run.config.task}, not for {config.task}")
-    theirs, ours = list(run.config.data.classes), list(config.data.classes)
-    if theirs != ours:
-        raise ValueError(
-            f"distillation.teacher {run.folder}: knows the classes {', '.join(theirs[:5])} ({len(theirs)} in all), "
-            f"this recipe has {', '.join(ours[:5])} ({len(ours)} in all)"
-        )
-    if config.task == "detection" and run.config.model.detector != config.model.detector:
-        kinds = f"is a {run.config.model.detector}, this recipe a {config.model.detector}"
-        raise ValueError(f"distillation.teacher {run.folder}: {kinds}")
-    # The teacher is given the pixels as the student's recipe has normalised them.
-    theirs, ours = (each.model if each.task == "detection" else each.data for each in (run.config, config))
-    for key in ("mean", "std"):
-        if getattr(theirs, key) != getattr(ours, key):
-            raise ValueError(
-                f"distillation.teacher {run.folder}: its images were normalised with {key} {getattr(theirs, key)}, "
-                f"this recipe's are with {getattr(ours, key)}"
-            )
-    return load_model(run)
-
-
-def watch_head(model: nn.Module) -> dict[str, Any]:
-    """What the classification head of `model` saw and said in its last pass: "features", maps; "logits"."""
+def watch(head: nn.Module) -> dict[str, Any]:
+    """Return a dict that always has what `head` saw and said in its last pass: "features", maps; "logits"."""
     seen: dict[str, Any] = {}
 
     def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         maps = inputs[0]
         seen.update(features=[maps] if isinstance(maps, Tensor) else list(maps), logits=output)
 
-    getattr(model.head, "classification_head", model.head).register_forward_hook(keep)
+    head.register_forward_hook(keep)
     return seen
 
 

@@ -1,19 +1,12 @@
-"""One recipe = one YAML file = one `Config`: read, checked, overridden from the command line, written back."""
+"""The sections of a recipe as pydantic models: keys, types, defaults, and what each key means."""
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import tyro
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-import backbones
-from detection.files import write_whole
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -33,19 +26,24 @@ class Backbone(Section):
     name: str = Field("resnet18", description="one of `backbones.names()`: vgg11 ... resnet152, mobilenetv1")
     width: float = Field(1.0, gt=0, description="multiplier of every channel count (rounded to multiples of 8)")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="first layers: for large images, or for 32x32")
-    activation: Literal["hoyer", "relu", "fixed"] = Field(
-        "hoyer", description="hoyer: the method; relu: the analogue twin; fixed: threshold v_th without extremum"
+    activation: str = Field(
+        "hoyer",
+        description="one of `backbones.neurons()`: hoyer, the method; relu, the analogue twin; fixed, threshold v_th "
+        "without extremum; graded, spikes of several levels",
     )
     extremum: Literal["layer", "channel"] = Field("layer", description="scope of the Hoyer extremum")
     momentum: float = Field(0.1, gt=0, le=1, description="weight of a batch in the extremum's running average")
+    levels: int = Field(4, ge=2, le=16, description="values that a spike of the activation graded can take")
     pool_first: bool = Field(True, description="max-pool before BatchNorm, as published; false: after it")
+    options: dict[str, bool | int | float | str] = Field(
+        {}, description="further options of a backbone or activation that was registered from elsewhere"
+    )
     weights: str | None = Field(None, description="pretrained weights: a .safetensors file, a run folder or zoo:NAME")
 
-    @model_validator(mode="after")
-    def _known_name(self) -> Backbone:
-        if self.name not in backbones.names():
-            raise ValueError(f"name: unknown backbone {self.name!r}{_nearest(self.name, backbones.names())}")
-        return self
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `backbones.create`, name and weights left out."""
+        keys = ("activation", "stem", "width", "pool_first", "extremum", "momentum", "levels")
+        return {key: getattr(self, key) for key in keys} | self.options
 
 
 class Neck(Section):
@@ -172,7 +170,9 @@ class Augment(Section):
 class Data(Section):
     """Where images and boxes come from."""
 
-    format: Literal["voc", "coco", "synthetic"] = Field("coco", description="layout of the files under root")
+    format: str = Field(
+        "coco", description="layout of the files under root: voc, coco, or synthetic for scenes that are drawn first"
+    )
     root: Path = Field(Path("data"), description="folder that the other paths start from")
     train: list[str] = Field(
         [], description="voc: FOLDER/SPLIT, several are joined (VOC2007/trainval); coco: one annotation file"
@@ -192,18 +192,9 @@ class Data(Section):
         3, ge=0, description="batches hold images of similar shape: so many bins on either side of a square; 0: off"
     )
     workers: int = Field(2, ge=0, description="loader processes")
-
-    @model_validator(mode="after")
-    def _complete(self) -> Data:
-        if self.format != "synthetic":
-            for key in ("train", "val"):
-                if not getattr(self, key):
-                    raise ValueError(f"{key}: empty; data.format {self.format!r} needs it")
-        if self.format == "coco":
-            for key in ("train", "val"):
-                if len(getattr(self, key)) > 1:
-                    raise ValueError(f"{key}: {getattr(self, key)}; data.format 'coco' takes one annotation file")
-        return self
+    options: dict[str, bool | int | float | str] = Field(
+        {}, description="further options of a format that was registered from elsewhere"
+    )
 
 
 class Hoyer(Section):
@@ -303,33 +294,13 @@ class Evaluation(Section):
     )
 
 
-class Config(Section):
-    """A training recipe. Every key can be overridden: --model.backbone.activation relu"""
-
-    task: Literal["detection"] = Field("detection", description="what is trained")
-    model: Model = Model()
-    data: Data
-    hoyer: Hoyer = Hoyer()
-    optimizer: Optimizer = Optimizer()
-    train: Train = Train()
-    distillation: Distillation = Distillation()
-    evaluation: Evaluation = Evaluation()
-
-    @model_validator(mode="after")
-    def _teachable(self) -> Config:
-        if self.distillation.teacher is not None and self.model.detector not in ("retinanet", "fcos"):
-            raise ValueError(
-                f"distillation.teacher: retinanet and fcos learn from a teacher; {self.model.detector} predicts in "
-                "several stages and does not"
-            )
-        return self
-
-
 class Classifier(Section):
     """A backbone with the classification head of its family."""
 
     backbone: Backbone = Backbone()
     dropout: float = Field(0.0, ge=0, lt=1, description="probability in the head, while training")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="RGB mean, images in [0, 1]")
+    std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
 
 
 class ImageAugment(Section):
@@ -362,8 +333,6 @@ class ImageData(Section):
     num_train: int = Field(2000, gt=0, description="synthetic: training images")
     num_val: int = Field(500, gt=0, description="synthetic: validation images")
     augment: ImageAugment = ImageAugment()
-    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="RGB mean, images in [0, 1]")
-    std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
     verify: Literal["header", "full"] = Field(
         "header",
         description="not in memory: how images are checked before training, header and end of file, or decoded "
@@ -372,163 +341,14 @@ class ImageData(Section):
     workers: int = Field(2, ge=0, description="loader processes, if not in memory")
 
 
-class ClassificationConfig(Section):
-    """A recipe of classification, such as the pretraining of a backbone."""
+class Recipe(Section):
+    """What every kind of recipe has; a task adds `task`, `model` and `data`, and what else it needs."""
 
-    task: Literal["classification"] = Field("classification", description="what is trained")
-    model: Classifier = Classifier()
-    data: ImageData
+    task: str
+    plugins: list[str] = Field([], description="Python modules to import first, which register what they bring")
+    model: Section
+    data: Section
     hoyer: Hoyer = Hoyer()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     distillation: Distillation = Distillation()
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
-
-
-Recipe = Config | ClassificationConfig
-AnyConfig = TypeVar("AnyConfig", Config, ClassificationConfig)
-
-
-def load_config(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    kind: type[AnyConfig] = Config,
-    prog: str | None = None,
-) -> AnyConfig:
-    """The recipe in `path` with command-line overrides on top.
-
-    Args:
-        path: YAML file.
-        kind: `Config` (detection) or `ClassificationConfig`.
-        overrides: `--section.key value` or `section.key=value`, as typed on a command line.
-        prog: program name in help texts.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is not YAML, or a key or value is not allowed; the message names file, key and remedy.
-        SystemExit: an override is wrong (explained on standard error), or `--help` was among them.
-    """
-    config = read_recipe(path)
-    if not isinstance(config, kind):
-        wanted = kind.model_fields["task"].default
-        raise ValueError(f"{path}: task is {config.task!r}; a recipe of {wanted} is needed here")
-    return override(config, overrides, prog=prog)
-
-
-def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in `path`, of the kind that its `task` says; errors as in `load_config`."""
-    values = _read_values(path)
-    kind = _kind(path, values)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"{path}: " + "; ".join(_explain(error, kind))) from None
-
-
-def override(config: AnyConfig, overrides: Sequence[str], *, prog: str | None = None) -> AnyConfig:
-    """`config` with `--section.key value` or `section.key=value` arguments applied; see `load_config`."""
-    arguments = [f"--{text}" if "=" in text and not text.startswith("-") else text for text in overrides]
-    return tyro.cli(
-        type(config),
-        default=config,
-        args=arguments,
-        prog=prog,
-        config=(tyro.conf.FlagConversionOff,),
-        use_underscores=True,
-    )
-
-
-def save_config(config: Section, path: str | Path) -> None:
-    """Writes every value of `config`, defaults included, as YAML that `load_config` reads back equal."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    write_whole(Path(path), text.encode())
-
-
-# What may differ when a run goes on, because no number depends on it.
-FREE_KEYS = {
-    "data.root",
-    "data.workers",
-    "evaluation.backend",
-    "train.save_minutes",
-    "train.save_steps",
-    "train.tensorboard",
-    "train.timeout_minutes",
-}
-
-
-def flatten(config: Section) -> dict[str, Any]:
-    """{"train.epochs": 3, ...} of a recipe, plain values."""
-
-    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return dict(walk(config.model_dump(mode="json"), ""))
-
-
-def require_same(found: Mapping[str, Any], wanted: Section, source: str, *, free: Collection[str] = FREE_KEYS) -> None:
-    """Nothing; raises ValueError that names the first key in which a recipe differs from a `flatten`ed one.
-
-    Args:
-        found: of the run that is there.
-        wanted: the recipe now.
-        source: what `found` belongs to, for the message.
-        free: keys that may differ.
-    """
-    now = flatten(wanted)
-    for key in sorted((found.keys() | now.keys()) - set(free)):
-        if key in found and found[key] != now.get(key):
-            raise ValueError(
-                f"{source}: trained with {key} {found[key]!r}, wanted is {now.get(key)!r}; name another folder"
-            )
-
-
-def _kind(path: str | Path, values: dict[str, Any]) -> type[Config] | type[ClassificationConfig]:
-    kinds = {"detection": Config, "classification": ClassificationConfig}
-    task = values.get("task", "detection")
-    if task not in kinds:
-        raise ValueError(f"{path}: task: expected {' or '.join(kinds)}, got {task!r}")
-    return kinds[task]
-
-
-def _read_values(path: str | Path) -> dict[str, Any]:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected sections {', '.join(Config.model_fields)}, got {type(values).__name__}")
-    return values
-
-
-def _explain(error: ValidationError, kind: type[Section]) -> Iterator[str]:
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(kind, item["loc"][:-1])
-            yield f"unknown key {key!r}{_nearest(str(item['loc'][-1]), known)}"
-        elif item["type"] == "missing":
-            yield f"{key} is missing"
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            given = item["input"]
-            yield f"{key}: {message}" + ("" if isinstance(given, dict) else f" (got {given!r})")
-
-
-def _known_keys(kind: type[Section], location: Sequence[Any]) -> list[str]:
-    section: Any = kind
-    for part in location:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return (f"; did you mean {close[0]!r}?" if close else "") + f" (allowed: {', '.join(known)})"

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,6 +19,7 @@ from torch import nn
 from backbones import read_tensors, tensors_to_bytes, zoo
 from detection.config import Recipe, read_recipe, save_config
 from detection.files import is_empty, write_whole
+from detection.records import EpochLog, Machine, RunInfo
 
 Weights = Literal["best", "last", "ema"]
 PACKAGES = ("torch", "torchvision", "numpy", "albumentations", "pycocotools", "accelerate", "safetensors")
@@ -30,7 +31,7 @@ class Run:
     Files: config.yaml (the whole recipe), run.json (command, versions, machine; weights' checksums at the end),
     metrics.jsonl (a line per epoch), best.safetensors, last.safetensors and, where there is one, the
     average ema.safetensors, curves.png, dynamics.png (with spike layers), predictions.png (a detector's). Until the
-    training has ended also state.safetensors, from which it can go on, see `detection.resume`.
+    training has ended also state.safetensors, from which it can go on, see `detection.training.checkpoint`.
 
     Attributes:
         folder: where all that lies.
@@ -54,10 +55,8 @@ class Run:
         return folder
 
     @classmethod
-    def create(
-        cls, folder: str | Path, config: Recipe, command: Sequence[str], facts: Mapping[str, Any] | None = None
-    ) -> Run:
-        """A new run folder with config.yaml and run.json in it; `facts` go into the latter.
+    def create(cls, folder: str | Path, config: Recipe, info: RunInfo) -> Run:
+        """Make a new run folder with config.yaml and run.json in it.
 
         Raises:
             FileExistsError: there is something already.
@@ -65,7 +64,7 @@ class Run:
         run = cls(cls.check_free(folder), config)
         run.folder.mkdir(parents=True, exist_ok=True)
         save_config(config, run.folder / "config.yaml")
-        run.write_info({"command": " ".join(command), **describe_environment(), **(facts or {})})
+        run.write_info(info)
         return run
 
     @classmethod
@@ -103,15 +102,15 @@ class Run:
         name = zoo.name_of(self.folder)
         return self.folder if name is None else Path("runs") / "zoo" / name
 
-    def note_resumption(self, command: Sequence[str], facts: Mapping[str, Any] | None = None) -> None:
-        """Adds to run.json that the training went on, by which command; config.yaml takes what may have changed."""
+    def note_resumption(self, info: RunInfo) -> None:
+        """Add to run.json that the training went on, by `info.command`; config.yaml takes what may have changed."""
         save_config(self.config, self.folder / "config.yaml")
         started = (self.folder / "run.json").is_file()  # not if it was killed before its first step
-        info = self.info() if started else {"command": " ".join(command), **describe_environment(), **(facts or {})}
-        self.write_info(info | {"resumed": [*info.get("resumed", []), " ".join(command)]})
+        before = self.info() if started else info
+        self.write_info(before.model_copy(update={"resumed": [*before.resumed, info.command]}))
 
-    def info(self) -> dict[str, Any]:
-        """What run.json holds.
+    def info(self) -> RunInfo:
+        """Return what run.json holds.
 
         Raises:
             FileNotFoundError: there is none.
@@ -120,17 +119,17 @@ class Run:
         path = self.folder / "run.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a run folder has one from its beginning")
-        return _parse(path.read_bytes(), str(path))
+        return RunInfo.parse(_parse(path.read_bytes(), str(path)), str(path))
 
-    def write_info(self, info: Mapping[str, Any]) -> None:
-        """Replaces run.json."""
-        write_whole(self.folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
+    def write_info(self, info: RunInfo) -> None:
+        """Replace run.json."""
+        write_whole(self.folder / "run.json", (json.dumps(info.to_json(), indent=2) + "\n").encode())
 
-    def log(self, line: Mapping[str, Any]) -> None:
-        """Appends one line to metrics.jsonl."""
+    def log(self, line: EpochLog) -> None:
+        """Append one line to metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
         whole = path.read_bytes() if path.is_file() else b""
-        write_whole(path, whole + (json.dumps(line) + "\n").encode())
+        write_whole(path, whole + (json.dumps(line.to_json()) + "\n").encode())
 
     def forget_after(self, num_epochs: int) -> None:
         """Takes the lines of later epochs out of metrics.jsonl: they were logged after the last saved state."""
@@ -142,25 +141,47 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the training went to its end."""
-        return "sha256" in self.info()
+        return bool(self.info().sha256)
 
     def discard_if_empty(self) -> None:
         """Removes the folder again if the training left nothing in it: one that failed at once leaves no trace."""
         if not any((self.folder / name).exists() for name in ("metrics.jsonl", "state.safetensors")):
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, oldest first.
+    def history(self) -> list[EpochLog]:
+        """Return the lines of metrics.jsonl, oldest first, at least one.
 
         Raises:
             FileNotFoundError: the run has not finished an epoch.
             ValueError: a line is damaged.
         """
         path = self.folder / "metrics.jsonl"
-        if not path.is_file():
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        if not lines:
             raise FileNotFoundError(f"{path}: no such log; the run has not finished its first epoch")
-        lines = enumerate(path.read_bytes().splitlines(), start=1)
-        return [_parse(line, f"{path}, line {number}") for number, line in lines]
+        places = [f"{path}, line {number}" for number in range(1, len(lines) + 1)]
+        return [EpochLog.parse(_parse(line, place), place) for line, place in zip(lines, places, strict=True)]
+
+    def logged(self, weights: Weights, metric: str) -> EpochLog:
+        """Return the line that has the metrics of these weights; its `evaluation` is that of the average for "ema".
+
+        Args:
+            weights: "last" or "ema": the last evaluated epoch; "best": that of the highest `metric`.
+            metric: one that every evaluation of the task has.
+
+        Raises:
+            FileNotFoundError: the run has no such weights, or no log.
+        """
+        history = [line for line in self.history() if metric in line.metrics]
+        if not history:
+            raise FileNotFoundError(f"{self.folder}: its log has no {metric} yet; it ended before its first evaluation")
+        if weights == "best":
+            return max(history, key=lambda line: line.metrics[metric])
+        if weights == "last":
+            return history[-1]
+        if history[-1].ema is None:
+            raise FileNotFoundError(f"{self.folder}: no such weights as ema; it was trained without train.ema_decay")
+        return history[-1].model_copy(update={"evaluation": history[-1].ema})
 
     def save(self, model: nn.Module, which: Weights) -> None:
         """Writes the weights and buffers of `model`; the file is replaced in one step or not at all."""
@@ -199,23 +220,24 @@ def _parse(text: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def describe_environment() -> dict[str, Any]:
-    """Versions and machine, for a log that says where its numbers come from."""
+def describe_environment(command: Sequence[str]) -> RunInfo:
+    """Return command, versions and machine, for a log that says where its numbers come from."""
     cpu = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():  # platform.processor() is empty on most Linux systems
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
-    return {
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "cpu": cpu,
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-    }
+    return RunInfo(
+        command=" ".join(command),
+        versions={"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        machine=Machine(
+            system=f"{platform.system()} {platform.machine()}",
+            cpu=cpu,
+            cores=os.cpu_count(),
+            threads=torch.get_num_threads(),
+            gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        ),
+    )
 
 
 def command_line() -> list[str]:

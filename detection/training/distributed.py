@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from backbones import HoyerSpike
+from backbones import spike_layers
 
 
 def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
@@ -34,9 +34,8 @@ def synchronise(model: nn.Module, *, spikes: bool, batch_norm: bool) -> nn.Modul
         spikes: moments summed over the processes, see `backbones.HoyerSpike`.
         batch_norm: torch's SyncBatchNorm, or on the CPU, which that does not know, a `SyncBatchNorm` of ours.
     """
-    for module in model.modules():
-        if isinstance(module, HoyerSpike):
-            module.sync = spikes
+    for layer in spike_layers(model).values():
+        layer.sync = spikes
     if not batch_norm:
         return model
     if torch.cuda.is_available():
@@ -46,6 +45,14 @@ def synchronise(model: nn.Module, *, spikes: bool, batch_norm: bool) -> nn.Modul
             if type(child) is nn.BatchNorm2d:
                 setattr(module, name, SyncBatchNorm.of(child))
     return model
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Return whether torch.distributed failed, which raises plain RuntimeErrors for some backends."""
+    signs = ("gloo", "nccl", "connection", "timed out", "socket")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    )
 
 
 class SyncBatchNorm(nn.BatchNorm2d):

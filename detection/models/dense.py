@@ -1,11 +1,10 @@
-"""Which part of a model goes into a file, and how torchvision's detectors run around it."""
+"""The dense part of a torchvision detector, and the detector around something that computes it."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,27 +13,11 @@ from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.ssd import SSD
 
 
-class Normalised(nn.Module):
-    """A network that takes images in [0, 1] and normalises them itself.
-
-    Shape: (N, 3, H, W) -> what `network` gives.
-    """
-
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-
-    def forward(self, images: Tensor) -> Any:
-        return self.network((images - self.mean) / self.std)
-
-
 class DensePredictions(nn.Module):
     """What the head of a RetinaNet, FCOS or SSD says of every anchor: the network without images' sizes and boxes.
 
-    Shape: (N, 3, H, W) normalised -> (N, A, num_classes), (N, A, 4) and, for FCOS, (N, A, 1), anchors in the order of
-    torchvision's, finest level first; see `outputs`.
+    Shape: (N, 3, H, W) in [0, 1], which it normalises -> (N, A, num_classes), (N, A, 4) and, for FCOS, (N, A, 1),
+    anchors in the order of torchvision's, finest level first; see `outputs`.
 
     Raises:
         ValueError: the detector pools regions, which depend on what it found before.
@@ -49,12 +32,15 @@ class DensePredictions(nn.Module):
                 f"a {type(detector).__name__} cannot be exported: it pools regions, whose number depends on the image "
                 "(allowed: retinanet, fcos, ssd, and classifiers)"
             )
+        transform = detector.transform
+        self.register_buffer("mean", torch.tensor(transform.image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(transform.image_std).view(3, 1, 1), persistent=False)
         self.backbone, self.head = detector.backbone, detector.head
         self._predict = kinds[self.kind]
         self.outputs = ["cls_logits", "bbox_regression"] + (["bbox_ctrness"] if self.kind is FCOS else [])
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        rows = self._predict(list(self.backbone(images).values()))
+        rows = self._predict(list(self.backbone((images - self.mean) / self.std).values()))
         return tuple(torch.cat(levels, dim=1) for levels in rows)
 
     def _towers(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -155,17 +141,3 @@ def resize_and_pad(transform: nn.Module, images: Sequence[Tensor]) -> Tensor:
     shifting.image_std = [1.0, 1.0, 1.0]
     mean = torch.tensor(transform.image_mean).view(3, 1, 1)
     return shifting.eval()(list(images))[0].tensors + mean
-
-
-class EnteringSpikes(nn.Module):
-    """A detector's backbone up to what enters its pyramid."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.body, neck = backbone.body, backbone.neck
-        self.entering = neck.leaving[: len(backbone.levels)] if hasattr(neck, "leaving") else neck.laterals
-        self.levels = backbone.levels
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        maps = self.body(x)
-        return {name: layer(maps[name]) for name, layer in zip(self.levels, self.entering, strict=True)}

@@ -1,0 +1,102 @@
+"""The formats of detection data by name, and the reading of a recipe's splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from detection.config.schema import Data
+from detection.data.coco import read_coco
+from detection.data.records import Annotations, DetectionDataset
+from detection.data.synthetic import draw_scenes
+from detection.data.transforms import build_transform
+from detection.data.voc import read_voc
+from detection.text import nearest
+
+Split = Literal["train", "val"]
+Reader = Callable[[Data, Split, Sequence[str]], Annotations]
+_READERS: dict[str, Reader] = {}
+
+
+def register_format(name: str) -> Callable[[Reader], Reader]:
+    """Decorate a function (data, split, classes) -> `Annotations`, which reads files for `data.format: NAME`.
+
+    `classes` are the names to keep, label 1 first; empty: all that the data have.
+
+    Example:
+        >>> @register_format("csv")
+        ... def read_csv(data, split, classes):
+        ...     return build_annotations(...)
+
+    Raises:
+        ValueError: the name is taken by another function.
+    """
+
+    def register(reader: Reader) -> Reader:
+        taken = _READERS.get(name, reader)
+        if (taken.__module__, taken.__qualname__) != (reader.__module__, reader.__qualname__):
+            raise ValueError(f"data.format {name!r} is registered already, by {taken.__module__}")
+        _READERS[name] = reader
+        return reader
+
+    return register
+
+
+def read_split(data: Data, split: Split, classes: Sequence[str] | None = None) -> DetectionDataset:
+    """Return a split as it is stored, without augmentation.
+
+    Args:
+        data: where it is.
+        split: "train" or "val".
+        classes: names to keep, label 1 first; None: those of `data.classes`, or all that the data have.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing.
+        ValueError: no such format, a key that the format needs is empty, or what the format's reader finds wrong.
+    """
+    if data.format not in _READERS:
+        raise ValueError(f"data.format: unknown {data.format!r}{nearest(data.format, _READERS)}")
+    return DetectionDataset(_READERS[data.format](data, split, data.classes if classes is None else classes))
+
+
+def build_datasets(data: Data) -> tuple[DetectionDataset, DetectionDataset]:
+    """Return training data, augmented, and validation data, as stored; both with the same classes in the same order.
+
+    See `read_split` for the errors.
+    """
+    train = read_split(data, "train")
+    val = read_split(data, "val", train.annotations.categories)
+    return replace_transform(train, data), val
+
+
+def replace_transform(dataset: DetectionDataset, data: Data) -> DetectionDataset:
+    """Return the dataset with the augmentation of a recipe."""
+    return DetectionDataset(dataset.annotations, build_transform(data.augment))
+
+
+@register_format("voc")
+def _voc(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
+    return read_voc(data.root, _named(data, split), classes, verify=data.verify)
+
+
+@register_format("coco")
+def _coco(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
+    files = _named(data, split)
+    if len(files) > 1:
+        raise ValueError(f"data.{split}: {files}; data.format 'coco' takes one annotation file")
+    images = data.root / (data.train_images if split == "train" else data.val_images)
+    return read_coco(data.root / files[0], images, classes, verify=data.verify)
+
+
+@register_format("synthetic")
+def _synthetic(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
+    draw_scenes(data.root, **data.scenes.model_dump())
+    annotations = data.root / "annotations" / f"{split}.json"
+    return read_coco(annotations, data.root / split, classes, verify=data.verify)
+
+
+def _named(data: Data, split: Split) -> list[str]:
+    names = data.train if split == "train" else data.val
+    if not names:
+        raise ValueError(f"data.{split}: empty; data.format {data.format!r} needs it")
+    return names

@@ -1,0 +1,55 @@
+"""Detectors on single images: padding, sizes, thresholds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+
+
+@contextmanager
+def thresholds(model: nn.Module, score: float | None = None, nms: float | None = None) -> Iterator[None]:
+    """While open, let the detector's own post-processing use these thresholds; None keeps the recipe's."""
+    head = model.roi_heads if isinstance(model, FasterRCNN) else model
+    before = head.score_thresh, head.nms_thresh
+    head.score_thresh = before[0] if score is None else score
+    head.nms_thresh = before[1] if nms is None else nms
+    try:
+        yield
+    finally:
+        head.score_thresh, head.nms_thresh = before
+
+
+def pad_for(transform: nn.Module, picture: Tensor) -> Tensor:
+    """Return the image, widened on the right or below if it is so long and thin that resizing would leave nothing of it.
+
+    Fitted into `max_size`, an image of 20,000 x 20 pixels would be less than a pixel high, which torchvision cannot
+    resize. The mean colour is put beside it, as torchvision does behind the images of a batch.
+    """
+    height, width = picture.shape[1:]
+    if transform.fixed_size is not None or max(height, width) <= transform.max_size * min(height, width):
+        return picture
+    least = math.ceil(max(height, width) / transform.max_size * (1 + 1e-6))
+    mean = torch.tensor(transform.image_mean, device=picture.device).view(3, 1, 1)
+    ground = mean if picture.is_floating_point() else (255 * mean).round()
+    padded = ground.to(picture.dtype).repeat(1, max(height, least), max(width, least))
+    padded[:, :height, :width] = picture
+    return padded
+
+
+def padded_size(transform: nn.Module, picture: Tensor) -> tuple[int, int]:
+    """Return height and width in pixels that the network sees of an image that is alone in its batch."""
+    resized = transform.resize(torch.empty(picture.shape, device="meta"))[0]  # sizes alone, nothing is computed
+    step = transform.size_divisible
+    height, width = (math.ceil(length / step) * step for length in resized.shape[1:])
+    return height, width
+
+
+def check_unit_interval(name: str, value: float) -> None:
+    """Raise ValueError for a number that is not in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value:g}")

@@ -1,0 +1,195 @@
+"""The typed records of a run folder, the only place that names their keys: a line of the log, run.json."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+LOSS = "loss/"
+Values = dict[str, float]
+
+
+class Record(BaseModel):
+    """Base of all records: numbers and texts stay what they are, nothing is converted."""
+
+    model_config = ConfigDict(strict=True, hide_input_in_errors=True, ser_json_inf_nan="constants")
+
+    @classmethod
+    def parse(cls, value: Any, source: str) -> Self:
+        """Return the record of a parsed JSON object.
+
+        Raises:
+            ValueError: a key is missing or its value of another type; names `source` and the key.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            item = error.errors()[0]
+            key = ".".join(str(part) for part in item["loc"]) or "the whole"
+            raise ValueError(f"{source}: damaged, {key}: {item['msg']}") from None
+
+
+class Evaluation(Record):
+    """What one evaluation of a network found.
+
+    Attributes:
+        metrics: the task's numbers, such as "AP50" or "top1".
+        tables: further numbers of the task by name and row, such as "per_class" and "voc".
+        activity: share of all spiking neurons that fire per image, in [0, 1]; None without spike layers.
+        activity_per_layer: the same by spike layer.
+        potentials: `backbones.record_potentials` of the first batch, by spike layer; not in every line of a log.
+    """
+
+    metrics: Values
+    tables: dict[str, dict[str, Any]] = {}
+    activity: float | None = None
+    activity_per_layer: Values = {}
+    potentials: dict[str, list[float]] = {}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything in one flat object, as the log has it."""
+        flat: dict[str, Any] = {**self.metrics, **self.tables}
+        if self.activity is not None:
+            flat |= {"activity": self.activity, "activity_per_layer": self.activity_per_layer}
+        return flat | ({"potentials": self.potentials} if self.potentials else {})
+
+    @classmethod
+    def from_json(cls, flat: dict[str, Any]) -> Evaluation:
+        """Return what `to_json` made flat."""
+        own = {key: flat[key] for key in ("activity", "activity_per_layer", "potentials") if key in flat}
+        rest = {key: value for key, value in flat.items() if key not in own}
+        tables = {key: value for key, value in rest.items() if isinstance(value, dict)}
+        return cls(metrics={key: value for key, value in rest.items() if key not in tables}, tables=tables, **own)
+
+
+class EpochLog(Record):
+    """One epoch of a training: a line of metrics.jsonl.
+
+    Attributes:
+        epoch: from 1.
+        step: optimiser steps done at its end.
+        lr: learning rate at its beginning.
+        loss: sum of all terms, mean over the steps and processes, as are `losses` and "hoyer_per_layer".
+        losses: each term, weighted, by name; "loss/NAME" in the file.
+        seconds: spent on the steps; an entry of the zoo has none, as it is one epoch of many.
+        images_per_second: of all processes together.
+        layers: {quantity: {spike layer: value}}: "hoyer_per_layer" (H as it enters the loss), and what the layers
+            themselves log at the end of the epoch, such as "v_th" and "extremum".
+        evaluation: None where the epoch was not evaluated.
+        ema: the evaluation of the averaged weights, where there are any.
+        eval_seconds: spent on both.
+        silent: spike layers that did not fire.
+    """
+
+    epoch: int = Field(ge=1)
+    step: int = Field(0, ge=0)
+    lr: float = 0.0
+    loss: float
+    losses: Values = {}
+    seconds: float | None = None
+    images_per_second: float | None = None
+    layers: dict[str, Values] = {}
+    evaluation: Evaluation | None = None
+    ema: Evaluation | None = None
+    eval_seconds: float | None = None
+    silent: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_line(cls, line: Any) -> Any:
+        """Sort the keys of a line of the file; what is neither the training's nor a layer's is the evaluation's."""
+        if not isinstance(line, dict) or "losses" in line:
+            return line
+        own = ("epoch", "step", "lr", "loss", "seconds", "images_per_second", "eval_seconds", "silent")
+        found: dict[str, Any] = {key: line[key] for key in own if key in line}
+        rest = {key: value for key, value in line.items() if key not in own}
+        found["losses"] = {key.removeprefix(LOSS): rest.pop(key) for key in list(rest) if key.startswith(LOSS)}
+        evaluated = {"activity_per_layer", "per_class", "voc", "potentials", "ema"}
+        found["layers"] = {
+            key: rest.pop(key)
+            for key in list(rest)
+            if key not in evaluated and isinstance(rest[key], dict) and _is_values(rest[key])
+        }
+        if isinstance(rest.get("ema"), dict):
+            found["ema"] = Evaluation.from_json(rest.pop("ema"))
+        if rest:
+            found["evaluation"] = Evaluation.from_json(rest)
+        return found
+
+    @property
+    def metrics(self) -> Values:
+        """The numbers of the evaluation, "activity" among them; none where the epoch was not evaluated."""
+        if self.evaluation is None:
+            return {}
+        found = self.evaluation
+        return found.metrics | ({} if found.activity is None else {"activity": found.activity})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line of the file."""
+        line: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "lr": self.lr, "loss": self.loss}
+        line |= {f"{LOSS}{name}": value for name, value in self.losses.items()}
+        speed = {"seconds": self.seconds, "images_per_second": self.images_per_second}
+        line |= {key: value for key, value in speed.items() if value is not None} | self.layers
+        if self.evaluation is not None:
+            line |= self.evaluation.to_json()
+        if self.ema is not None:
+            line["ema"] = self.ema.to_json()
+        if self.eval_seconds is not None:
+            line["eval_seconds"] = self.eval_seconds
+        return line | ({"silent": self.silent} if self.silent else {})
+
+
+class Machine(Record):
+    """Where a run was made.
+
+    Attributes:
+        system: operating system and architecture.
+        cpu: its name.
+        cores: of the CPU.
+        threads: that torch used.
+        gpu: its name; None without one.
+    """
+
+    system: str = ""
+    cpu: str = "unknown CPU"
+    cores: int | None = None
+    threads: int = 0
+    gpu: str | None = None
+
+
+class RunInfo(Record):
+    """run.json: where a run comes from.
+
+    Attributes:
+        command: that started it.
+        versions: of python and the packages.
+        machine: that it ran on.
+        resumed: commands that went on with it.
+        category_ids: COCO's category of label 1, 2, ..., K, a detector's.
+        sha256: of each weights file by name; there once the training has ended.
+        backbone: arguments of `backbones.create`, of an entry of the zoo.
+        trained_in: folder of the repository that has the training's log, of an entry of the zoo.
+        trained_weights, trained_sha256: which weights the entry was made of.
+    """
+
+    model_config = ConfigDict(extra="allow")  # facts that a task from elsewhere adds
+
+    command: str = "unknown"
+    versions: dict[str, str] = {}
+    machine: Machine = Machine()
+    resumed: list[str] = []
+    backbone: dict[str, Any] | None = None
+    category_ids: list[int] | None = None
+    trained_in: str | None = None
+    trained_weights: str | None = None
+    trained_sha256: str | None = None
+    sha256: dict[str, str] = {}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the file has: values that are none or empty are left out."""
+        return {key: value for key, value in self.model_dump().items() if value not in (None, [], {})}
+
+
+def _is_values(table: dict[str, Any]) -> bool:
+    return all(isinstance(value, int | float) for value in table.values())

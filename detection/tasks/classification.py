@@ -1,0 +1,197 @@
+"""Classification: one class per image, such as to pretrain a detector's backbone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from detection.data import SeededItems, TrainingBatches, TrainingLoader, evaluation_batches, loader_options
+from detection.data.image_batches import FolderImages, MemoryBatches, evaluation_transform
+from detection.data.images import ImageFiles, Images, read_image_split
+from detection.data.pictures import pixels_of
+from detection.models import build_classifier
+from detection.records import Evaluation
+from detection.tasks import register_task
+from detection.tasks.base import Deployable, Split, Task, record_spikes
+from detection.tasks.predictions import ClassPrediction
+from detection.tasks.recipes import ClassificationRecipe
+from detection.training.distillation import softened_distance
+
+
+@register_task
+class ClassificationTask(Task):
+    """Classifiers over spiking backbones, on CIFAR or on a folder of images per class."""
+
+    recipe = ClassificationRecipe
+    config: ClassificationRecipe
+    headline = ("top1", "top5")
+    metrics = ("top1", "top5")
+    best_by = "top1"
+    words = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}  # noqa: RUF012
+    num_calibration = 256
+
+    def __init__(self, config: ClassificationRecipe) -> None:
+        super().__init__(config)
+        self._may_download = False
+
+    def download(self) -> None:
+        """Fetch CIFAR when it is read."""
+        self._may_download = True
+
+    def read(self, split: Split) -> Images | ImageFiles:
+        return read_image_split(self.config.data, split, download=self._may_download)
+
+    def training_batches(self, dataset: Images | ImageFiles, accelerator: Accelerator) -> Any:
+        data, train = self.config.data, self.config.train
+        share = (accelerator.process_index, accelerator.num_processes)
+        if isinstance(dataset, Images):
+            return MemoryBatches(
+                dataset,
+                accelerator.device,
+                batch_size=train.batch_size,
+                augment=data.augment,
+                seed=train.seed,
+                share=share,
+            )
+        order = TrainingBatches(len(dataset), train.batch_size, seed=train.seed, share=share, drop_single=True)
+        items = SeededItems(FolderImages(dataset, data, train=True))
+        return TrainingLoader(items, batch_sampler=order, **loader_options(data.workers))
+
+    def evaluation_batches(self, dataset: Images | ImageFiles, accelerator: Accelerator) -> Iterable[Any]:
+        data, batch_size = self.config.data, self.config.train.batch_size
+        share = (accelerator.process_index, accelerator.num_processes)
+        if isinstance(dataset, Images):
+            return MemoryBatches(dataset, accelerator.device, batch_size=batch_size, share=share)
+        batches = evaluation_batches(len(dataset), batch_size, share)
+        items = FolderImages(dataset, data, train=False)
+        return DataLoader(items, batch_sampler=batches, **loader_options(data.workers))
+
+    # Training
+
+    def build_model(self) -> nn.Module:
+        return build_classifier(self.config)
+
+    def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        images, labels = batch
+        return {"classification": F.cross_entropy(model(images), labels, label_smoothing=self.config.label_smoothing)}
+
+    def learn_from(self, teacher: Task) -> None:
+        """Any classifier of these classes will do: each normalises its images by itself."""
+
+    def head_of(self, model: nn.Module) -> nn.Module:
+        return model.head
+
+    def teacher_pass(self, student: nn.Module) -> Callable[[nn.Module, Any], None]:
+        return lambda teacher, batch: teacher(batch[0])
+
+    def distance(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        return softened_distance(student, teacher, temperature)
+
+    # Evaluation
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        dataset: Images | ImageFiles,
+        accelerator: Accelerator,
+        *,
+        save: Path | None = None,
+    ) -> Evaluation:
+        """Return accuracy "top1" and "top5" in [0, 1], and "val_loss", the mean cross entropy.
+
+        With fewer than five classes "top5" takes as many as there are.
+
+        Raises:
+            ValueError: `save`: a classifier has no boxes to save.
+        """
+        if save is not None:
+            raise ValueError(f"--save {save}: a classifier has no boxes to save")
+        counts = []
+        with record_spikes(model) as spikes:
+            for images, labels in batches:
+                images, labels = images.to(accelerator.device), labels.to(accelerator.device)
+                with accelerator.autocast():
+                    logits = model(images)
+                counts.append(torch.stack(_count(logits.float(), labels)))
+        # Batch b is the b // n-th of process b % n: summed in their order, for the same digits with any number of them.
+        shares = gather_object([torch.stack(counts).tolist() if counts else []])
+        in_order = [count for row in itertools.zip_longest(*shares) for count in row if count is not None]
+        number, top1, top5, loss = (sum(column) for column in zip(*in_order, strict=True))
+        metrics = {"top1": top1 / number, "top5": top5 / number, "val_loss": loss / number}
+        return Evaluation(metrics=metrics, **spikes())
+
+    # Predictions and files
+
+    @torch.no_grad()
+    def predict(
+        self, model: nn.Module, pictures: Sequence[Tensor], *, batch_size: int, precision: AbstractContextManager
+    ) -> list[ClassPrediction]:
+        """Return class probabilities; images are cut and resized as in the evaluation of the run."""
+        device, classes = next(model.parameters()).device, tuple(self.config.data.classes)
+        results = []
+        for start in range(0, len(pictures), batch_size):
+            chosen = pictures[start : start + batch_size]
+            batch = torch.stack([self.prepare(model, picture) for picture in chosen]).to(device)
+            with precision:
+                logits = model(batch)
+            rows = logits.float().softmax(1).cpu()
+            results += [
+                ClassPrediction(pixels_of(picture), classes, None, row)
+                for row, picture in zip(rows, chosen, strict=True)
+            ]
+        return results
+
+    def prepare(self, model: nn.Module, picture: Tensor) -> Tensor:
+        data = self.config.data
+        pixels = pixels_of(picture)
+        if data.format == "folder" and not data.in_memory:
+            return evaluation_transform(data.size)(torch.from_numpy(pixels).permute(2, 0, 1))
+        image = ImageOps.fit(Image.fromarray(pixels), (data.size, data.size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+    def deployable(self, model: nn.Module) -> Deployable:
+        size = self.config.data.size
+        return Deployable(
+            model,
+            {"logits": "(N, K) float32, in the order of classes"},
+            size=(size, size),
+            stride=model.backbone.feature_info[-1].stride,
+            meaning="RGB in [0, 1], normalised inside",
+        )
+
+    def calibration_images(self, model: nn.Module, number: int) -> Tensor:
+        dataset = self.read("train")
+        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:number]
+        if isinstance(dataset, Images):
+            return dataset.pixels[chosen].float() / 255
+        images = FolderImages(dataset, self.config.data, train=False)
+        return torch.stack([images[index][0] for index in chosen.tolist()])
+
+    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Any], Any]:
+        return lambda images: run(images)["logits"]
+
+
+def _count(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """Images, right answers, right answers among the first five, and summed cross entropy of a batch, in float64."""
+    best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    loss = F.cross_entropy(logits.double(), labels, reduction="sum")
+    return [
+        torch.tensor(len(labels), device=loss.device).double(),
+        best[:, 0].sum().double(),
+        best.sum().double(),
+        loss,
+    ]

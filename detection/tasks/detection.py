@@ -1,0 +1,340 @@
+"""Detection: boxes with classes, by torchvision's detectors, counted by COCO's and VOC's average precision."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from detection.curves import plot_precision_recall
+from detection.data import DetectionDataset, build_loader, build_transform, read_split
+from detection.data.download import download
+from detection.data.pictures import pixels_of, unit
+from detection.draw import plot_predictions
+from detection.evaluation import CocoEvaluator, import_backend, mean_average_precision, precision_recall
+from detection.files import write_whole
+from detection.models import build_detector
+from detection.models.dense import DensePredictions, DetectorOf, resize_and_pad
+from detection.models.inference import check_unit_interval, pad_for, padded_size, thresholds
+from detection.records import Evaluation
+from detection.runs import Run
+from detection.tasks import register_task
+from detection.tasks.base import Deployable, Split, Task, record_spikes
+from detection.tasks.predictions import Prediction
+from detection.tasks.recipes import DetectionRecipe
+from detection.training.distillation import detection_distance
+
+NUM_PICTURES = 12
+PADDED = 32  # torchvision pads images to multiples of so many pixels
+# Their outputs are scores and boxes, where 8 bits would show: they stay in floating point, over spikes too.
+PREDICTION_LAYERS = ("cls_logits", "bbox_reg", "bbox_ctrness", "module_list")
+OUTPUTS = {
+    "cls_logits": "(N, A, K + 1) float32: for each anchor, finest level first, background and classes",
+    "bbox_regression": "(N, A, 4) float32: offsets from the anchors as torchvision encodes them",
+    "bbox_ctrness": "(N, A, 1) float32: centredness logits",
+}
+
+
+@register_task
+class DetectionTask(Task):
+    """Detectors over spiking backbones, on VOC, COCO or other boxes."""
+
+    recipe = DetectionRecipe
+    config: DetectionRecipe
+    headline = ("AP50", "AP")
+    metrics = ("AP50", "AP", "AP75")
+    best_by = "AP"
+    num_calibration = 64
+
+    def __init__(self, config: DetectionRecipe) -> None:
+        super().__init__(config)
+        self.category_ids = tuple(range(1, len(config.data.classes) + 1))
+        self.category_source: Path | None = None
+
+    def download(self) -> None:
+        """Fetch VOC or COCO."""
+        download(self.config.data)
+
+    def read(self, split: Split) -> DetectionDataset:
+        import_backend(self.config.evaluation.backend)  # a package that is missing is said before the data are read
+        return read_split(self.config.data, split)
+
+    def training_batches(self, dataset: DetectionDataset, accelerator: Accelerator) -> Any:
+        data, train = self.config.data, self.config.train
+        return build_loader(
+            DetectionDataset(dataset.annotations, build_transform(data.augment)),
+            batch_size=train.batch_size,
+            workers=data.workers,
+            shuffle=True,
+            seed=train.seed,
+            aspect_groups=data.aspect_groups,
+            share=(accelerator.process_index, accelerator.num_processes),
+        )
+
+    def evaluation_batches(self, dataset: DetectionDataset, accelerator: Accelerator) -> Iterable[Any]:
+        """Each image goes to exactly one process."""
+        return build_loader(
+            dataset,
+            batch_size=self.config.train.batch_size,
+            workers=self.config.data.workers,
+            shuffle=False,
+            share=(accelerator.process_index, accelerator.num_processes),
+        )
+
+    def facts(self, dataset: DetectionDataset) -> dict[str, Any]:
+        return {"category_ids": list(dataset.annotations.category_ids)}
+
+    # Training
+
+    def build_model(self) -> nn.Module:
+        return build_detector(self.config)
+
+    def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        return model(*batch)
+
+    def describe_batch(self, batch: Any) -> str:
+        return f"image ids {', '.join(str(int(target['image_id'])) for target in batch[1])}"
+
+    def learn_from(self, teacher: Task) -> None:
+        ours, theirs = self.config.model, teacher.config.model
+        if theirs.detector != ours.detector:
+            raise ValueError(f"is a {theirs.detector}, this recipe a {ours.detector}")
+        # The teacher is given the pixels as the student's recipe has normalised them.
+        for key in ("mean", "std"):
+            if getattr(theirs, key) != getattr(ours, key):
+                raise ValueError(
+                    f"its images were normalised with {key} {getattr(theirs, key)}, this recipe's are with "
+                    f"{getattr(ours, key)}"
+                )
+
+    def head_of(self, model: nn.Module) -> nn.Module:
+        return model.head.classification_head
+
+    def teacher_pass(self, student: nn.Module) -> Callable[[nn.Module, Any], None]:
+        seen: dict[str, Tensor] = {}
+        student.transform.register_forward_hook(lambda module, inputs, output: seen.update(images=output[0].tensors))
+
+        def ask(teacher: nn.Module, batch: Any) -> None:
+            teacher.head.classification_head(list(teacher.backbone(seen["images"]).values()))
+
+        return ask
+
+    def distance(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        return detection_distance(student, teacher, temperature)
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module, dataset: DetectionDataset, run: Run) -> None:
+        """Leave predictions.png, a contact sheet of the first images with predicted and true boxes."""
+        samples = [dataset[index] for index in range(min(NUM_PICTURES, len(dataset)))]
+        device = next(model.parameters()).device
+        model.eval()
+        with torch.compiler.set_stance("force_eager"):
+            predictions = [_to_cpu(model([image.to(device)])[0]) for image, _ in samples]
+        images, targets = zip(*samples, strict=True)
+        plot_predictions(
+            list(images), predictions, list(targets), dataset.annotations.categories, run.folder / "predictions.png"
+        )
+
+    # Evaluation
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        dataset: DetectionDataset,
+        accelerator: Accelerator,
+        *,
+        save: Path | None = None,
+    ) -> Evaluation:
+        """Return COCO's 12 numbers, "per_class" AP, and VOC's AP50 under "voc".
+
+        "voc" has the mean over the classes of VOC's average precision at IoU 0.5, "AP50_11point" and "AP50_area".
+        `save` gets predictions.json (COCO results), metrics.json (what is returned) and precision_recall.png.
+        """
+        ground_truth, category_ids = dataset.ground_truth(), dataset.annotations.category_ids
+        evaluator = CocoEvaluator(ground_truth, category_ids, self.config.evaluation.backend)
+        device = next(model.parameters()).device
+        with record_spikes(model) as spikes:
+            for images, targets in batches:
+                with accelerator.autocast():
+                    predictions = model([image.to(device) for image in images])
+                evaluator.update([target["image_id"] for target in targets], [_to_cpu(each) for each in predictions])
+        # VOC ranks equal scores in order of arrival, which must not depend on the number of processes.
+        evaluator.results = sorted(gather_object(evaluator.results), key=lambda row: row["image_id"])
+        metrics = evaluator.compute()
+        curves = precision_recall(ground_truth, evaluator.results, category_ids)
+        voc = {
+            "AP50_11point": mean_average_precision(curves, "11-point"),
+            "AP50_area": mean_average_precision(curves, "area"),
+        }
+        tables = {"per_class": evaluator.per_class(), "voc": voc}
+        evaluation = Evaluation(metrics=metrics, tables=tables, **spikes())
+        if save is not None and accelerator.is_main_process:
+            save.mkdir(parents=True, exist_ok=True)
+            evaluator.save_results(save / "predictions.json")
+            write_whole(save / "metrics.json", (json.dumps(evaluation.to_json(), indent=2) + "\n").encode())
+            plot_precision_recall(curves, save / "precision_recall.png")
+        return evaluation
+
+    def analogue_parts(self, model: nn.Module) -> dict[str, str]:
+        """None in an SSD; else the head, unless head.spiking, and the pyramid's output convolutions and extra maps.
+
+        The latter unless neck.spiking; never the backbone or the lateral convolutions.
+        """
+        config = self.config.model
+        if config.detector == "ssd":
+            return {}
+        parts = {}
+        if not config.head.spiking:
+            heads = ("rpn", "roi_heads") if config.detector == "fasterrcnn" else ("head",)
+            parts |= dict.fromkeys(heads, "analogue head")
+        if not config.neck.spiking:
+            pyramid = ("backbone.neck.fpn.layer_blocks", "backbone.neck.fpn.extra_blocks")
+            parts |= dict.fromkeys(pyramid, "analogue neck")
+        weighted = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        # A pyramid may have no extra maps, or make them by pooling.
+        return {part: why for part, why in parts.items() if any(name.startswith(f"{part}.") for name in weighted)}
+
+    # Predictions and files
+
+    @torch.no_grad()
+    def predict(
+        self,
+        model: nn.Module,
+        pictures: Sequence[Tensor],
+        *,
+        batch_size: int,
+        precision: AbstractContextManager,
+        score_threshold: float = 0.3,
+        nms_threshold: float | None = None,
+    ) -> list[Prediction]:
+        """Return what the detector finds.
+
+        Images are batched only with those of equal padded size, so that an image's boxes do not depend on the others
+        of its batch.
+
+        Args:
+            model: the detector.
+            pictures: (3, H, W), uint8 or float in [0, 1].
+            batch_size: images at a time.
+            precision: context of the passes.
+            score_threshold: only detections with a higher score; it may be lower than the recipe's.
+            nms_threshold: of two boxes of a class whose IoU is above it the weaker one is dropped; None: the recipe's.
+
+        Raises:
+            ValueError: a threshold out of range.
+        """
+        check_unit_interval("score_threshold", score_threshold)
+        if nms_threshold is not None:
+            check_unit_interval("nms_threshold", nms_threshold)
+        device = next(model.parameters()).device
+        padded = [self.prepare(model, picture) for picture in pictures]
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, picture in enumerate(padded):
+            groups[padded_size(model.transform, picture)].append(index)
+        results: dict[int, Prediction] = {}
+        with thresholds(model, score_threshold, nms_threshold):
+            for members in groups.values():
+                for start in range(0, len(members), batch_size):
+                    chosen = members[start : start + batch_size]
+                    with precision:
+                        found = model([padded[index].to(device) for index in chosen])
+                    for index, detections in zip(chosen, found, strict=True):
+                        results[index] = self._prediction(detections, pictures[index])
+        return [results[index] for index in range(len(pictures))]
+
+    def prepare(self, model: nn.Module, picture: Tensor) -> Tensor:
+        return unit(pad_for(model.transform, picture))
+
+    def _prediction(self, detections: dict[str, Tensor], picture: Tensor) -> Prediction:
+        found = _to_cpu(detections)
+        height, width = picture.shape[1:]
+        # What was padded to the image is no part of it.
+        boxes = found["boxes"].float()
+        boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        classes = tuple(self.config.data.classes)
+        return Prediction(
+            image=pixels_of(picture),
+            class_names=classes,
+            path=None,
+            boxes=boxes[kept],
+            scores=found["scores"].float()[kept],
+            labels=found["labels"][kept],
+            category_ids=self.category_ids,
+        )
+
+    def attach(self, run: Run) -> None:
+        """Take COCO's category of each label, those that the evaluation of the run used."""
+        self.category_ids, self.category_source = read_category_ids(run)
+
+    def describe_labels(self, run: Run) -> dict[str, Any]:
+        """Return the head of a COCO file without annotations."""
+        pairs = zip(self.category_ids, self.config.data.classes, strict=True)
+        return {
+            "category_ids": str(self.category_source or "1..K, in the order of the run's data.classes"),
+            "annotations": [],
+            "categories": [{"id": category_id, "name": name} for category_id, name in pairs],
+        }
+
+    def deployable(self, model: nn.Module) -> Deployable:
+        config = self.config.model
+        dense = DensePredictions(model)
+        if config.detector == "ssd":
+            size = (config.max_size, config.max_size)
+        else:
+            size = tuple(math.ceil(side / PADDED) * PADDED for side in (max(config.min_size), config.max_size))
+        return Deployable(
+            dense,
+            {name: OUTPUTS[name] for name in dense.outputs},
+            size=size,
+            stride=model.backbone.body.feature_info[-1].stride,
+            meaning=f"RGB in [0, 1], normalised inside; resized (shorter side {list(config.min_size)}, longer at most "
+            f"{config.max_size}) and padded at the right and below with the mean colour {list(config.mean)} to "
+            f"multiples of {PADDED}, which detection.exporters.OnnxDetector does",
+            keep=PREDICTION_LAYERS,
+        )
+
+    def calibration_images(self, model: nn.Module, number: int) -> Tensor:
+        dataset = self.read("train")
+        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:number].tolist()
+        return resize_and_pad(model.transform, [dataset[index][0] for index in chosen])
+
+    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Any], Any]:
+        return DetectorOf(self.build_model(), run)
+
+
+def read_category_ids(run: Run) -> tuple[tuple[int, ...], Path | None]:
+    """Return COCO's category of label 1, 2, ..., K, and the file that says so.
+
+    That is run.json. Runs of earlier versions have them there not yet, and other ones than 1..K only if they are on
+    COCO files: then their annotation file says it. Where that is gone, or has other classes by now, it is 1..K and no
+    file.
+    """
+    recorded, config = run.info().category_ids, run.config
+    if recorded is not None:
+        return tuple(recorded), run.folder / "run.json"
+    classes = config.data.classes
+    numbers = tuple(range(1, len(classes) + 1))
+    if config.data.format != "coco":
+        return numbers, None
+    path = config.data.root / config.data.val[0]
+    try:
+        id_of = {item["name"]: int(item["id"]) for item in json.loads(path.read_text("utf-8"))["categories"]}
+        return tuple(id_of[name] for name in classes), path
+    except (OSError, ValueError, KeyError, TypeError):
+        return numbers, None
+
+
+def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}

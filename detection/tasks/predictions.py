@@ -1,0 +1,116 @@
+"""Predictions for single images: boxes with scores and names, or class probabilities."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from detection.draw import draw_classes, draw_detections
+
+
+@dataclass(frozen=True, eq=False)
+class AnyPrediction:
+    """What a network makes of one image.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB, upright, whole: the network may have seen a part of it.
+        class_names: of all classes, in label order.
+        path: file that the image comes from; None: it was given as pixels.
+    """
+
+    image: np.ndarray
+    class_names: tuple[str, ...]
+    path: Path | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the image in pixels, as PIL has it."""
+        return self.image.shape[1], self.image.shape[0]
+
+    def draw(self) -> Image.Image:
+        """Return the image with the prediction in it; a small one is enlarged and a huge one reduced."""
+        raise NotImplementedError
+
+    def to_results(self, image_id: int) -> list[dict[str, Any]]:
+        """Return the rows of a file of results."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction(AnyPrediction):
+    """What a detector finds in one image, highest score first.
+
+    Attributes:
+        boxes: (N, 4) float32 x1 y1 x2 y2 in pixels of `image`.
+        scores: (N,) float32 in [0, 1].
+        labels: (N,) int64 in 1..K; label k is class_names[k - 1].
+        category_ids: COCO's category of the labels 1..K.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    category_ids: tuple[int, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each box."""
+        return [self.class_names[label - 1] for label in self.labels.tolist()]
+
+    def to_results(self, image_id: int) -> list[dict[str, Any]]:
+        """Return rows of COCO's result format: image_id, category_id, bbox (x, y, width, height), score."""
+        rows = zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True)
+        return [
+            {
+                "image_id": image_id,
+                "category_id": self.category_ids[label - 1],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": score,
+            }
+            for (x1, y1, x2, y2), score, label in rows
+        ]
+
+    def draw(self) -> Image.Image:
+        """Return the image with its boxes, see `draw.draw_detections`."""
+        found = {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
+        return Image.fromarray(draw_detections(self.image, found, self.class_names))
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{number} {name}" for name, number in Counter(self.names).most_common())
+        return f"{len(self)} detection{'' if len(self) == 1 else 's'}" + (f" ({counts})" if counts else "")
+
+
+@dataclass(frozen=True, eq=False)
+class ClassPrediction(AnyPrediction):
+    """What a classifier makes of one image.
+
+    Attributes:
+        probabilities: (K,) float32, they add up to 1; number k belongs to class_names[k].
+    """
+
+    probabilities: Tensor
+
+    def top(self, number: int = 5) -> list[tuple[str, float]]:
+        """Return the likeliest classes with their probabilities, the likeliest first; all, if there are fewer."""
+        values, labels = self.probabilities.topk(min(number, len(self.class_names)))
+        return [(self.class_names[label], value) for label, value in zip(labels.tolist(), values.tolist(), strict=True)]
+
+    def to_results(self, image_id: int) -> list[dict[str, Any]]:
+        """Return one row: image_id, and the likeliest classes with their probabilities."""
+        return [{"image_id": image_id, "probabilities": dict(self.top())}]
+
+    def draw(self) -> Image.Image:
+        """Return the image with its five likeliest classes in the corner, sized as a detector's."""
+        return Image.fromarray(draw_classes(self.image, self.top()))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {probability:.3f}" for name, probability in self.top())

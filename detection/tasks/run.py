@@ -1,0 +1,287 @@
+"""Runs: train a recipe into one, open the network of one, evaluate one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+from torch import nn
+
+from detection.config import Recipe, flatten, require_same
+from detection.curves import plot_curves, plot_dynamics
+from detection.files import require_writable
+from detection.records import EpochLog, Evaluation
+from detection.runs import Run, RunInfo, Weights, describe_environment
+from detection.tasks import task_of
+from detection.tasks.base import Dataset, Task
+from detection.training import checkpoint
+from detection.training.distillation import learn_from
+from detection.training.distributed import is_broken_connection, synchronise
+from detection.training.trainer import Losses, Trainer
+
+
+def train_run(
+    config: Recipe, folder: str | Path, command: Sequence[str], *, download: bool = False, resume: bool = False
+) -> EpochLog:
+    """Train the network of a recipe into a run folder and return the last line of its log.
+
+    A new folder is made only once data and model are known to be sound.
+
+    Args:
+        config: the recipe.
+        folder: where the run goes; must not exist, or be empty, or with `resume` be a run of this recipe.
+        command: how the run was started, for its log.
+        download: fetch the data if they are missing.
+        resume: go on with the run in `folder` from its last checkpoint, or from the beginning if it has none.
+
+    Raises:
+        ConnectionError: another process of the training has ended, or does not answer.
+    """
+    task = task_of(config)
+    check_run(config, folder, resume=resume)
+    accelerator = make_accelerator(config, folder)
+    main = accelerator.is_main_process
+    if download:
+        task.download()
+    with accelerator.main_process_first() if download else nullcontext():  # the main one fetches what the others find
+        train = task.read("train")
+        task = task.with_classes(train.classes)
+        val = task.read("val")
+    if main:
+        tell_dropped(train=train, val=val)
+    run = Run(Path(folder), task.config)
+    set_seed(config.train.seed)
+    model = task.build_model()
+    batches, val_batches = task.training_batches(train, accelerator), task.evaluation_batches(val, accelerator)
+    model, losses = prepare_model(task, model, accelerator)
+    trainer = Trainer(
+        model,
+        batches,
+        losses=losses,
+        evaluate=lambda network: task.evaluate(network, val_batches, val, accelerator),
+        goal=task,
+        config=task.config,
+        run=run,
+        accelerator=accelerator,
+    )
+    info = describe_environment(command).model_copy(update=task.facts(train))
+    line = fit(trainer, info, resume=resume)
+    if main:
+        leave_pictures(run)
+        task.finish(accelerator.unwrap_model(model), val, run)
+        run.write_info(run.info().model_copy(update={"sha256": run.checksums()}))
+        (run.folder / checkpoint.FILE).unlink(missing_ok=True)
+    return line
+
+
+def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> None:
+    """Raise if a folder cannot take the run, or a package that the recipe asks for is missing.
+
+    Raises:
+        FileExistsError: there is something in it already.
+        FileNotFoundError: with `resume`, there is no run.
+        ImportError: TensorBoard is missing.
+        ValueError: with `resume`, the run has another recipe.
+    """
+    if resume:
+        require_same(flatten(Run.open(folder).config), config, str(folder))
+    else:
+        require_writable(Run.check_free(folder))
+    if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ImportError("train.tensorboard needs TensorBoard: pip install hoyer-det[tensorboard]")
+
+
+def make_accelerator(config: Recipe, folder: str | Path | None = None) -> Accelerator:
+    """Return device, precision, algorithms and processes of a run; `folder` is that of a training."""
+    train = config.train
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+    torch.use_deterministic_algorithms(train.deterministic)
+    # accelerate keeps the first precision for the whole process, in which runs of others may follow.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=train.precision,
+        log_with="tensorboard" if train.tensorboard and folder else None,
+        project_dir=folder if train.tensorboard else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=train.timeout_minutes))],
+    )
+    if train.precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would train in float32 without a word; torch knows fp16 on a CPU, slow as it is.
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    return accelerator
+
+
+def prepare_model(task: Task, model: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, Losses]:
+    """Return the network, synchronised, in channels-last order, compiled as the recipe says, and its losses."""
+    config, losses = task.config, task.losses
+    model = synchronise(model, spikes=config.hoyer.sync, batch_norm=config.train.sync_batchnorm)
+    if config.distillation.teacher is not None:
+        teacher = load_teacher(task)
+        losses = learn_from(
+            teacher,
+            model,
+            losses,
+            config.distillation,
+            accelerator,
+            head_of=task.head_of,
+            ask=task.teacher_pass(model),
+            distance=task.distance,
+        )
+    if config.train.channels_last:  # of the weights; the feature maps follow them
+        model.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        model.backbone.compile()
+    return model, losses
+
+
+def load_teacher(task: Task) -> nn.Module:
+    """Return the network of distillation.teacher with its last weights, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: it is no run folder.
+        ValueError: it was trained for another task or other classes, or cannot teach this network.
+    """
+    run = Run.open(task.config.distillation.teacher)
+    place, theirs, ours = f"distillation.teacher {run.folder}", run.config, task.config
+    if theirs.task != ours.task:
+        raise ValueError(f"{place}: trained for {theirs.task}, not for {ours.task}")
+    known, wanted = list(theirs.data.classes), list(ours.data.classes)
+    if known != wanted:
+        raise ValueError(
+            f"{place}: knows the classes {', '.join(known[:5])} ({len(known)} in all), "
+            f"this recipe has {', '.join(wanted[:5])} ({len(wanted)} in all)"
+        )
+    try:
+        task.learn_from(task_of(theirs))
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    return load_model(run)
+
+
+def fit(trainer: Trainer, info: RunInfo, *, resume: bool) -> EpochLog:
+    """Train into the trainer's run; a new run that ends before anything of it is saved leaves no folder.
+
+    Raises:
+        ConnectionError: another process of the training has ended, or does not answer.
+    """
+    run, accelerator, main = trainer.run, trainer.accelerator, trainer.is_main
+    if resume:
+        trainer.resume()  # before anything is written
+    try:
+        if main and resume:
+            run.forget_after(trainer.progress.epoch - 1)
+            run.note_resumption(info)
+        elif main:
+            Run.create(run.folder, run.config, info)
+        accelerator.init_trackers("tensorboard")
+        line = trainer.fit()
+    except BaseException as error:
+        if main and not resume:
+            run.discard_if_empty()
+        if accelerator.num_processes > 1 and is_broken_connection(error):
+            raise ConnectionError(
+                f"another process of this training has ended or does not answer ({str(error).splitlines()[0]}); go on "
+                f"from the last saved state with as many processes and --resume {run.folder}"
+            ) from error
+        raise
+    accelerator.end_training()
+    return line
+
+
+def leave_pictures(run: Run) -> None:
+    """Draw the curves of a run's log into its folder."""
+    history = [line.to_json() for line in run.history()]
+    plot_curves(history, run.folder / "curves.png")
+    if "v_th" in history[-1]:
+        plot_dynamics(history, run.folder / "dynamics.png")
+
+
+def tell_dropped(**splits: Dataset) -> None:
+    """Say on standard error what had to be left out of splits."""
+    for name, dataset in splits.items():
+        for sentence in dataset.dropped:
+            print(f"{name}: {sentence}", file=sys.stderr)
+
+
+def load_model(run: Run, weights: Weights = "last") -> nn.Module:
+    """Return the network of a saved run in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the run has no such weights.
+        ValueError: they are damaged or do not fit.
+    """
+    config = run.config.model_copy(deep=True)
+    config.model.backbone.weights = None  # what the training started from: the run brings its own
+    model = task_of(config).build_model()
+    run.load(model, weights)
+    if config.train.channels_last:  # as in training, for the same rounding
+        model.to(memory_format=torch.channels_last)
+    return model.eval()
+
+
+def load_for_evaluation(run: Run, weights: Weights = "last") -> tuple[nn.Module, Accelerator]:
+    """Return the network of a saved run as its own evaluation had it, on the device and with the precision of its recipe.
+
+    Raises:
+        FileNotFoundError: the run has no such weights.
+        ValueError: they are damaged or do not fit.
+    """
+    accelerator = make_accelerator(run.config)
+    # Layers without the name of a wrapper in front.
+    return accelerator.unwrap_model(accelerator.prepare(load_model(run, weights))), accelerator
+
+
+def read_evaluation_data(run: Run) -> Dataset:
+    """Return the evaluation images of a run.
+
+    Raises:
+        FileNotFoundError: they are not there; says how to name another place.
+    """
+    try:
+        return task_of(run.config).read("val")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; if the data lie elsewhere now, say where: --data.root FOLDER") from None
+
+
+def evaluate_run(
+    folder: str | Path,
+    weights: Weights = "last",
+    *,
+    data_root: str | Path | None = None,
+    save: str | Path | None = None,
+) -> tuple[Evaluation, EpochLog]:
+    """Return the metrics of a saved run, computed anew, and the log line of the epoch that the weights come from.
+
+    Args:
+        folder: the run, as `Run.open` takes it.
+        weights: which of its weights.
+        data_root: where its data lie now; None: where they lay when it was trained.
+        save: folder for files about the predictions, see `Task.evaluate`; must not exist, or be empty.
+
+    Raises:
+        FileExistsError: there is something in `save` already.
+        FileNotFoundError: no such run, weights, or data.
+        ImportError: the package of the run's evaluation.backend is not installed.
+        ValueError: the weights are damaged or do not fit.
+    """
+    if save is not None:
+        save = Run.check_free(save)
+        require_writable(save)
+    run = Run.open(folder, data_root)
+    task = task_of(run.config)
+    logged = run.logged(weights, task.best_by)
+    model, accelerator = load_for_evaluation(run, weights)
+    dataset = read_evaluation_data(run)
+    if accelerator.is_main_process:
+        tell_dropped(val=dataset)
+    batches = task.evaluation_batches(dataset, accelerator)
+    return task.evaluate(model, batches, dataset, accelerator, save=save), logged

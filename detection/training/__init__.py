@@ -1,0 +1,1 @@
+"""Training: the loop, its checkpoint, optimisers, several processes, a teacher."""

@@ -1,0 +1,87 @@
+"""Signals that end a training in good order, and the clock of its checkpoints."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """The training was told to stop, and has saved its state; of several processes, one has a message.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class StopSignals:
+    """Notes SIGTERM and Ctrl-C, so that the step under way can be finished; a second Ctrl-C ends it at once.
+
+    Attributes:
+        received: number of the signal, 0 before there is one.
+        impatient: inside of `interruptible` the signal raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._impatient = False
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Signals are noted while the context is open; in the main thread only, as Python allows no others."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def interruptible(self, allowed: bool) -> Iterator[None]:
+        """A part that nothing is lost of if it is broken off, such as an evaluation."""
+        self._impatient = allowed
+        try:
+            if allowed and self.received:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._impatient = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again = self.received and number == signal.SIGINT
+        self.received = number
+        if again or self._impatient:
+            raise KeyboardInterrupt
+
+
+class SaveClock:
+    """When the next state is due.
+
+    Args:
+        minutes: between saves; 0: never by time.
+        steps: optimiser steps between saves; 0: never by steps.
+    """
+
+    def __init__(self, minutes: float, steps: int) -> None:
+        self.minutes, self.steps = minutes, steps
+        self.restart()
+
+    def restart(self) -> None:
+        """A state has just been saved."""
+        self.saved_at, self.num_steps = time.monotonic(), 0
+
+    def due(self) -> bool:
+        """Whether a state is due in this process."""
+        by_time = self.minutes and time.monotonic() - self.saved_at >= 60 * self.minutes
+        return bool(by_time or (self.steps and self.num_steps >= self.steps))

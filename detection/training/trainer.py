@@ -1,0 +1,395 @@
+"""The training loop, one for every task."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from rich.console import Console
+from torch import Tensor, nn
+
+from backbones import hoyer_penalties, logged_state, recompute_activations, spike_layers
+from detection.config import Recipe, flatten, require_same
+from detection.records import EpochLog, Evaluation
+from detection.runs import Run
+from detection.training import checkpoint
+from detection.training.checkpoint import Checkpoint, ProcessState, random_states, set_random_states
+from detection.training.display import LineClock, progress_bar, resume_command, silent_layers, summary
+from detection.training.distributed import any_process, share_buffers
+from detection.training.optim import average_weights, build_optimizer, build_schedule
+from detection.training.signals import Interrupted, SaveClock, StopSignals
+
+Losses = Callable[[nn.Module, Any], dict[str, Tensor]]
+Evaluate = Callable[[nn.Module], Evaluation]
+
+# Below it even the least gradients of a sane loss would be lost: what overflows then is not the precision's fault.
+LEAST_SCALE = 2.0**-10
+
+
+class Batches(Protocol):
+    """Training batches of this process, as many in every epoch and in every process; a batch begins with its images."""
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Make the next pass that of `epoch`, from 1, without its first `first` batches."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
+
+
+class Goal(Protocol):
+    """What a task tells the trainer.
+
+    Attributes:
+        best_by: the metric whose highest value decides which weights are kept as "best".
+        headline: the metrics that stand in the lines on the screen.
+    """
+
+    best_by: str
+    headline: Sequence[str]
+
+    def describe_batch(self, batch: Any) -> str:
+        """Say which images a batch has, for an error; empty if that is not known."""
+
+
+class Trainer:
+    """A training; all of its state that changes is in a checkpoint, from which it goes on bit for bit on a CPU.
+
+    Loss = sum of the task's losses + hoyer.weight * sum over spike layers of H. The model need not know of the second
+    term: it is taken from the spike layers here, after each forward pass, for every task and head alike.
+
+    Args:
+        model: trained in place.
+        batches: this process's training batches; their number sets the schedule.
+        losses: (model, batch) -> scalar losses by name.
+        evaluate: model -> evaluation; called in evaluation mode every `train.eval_every` epochs and at the end.
+        goal: the task.
+        config: the recipe.
+        run: takes the log line of each epoch, the weights and the checkpoints.
+        accelerator: device, mixed precision and processes.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        *,
+        losses: Losses,
+        evaluate: Evaluate,
+        goal: Goal,
+        config: Recipe,
+        run: Run,
+        accelerator: Accelerator,
+    ) -> None:
+        if not len(batches):
+            raise ValueError("no training batches: there are too few images")
+        self.batches, self.losses, self._evaluate, self.goal = batches, losses, evaluate, goal
+        self.config, self.run, self.accelerator = config, run, accelerator
+        self.num_steps = math.ceil(len(batches) / config.train.accumulate)
+        optimizer = build_optimizer(model, config.optimizer)
+        self.schedule = build_schedule(optimizer, config.optimizer, self.num_steps * config.train.epochs)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.average = average_weights(self.network, config.train.ema_decay)
+        self.progress = checkpoint.Progress()
+        self.signals = StopSignals()
+        self.clock = SaveClock(config.train.save_minutes, config.train.save_steps)
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not self.is_main)
+        self._lines = LineClock(self.console)
+
+    @property
+    def network(self) -> nn.Module:
+        """The model without the wrapping of several processes."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.accelerator.is_main_process
+
+    def fit(self) -> EpochLog:
+        """Train to the end of the last epoch and return its line of the log.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite; names epoch, step, each loss and the images. The
+                checkpoint on disk is an earlier one.
+            Interrupted: SIGTERM or Ctrl-C; the step under way was finished and the state saved.
+        """
+        epochs = self.config.train.epochs
+        line = None
+        with self.signals.watch(), progress_bar(self.console) as self.bar:
+            self.task = self.bar.add_task("", total=self.num_steps)
+            while self.progress.epoch <= epochs:
+                line = self.run_epoch()
+                self.progress.next_epoch()
+                if self.progress.epoch <= epochs:
+                    self.save_or_stop(always=line.epoch == 1)  # from then on the log never is without a checkpoint
+        return self.run.history()[-1] if line is None else line
+
+    def run_epoch(self) -> EpochLog:
+        """Do the rest of an epoch, evaluate, log and keep the weights."""
+        progress, train = self.progress, self.config.train
+        self.bar.reset(self.task, completed=progress.step, description=f"epoch {progress.epoch}/{train.epochs}")
+        if progress.step == 0:
+            progress.lr = self.schedule.get_last_lr()[0]
+        try:
+            line = self.train_epoch()
+        except RuntimeError as error:
+            if not (self.signals.received and "DataLoader worker" in str(error)):
+                raise
+            # All processes were told to stop, the loader's too: in the middle of a step there is nothing to save.
+            sentence = f"stopped together with its loader processes; go on with: {resume_command(self.run)}"
+            raise Interrupted(sentence if self.is_main else "", self.signals.received) from None
+        if progress.epoch % train.eval_every == 0 or progress.epoch == train.epochs:
+            self.evaluate(line)
+        line.silent = silent_layers(line)
+        self.keep(line)
+        return line
+
+    def train_epoch(self) -> EpochLog:
+        """Do the rest of an epoch's steps and return what the log says of them: means over steps and processes."""
+        progress, accumulate = self.progress, self.config.train.accumulate
+        self.model.train()
+        self.batches.set_epoch(progress.epoch, progress.step * accumulate)
+        source = iter(self.batches) if progress.step < self.num_steps else iter(())
+        started = time.perf_counter() - progress.seconds
+        for step in range(progress.step + 1, self.num_steps + 1):
+            num_parts = min(accumulate, len(self.batches) - (step - 1) * accumulate)
+            loss = self.step(source, num_parts, f"epoch {progress.epoch}, step {step}")
+            progress.step, progress.seconds = step, time.perf_counter() - started
+            self.bar.advance(self.task)
+            where = f"epoch {progress.epoch}/{self.config.train.epochs}  step {step}/{self.num_steps}"
+            self._lines.show(where, loss, progress.num_images * self.accelerator.num_processes / progress.seconds)
+            self.clock.num_steps += 1
+            self.save_or_stop()
+        return self.describe_epoch()
+
+    def step(self, source: Iterator[Any], num_parts: int, where: str) -> Tensor:
+        """Make one optimiser step from the mean gradient of so many batches, and return its loss."""
+        parts = [self.backward(next(source), part, num_parts) for part in range(1, num_parts + 1)]
+        losses = {name: torch.stack([losses[name] for _, losses in parts]).sum() for name in parts[0][1]}
+        loss = torch.stack(list(losses.values())).sum()
+        self.accelerator.unscale_gradients(self.optimizer)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        self.check_finite(loss, norm, losses, [batch for batch, _ in parts], where)
+        if self.config.optimizer.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not self.optimizer.step_was_skipped:  # by the gradient scaler of fp16
+            self.schedule.step()
+            if self.average:
+                self.average.update_parameters(self.network)
+        self.progress.count("loss", loss)
+        for name, value in losses.items():
+            self.progress.count(f"loss/{name}", value)
+        return loss
+
+    def backward(self, batch: Any, part: int, num_parts: int) -> tuple[Any, dict[str, Tensor]]:
+        """Add the gradients of one of the batches of a step; return the batch and its share of each loss.
+
+        H of the reduction "sum" grows with the batch, so there the batches' H are added up, as for one batch of all
+        their images.
+        """
+        hoyer, low_memory = self.config.hoyer, self.config.train.low_memory
+        batch = send_to_device(batch, self.accelerator.device)
+        # Gradients are averaged over the processes once a step.
+        with self.accelerator.no_sync(self.model) if part < num_parts else contextlib.nullcontext():
+            with recompute_activations() if low_memory else contextlib.nullcontext():
+                losses = self.losses(self.model, batch)
+            penalties = hoyer_penalties(self.network, hoyer.reduction)
+            if penalties:
+                each = (num_parts if hoyer.reduction == "sum" else 1) * torch.stack(list(penalties.values()))
+                losses["hoyer"] = hoyer.weight * each.sum()
+                self.progress.count("layers", each / num_parts)
+            self.accelerator.backward(torch.stack(list(losses.values())).sum() / num_parts)
+        self.progress.num_images += len(batch[0])
+        return batch, {name: value.detach() / num_parts for name, value in losses.items()}
+
+    def check_finite(
+        self, loss: Tensor, norm: Tensor, losses: dict[str, Tensor], batches: Sequence[Any], where: str
+    ) -> None:
+        """Raise FloatingPointError if the loss, or the norm of the gradient, is not finite.
+
+        With fp16 a gradient may overflow: the scaler then skips the step and scales less. Only at a scale that leaves
+        nothing to blame but the network it is an error.
+        """
+        finite_loss, finite_norm = torch.isfinite(torch.stack([loss, norm.to(loss.device)])).tolist()
+        scaler = self.accelerator.scaler
+        overflow = scaler is not None and scaler.get_scale() >= LEAST_SCALE
+        if finite_loss and (finite_norm or overflow):
+            return
+        values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+        images = ", ".join(filter(None, map(self.goal.describe_batch, batches)))
+        raise FloatingPointError(
+            f"the {'gradient' if finite_loss else 'loss'} is not finite in {where}: {values}"
+            f"{f'; {images}' if images else ''}; a lower optimizer.lr or optimizer.clip_norm may help"
+        )
+
+    def describe_epoch(self) -> EpochLog:
+        """Return what the log says of an epoch's steps."""
+        progress, num_processes = self.progress, self.accelerator.num_processes
+        means = {name: self.accelerator.reduce(value / self.num_steps, "mean") for name, value in progress.sums.items()}
+        layers = {}
+        if "layers" in means:
+            names = [name for name, layer in spike_layers(self.network).items() if layer.has_penalty]
+            layers["hoyer_per_layer"] = dict(zip(names, means.pop("layers").tolist(), strict=True))
+        return EpochLog(
+            epoch=progress.epoch,
+            step=progress.epoch * self.num_steps,
+            lr=progress.lr,
+            loss=means.pop("loss").item(),
+            losses={name.removeprefix("loss/"): value.item() for name, value in means.items()},
+            seconds=round(progress.seconds, 3),
+            images_per_second=round(progress.num_images * num_processes / progress.seconds, 3),
+            layers=layers | logged_state(self.network),
+        )
+
+    def evaluate(self, line: EpochLog) -> None:
+        """Add the evaluation of the network and of its average to the line of an epoch."""
+        started, randoms = time.perf_counter(), random_states()
+        alone = self.accelerator.num_processes == 1
+        try:
+            with self.signals.interruptible(alone):
+                share_buffers(self.network)
+                line.evaluation = self._evaluate(self.network.eval())
+                if self.average:
+                    share_buffers(self.average.module)
+                    line.ema = self._evaluate(self.average.module.eval())
+                    line.ema.potentials = {}
+        except KeyboardInterrupt:  # the epoch's steps are done, its evaluation is not
+            if not alone:  # a second Ctrl-C: the others are not here to save with
+                raise
+            self.save(randoms)
+            raise self.interruption() from None
+        line.eval_seconds = round(time.perf_counter() - started, 3)
+        if self.progress.evaluated and line.epoch < self.config.train.epochs:
+            line.evaluation.potentials = {}  # histograms: the first and the last say how they moved
+        self.progress.evaluated = True
+
+    def keep(self, line: EpochLog) -> None:
+        """Log the line of an epoch, keep the weights, say it on the screen."""
+        score = line.metrics.get(self.goal.best_by, -math.inf)
+        better, self.progress.best = score > self.progress.best, max(self.progress.best, score)
+        if self.is_main:
+            self.run.save(self.network, "last")
+            if self.average:
+                self.run.save(self.average.module, "ema")
+            if better:
+                self.run.save(self.network, "best")
+            self.run.log(line)
+            if line.silent:
+                silent = ", ".join(line.silent)
+                print(f"warning: spike layers silent in epoch {line.epoch}: {silent}", file=sys.stderr)
+        scalars = {key: value for key, value in line.to_json().items() if isinstance(value, float)}
+        self.accelerator.log(scalars, step=line.epoch)
+        self.console.print(summary(line, self.config.train.epochs, self.goal.best_by, self.goal.headline))
+
+    # Checkpoints
+
+    def save_or_stop(self, always: bool = False) -> None:
+        """Save where a checkpoint is due; save and raise `Interrupted` where a signal has come to any process."""
+        stop, due = any_process(self.accelerator, bool(self.signals.received), always or self.clock.due())
+        if stop or due:
+            self.save(random_states())
+            self.clock.restart()
+        if stop:
+            raise self.interruption()
+
+    def interruption(self) -> Interrupted:
+        """Return the error that ends a training which was told to stop; of several processes one has a sentence."""
+        sentence, progress, epochs = "", self.progress, self.config.train.epochs
+        if self.is_main:
+            where = f"after epoch {progress.epoch - 1} of {epochs}"
+            if progress.step:
+                where = f"in epoch {progress.epoch} of {epochs} after step {progress.step} of {self.num_steps}"
+            sentence = f"stopped {where}, state saved; go on with: {resume_command(self.run)}"
+        return Interrupted(sentence, self.signals.received or signal.SIGTERM)  # a signal that came to another process
+
+    def save(self, randoms: dict[str, Any]) -> None:
+        """Write the state of all processes; all of them call it, with their `random_states`."""
+        progress = dataclasses.asdict(self.progress)
+        own = ProcessState(randoms, progress.pop("sums"), progress.pop("num_images"))
+        processes = gather_object([vars(own)])
+        if self.is_main:
+            scaler = self.accelerator.scaler
+            Checkpoint(
+                recipe=flatten(self.config),
+                progress=progress,
+                processes=processes,
+                network=self.network.state_dict(),
+                average=self.average and self.average.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                schedule=self.schedule.state_dict(),
+                scaler=scaler and scaler.state_dict(),
+            ).save(self.run.folder)
+
+    def resume(self) -> None:
+        """Take over the run's checkpoint, or start from the beginning if it has none.
+
+        Raises:
+            ValueError: it belongs to another network, recipe or number of processes, or it is missing where there
+                should be one.
+        """
+        state = Checkpoint.load(self.run.folder)
+        if state is None:
+            self.require_beginning()
+            return
+        path = self.run.folder / checkpoint.FILE
+        require_same(state.recipe, self.config, str(path))
+        if len(state.processes) != self.accelerator.num_processes:
+            raise ValueError(
+                f"{path}: saved by {len(state.processes)} processes, started with {self.accelerator.num_processes}; an "
+                "exact continuation needs as many"
+            )
+        self.load_networks(state)
+        self.schedule.load_state_dict(state.schedule)
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        own = ProcessState(**state.processes[self.accelerator.process_index])
+        sums = {name: value.to(self.accelerator.device) for name, value in own.sums.items()}
+        self.progress = checkpoint.Progress(**state.progress, sums=sums, num_images=own.num_images)
+        set_random_states(own.random)
+
+    def load_networks(self, state: Checkpoint) -> None:
+        """Take over weights, their average, and what the optimiser knows of them."""
+        try:
+            self.network.load_state_dict(state.network)
+            if self.average:
+                self.average.load_state_dict(state.average)
+            self.optimizer.load_state_dict(state.optimizer)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            path, recipe = self.run.folder / checkpoint.FILE, self.run.folder / "config.yaml"
+            raise ValueError(f"{path} does not fit the network of {recipe}: {' '.join(str(error).split())}") from None
+        # As when they were made: in the memory order of their weights, or else sums would round otherwise.
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter).copy_(value)
+
+    def require_beginning(self) -> None:
+        """Say that a run without a checkpoint starts anew.
+
+        Raises:
+            ValueError: its log has more than the epoch that this may cost.
+        """
+        folder = self.run.folder
+        number = len(self.run.history()) if (folder / "metrics.jsonl").is_file() else 0
+        if number > 1:
+            raise ValueError(
+                f"{folder}: {number} epochs in its log but no {checkpoint.FILE} to go on from: it has finished, or "
+                "lost its state; name another folder for a new run"
+            )
+        print(f"{folder}: no state saved yet, starts from its beginning", file=sys.stderr)
