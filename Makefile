@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 install: $(VENV)/.installed
 
 # Made once, and again when the dependencies change.
-$(VENV)/.installed: setup.py
+$(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or 3.12 is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -16,9 +16,9 @@ $(VENV)/.installed: setup.py
 # A detector from nothing: draws scenes, trains, evaluates, counts its energy, shows it all. Minutes on two CPU cores.
 demo: install
 	rm -rf runs/demo
-	$(BIN)/python tools/train_det.py configs/scenes_retinanet_resnet18.yaml --out runs/demo
-	$(BIN)/python tools/analyze.py runs/demo
-	$(BIN)/python tools/report.py runs/demo
+	$(BIN)/hoyer-det train scenes_retinanet_resnet18 --out runs/demo
+	$(BIN)/hoyer-det analyze runs/demo
+	$(BIN)/hoyer-det report runs/demo
 
 # Two processes of one thread each: most tests are small.
 test: install

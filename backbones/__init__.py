@@ -20,7 +20,7 @@ from .measure.record import (
 )
 from .networks import Backbone, Classifier, FeatureInfo, Normalise, Stem, create, names, register_backbone
 from .recompute import recompute_activations
-from .spiking import SpikeFactory, SpikeLayer, logged_state, neurons, register_neuron, spike_layers
+from .spiking import SpikeFactory, SpikeLayer, find_neuron, logged_state, neurons, register_neuron, spike_layers
 from .weights import load_weights, read_tensors, tensors_to_bytes
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "create",
     "energy",
     "extremum",
+    "find_neuron",
     "fold",
     "hook_layers",
     "hoyer_penalties",

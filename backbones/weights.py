@@ -20,7 +20,7 @@ DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor]) -> None:
-    """Loads weights into `backbone`, strictly.
+    """Load weights into `backbone`, strictly.
 
     Args:
         backbone: changed in place, only if every key fits.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from detection.config import ImageAugment
+from backbones import Normalise
+from detection.config.schema import ImageAugment
 from detection.data import start_worker
-from detection.data.images import Images, MemoryBatches
+from detection.data.image_batches import MemoryBatches
+from detection.data.images import Images
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -46,6 +48,17 @@ class Items(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+class Ours:
+    """Whole batches on the device, normalised there, as a network does with them."""
+
+    def __init__(self, images: Images, device: torch.device, batch_size: int) -> None:
+        self.batches = MemoryBatches(images, device, batch_size=batch_size, augment=ImageAugment())
+        self.normalise = Normalise(MEAN, STD).to(device)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return ((self.normalise(images), labels) for images, labels in self.batches)
 
 
 def images_per_second(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> float:
@@ -74,9 +87,7 @@ def main() -> None:
     pixels = torch.from_numpy(rng.integers(0, 256, (options.images, 3, 32, 32), dtype=np.uint8))
     images = Images(pixels, torch.zeros(options.images, dtype=torch.long), ("any",))
     ways = {
-        "batches on the device": MemoryBatches(
-            images, device, batch_size=options.batch_size, mean=MEAN, std=STD, augment=ImageAugment()
-        ),
+        "batches on the device": Ours(images, device, options.batch_size),
         f"torchvision, {options.workers} workers": DataLoader(
             Items(images),
             batch_size=options.batch_size,

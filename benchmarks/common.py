@@ -34,9 +34,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from backbones import HoyerSpike
-from detection.checkpoint import command_line, describe_environment
+from backbones import SpikeLayer
+from detection.cli.common import run_verb
 from detection.files import write_whole
+from detection.runs import command_line, describe_environment
 
 
 class TextbookFire(torch.autograd.Function):
@@ -87,22 +88,22 @@ class TextbookSpike(nn.Module):
 
 
 def use_textbook(model: nn.Module) -> None:
-    """Puts a `TextbookSpike` in the place of every `HoyerSpike`."""
+    """Put a `TextbookSpike` in the place of every spike layer."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, HoyerSpike):
+            if isinstance(child, SpikeLayer):
                 setattr(module, name, TextbookSpike().to(child.v_th.device))
 
 
 def textbook_penalty(model: nn.Module) -> Tensor:
-    """Sum of H over the textbook layers."""
+    """Return the sum of H over the textbook layers."""
     return torch.stack([module.penalty for module in model.modules() if isinstance(module, TextbookSpike)]).sum()
 
 
 def time_in_turn(
     steps: Mapping[str, Callable[[], None]], rounds: int, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """{name: {"seconds": median, "cpu_seconds": median, "each_seconds": one per round, "each_cpu_seconds": ...}}.
+    """Return {name: {"seconds": median, "cpu_seconds": median, "each_seconds": one per round, ...}}.
 
     Every second round runs backwards, and one more before them is not counted. Processor time is that of all threads:
     other work on the machine changes it less. On a GPU it says nothing.
@@ -130,7 +131,7 @@ def time_in_turn(
 
 
 def ratios_of(rows: Mapping[str, Mapping[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Quotients of the rows of two ways, for each pair of which both were measured."""
+    """Return quotients of the rows of two ways, for each pair of which both were measured."""
     keys = {"time": "seconds", "cpu_time": "cpu_seconds", "memory": "peak_bytes"}
     return [
         {"ours": ours, "other": other}
@@ -141,7 +142,7 @@ def ratios_of(rows: Mapping[str, Mapping[str, Any]], pairs: Sequence[tuple[str, 
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """Most bytes of tensors at one time during `step`, beyond those before it (weights, state of the optimiser).
+    """Return the most bytes of tensors at one time during `step`, beyond those before it (weights, optimiser's state).
 
     On a CPU the profiler's record of every allocation and release is added up, which is what CUDA's allocator counts by
     itself. The resident size of the process would be coarser: it depends on what earlier work left with the allocator.
@@ -166,13 +167,13 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits for the device, so that the clock sees its work."""
+    """Wait for the device, so that the clock sees its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The first column to the left, the others to the right."""
+    """Print rows, the first column to the left, the others to the right."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
@@ -182,7 +183,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def add_log_option(parser: argparse.ArgumentParser, name: str, *, picture: bool = True) -> None:
-    """`--log FILE`, results/benchmarks/NAME.json where the command line gives none."""
+    """Add `--log FILE`, results/benchmarks/NAME.json where the command line gives none."""
     also = ", with a picture of the same name beside it" if picture else ""
     default = Path(__file__).parents[1] / "results" / "benchmarks" / f"{name}.json"
     parser.add_argument(
@@ -190,17 +191,22 @@ def add_log_option(parser: argparse.ArgumentParser, name: str, *, picture: bool 
     )
 
 
+def run_benchmark(main: Callable[[], None]) -> None:
+    """Call `main`; bad input ends the process with one sentence."""
+    run_verb(lambda arguments, prog: main())
+
+
 def write_log(path: Path, result: Mapping[str, Any]) -> None:
-    """JSON with the command, the versions, the machine and its load."""
+    """Write JSON with the command, the versions, the machine and its load."""
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
-    log = {"command": " ".join(command_line()), **describe_environment(), "load": load, **result}
+    log = {**describe_environment(command_line()).to_json(), "load": load, **result}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps(log, indent=2) + "\n").encode())
     print(f"log: {path}")
 
 
 def plot_bars(path: Path, panels: Mapping[str, Mapping[str, float]], *, columns: int = 2) -> None:
-    """PNG with a panel of horizontal bars per title, the value at each."""
+    """Write a PNG with a panel of horizontal bars per title, the value at each."""
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 2.6 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:

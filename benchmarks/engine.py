@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -24,15 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import add_log_option, write_log
+from common import add_log_option, run_benchmark, synchronise, write_log
 
-from detection import engine
-from detection.checkpoint import Run, command_line
-from detection.cli import parse_recipe, recipe_parser, run_tool
-from detection.models import build_detector
-from detection.resume import Progress
-from detection.tasks import make_accelerator
+from detection.cli.common import parse_recipe, recipe_parser
+from detection.config import Recipe
+from detection.records import Evaluation
+from detection.runs import Run, command_line, describe_environment
+from detection.tasks import task_of
+from detection.tasks.run import make_accelerator
+from detection.training import checkpoint
+from detection.training.checkpoint import Progress
+from detection.training.trainer import Trainer
+
+EXTRA = 3  # steps at the beginning and the end that are not timed
 
 
 class RandomScenes:
@@ -63,13 +68,12 @@ class Stopwatch:
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def now(self) -> float:
-        """The time once the device is done with all that it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        """Return the time once the device is done with all that it was given."""
+        synchronise(self.device)
         return time.perf_counter()
 
     def on(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its calls timed."""
+        """Return `function`, its calls timed."""
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +85,7 @@ class Stopwatch:
         return call
 
     def total(self) -> float:
-        """Of all parts together."""
+        """Return the seconds of all parts together."""
         return sum(map(sum, self.seconds.values()))
 
 
@@ -90,7 +94,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="training steps to time, after two more (default: 12)")
     parser.add_argument("--epoch-steps", type=int, default=37, help="steps of an epoch, for the shares (default: 37)")
     add_log_option(parser, "engine", picture=False)
-    config, options = parse_recipe(parser, sys.argv[1:])
+    config, options = parse_recipe(parser)
     minutes = config.train.save_minutes
     config.data.classes = config.data.classes or ["object"]
     config.train.epochs, config.train.save_steps = 1, 2
@@ -98,47 +102,12 @@ def main() -> None:
     set_seed(config.train.seed)
     accelerator = make_accelerator(config)
     watch = Stopwatch(accelerator.device)
-    average_weights = engine.average_weights
-
-    def timed_average(*args: Any) -> Any:
-        average = average_weights(*args)
-        average.update_parameters = watch.on("averaging", average.update_parameters)
-        return average
-
-    engine.average_weights = timed_average
-    engine.describe_epoch = watch.on("end of epoch", engine.describe_epoch)
-    engine.Training.save = watch.on("state", engine.Training.save)
-    Progress.count = watch.on("counting", Progress.count)
-    Run.save, Run.log = watch.on("weights", Run.save), watch.on("end of epoch", Run.log)
-    starts: list[tuple[float, float]] = []  # of each step, and of what the parts had taken until then
-
-    def compute_losses(model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-        starts.append((watch.now(), watch.total()))
-        return model(*batch)
-
-    batches = RandomScenes(options.steps + 3, config.train.batch_size, config.model.min_size[-1], config.model.max_size)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run.create(Path(folder) / "run", config, command_line())
-        engine.fit(
-            build_detector(config),
-            batches,
-            compute_losses=compute_losses,
-            evaluate=lambda model: {"AP": 0.0},
-            best_by="AP",
-            config=config,
-            run=run,
-            accelerator=accelerator,
-        )
-        size = (run.folder / "state.safetensors").stat().st_size / 2**20
-    step = statistics.median(
-        (later - earlier) - (later_parts - earlier_parts)
-        for (earlier, earlier_parts), (later, later_parts) in itertools.pairwise(starts[2:])
-    )
+    step, size = time_training(config, options.steps, accelerator, watch)
     seconds = watch.seconds
     each = {
         # medians, and how often a step has them
         "averaged weights": statistics.median(seconds["averaging"]),
-        "losses and H per layer": sum(seconds["counting"]) / len(batches),
+        "losses and H per layer": sum(seconds["counting"]) / (options.steps + EXTRA),
         "state": statistics.median(seconds["state"]) * step / (60 * minutes) if minutes else 0.0,
         "weights, log": (sum(seconds["weights"]) + sum(seconds["end of epoch"])) / options.epoch_steps,
     }
@@ -152,5 +121,41 @@ def main() -> None:
     write_log(options.log, result)
 
 
+def time_training(config: Recipe, num_steps: int, accelerator: Accelerator, watch: Stopwatch) -> tuple[float, float]:
+    """Return the seconds of a step without the parts on the watch, and the size of a state in MiB."""
+    task = task_of(config)
+    Trainer.describe_epoch = watch.on("end of epoch", Trainer.describe_epoch)
+    Trainer.save = watch.on("state", Trainer.save)
+    Progress.count = watch.on("counting", Progress.count)
+    Run.save, Run.log = watch.on("weights", Run.save), watch.on("end of epoch", Run.log)
+    starts: list[tuple[float, float]] = []  # of each step, and of what the parts had taken until then
+
+    def losses(model: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        starts.append((watch.now(), watch.total()))
+        return task.losses(model, batch)
+
+    nothing = Evaluation(metrics=dict.fromkeys((*task.headline, task.best_by), 0.0))
+    size = config.model.min_size[-1], config.model.max_size
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            task.build_model(),
+            RandomScenes(num_steps + EXTRA, config.train.batch_size, *size),
+            losses=losses,
+            evaluate=lambda model: nothing,
+            goal=task,
+            config=config,
+            run=Run.create(Path(folder) / "run", config, describe_environment(command_line())),
+            accelerator=accelerator,
+        )
+        trainer.average.update_parameters = watch.on("averaging", trainer.average.update_parameters)
+        trainer.fit()
+        mebibytes = (trainer.run.folder / checkpoint.FILE).stat().st_size / 2**20
+    seconds = [
+        (later - earlier) - (later_parts - earlier_parts)
+        for (earlier, earlier_parts), (later, later_parts) in itertools.pairwise(starts[2:])
+    ]
+    return statistics.median(seconds), mebibytes
+
+
 if __name__ == "__main__":
-    run_tool(main)
+    run_benchmark(main)

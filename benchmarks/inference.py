@@ -23,18 +23,20 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import add_log_option, print_table, write_log
+from common import add_log_option, print_table, run_benchmark, write_log
 from torch import Tensor, nn
 
 import backbones
-from backbones.deploy.fold import fold
-from backbones.deploy.integer import fix_size, to_integers
-from detection.cli import run_tool
-from detection.config import Config, load_config
-from detection.export import PREDICTIONS, DensePredictions, DetectorOf, Normalised, import_extra, to_onnx
+from backbones import fold, hook_layers, spike_layers, to_integers
+from backbones.deploy.integer import fix_size
+from detection.config import load_config
+from detection.exporters import import_extra, to_onnx
 from detection.models import build_detector
+from detection.models.dense import DensePredictions, DetectorOf
+from detection.tasks.detection import PREDICTION_LAYERS
 
 RATE = 0.15
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BASE = "twin onnx float"
 RECIPE = Path(__file__).parents[1] / "configs" / "bccd_retinanet_resnet18.yaml"
 # Of the batches that enter the network; a detector's images have 240 rows and are padded.
@@ -65,43 +67,45 @@ def main() -> None:
     for name, values in (("batches", options.batches), ("threads", options.threads), ("repeats", [options.repeats])):
         if min(values) < 1:
             parser.error(f"--{name} {min(values)}: at least 1")
-    rows: list[dict[str, Any]] = []
-    for name in options.networks:
-        forms, activity = build_forms(name, options.width, name in options.compile)
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            torch.compiler.reset()  # code is made for a number of threads, and only so often
-            runs = {form: start(threads) for form, start in forms.items()}
-            for batch in options.batches:
-                height, side = SIZES[name]
-                height = 240 if name.startswith("retinanet") else height
-                images = torch.rand(batch, 3, height, side, generator=torch.Generator().manual_seed(1))
-                repeats = options.repeats if batch == 1 else -(-options.repeats // 3)
-                medians = measure(runs, images, repeats)
-                found = [
-                    {
-                        "network": name,
-                        "form": form,
-                        "batch": batch,
-                        "threads": threads,
-                        "milliseconds": round(seconds * 1e3, 3),
-                        "images_per_second": round(batch / seconds, 2),
-                        "times_twin_onnx_float": round(medians[BASE] / seconds, 3),
-                        "activity": round(activity, 4),
-                    }
-                    for form, seconds in medians.items()
-                ]
-                rows += found
-                numbers = ("milliseconds", "images_per_second", "times_twin_onnx_float")
-                print_table(
-                    f"{name}, batch of {batch}, {threads} threads, {activity:.1%} fire",
-                    ["form", "ms", "images/s", "x twin onnx float"],
-                    [[row["form"], *(f"{row[number]:.2f}" for number in numbers)] for row in found],
-                )
+    rows = [row for name in options.networks for row in measure_network(name, options)]
     packages = {name: import_extra(name).__version__ for name in ("onnx", "onnxruntime")}
     result = {"repeats": options.repeats, "width": options.width, "packages": packages, "rows": rows}
     write_log(options.log, result)
     plot(rows, options.log.with_suffix(".png"))
+
+
+def measure_network(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a network, for every number of threads, batch and form."""
+    forms, activity = build_forms(name, options.width, name in options.compile)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        torch.compiler.reset()  # code is made for a number of threads, and only so often
+        runs = {form: start(threads) for form, start in forms.items()}
+        for batch in options.batches:
+            height, side = SIZES[name]
+            height = 240 if name.startswith("retinanet") else height
+            images = torch.rand(batch, 3, height, side, generator=torch.Generator().manual_seed(1))
+            medians = measure(runs, images, options.repeats if batch == 1 else -(-options.repeats // 3))
+            found = [
+                {
+                    "network": name,
+                    "form": form,
+                    "batch": batch,
+                    "threads": threads,
+                    "milliseconds": round(seconds * 1e3, 3),
+                    "images_per_second": round(batch / seconds, 2),
+                    "times_twin_onnx_float": round(medians[BASE] / seconds, 3),
+                    "activity": round(activity, 4),
+                }
+                for form, seconds in medians.items()
+            ]
+            numbers = ("milliseconds", "images_per_second", "times_twin_onnx_float")
+            print_table(
+                f"{name}, batch of {batch}, {threads} threads, {activity:.1%} fire",
+                ["form", "ms", "images/s", "x twin onnx float"],
+                [[row["form"], *(f"{row[number]:.2f}" for number in numbers)] for row in found],
+            )
+            yield from found
 
 
 Run = Callable[[Tensor], Any]
@@ -116,8 +120,8 @@ def build_forms(name: str, width: float, compiled: bool) -> tuple[dict[str, Call
         spiking(images)
     example = images[:2]
     folded, folded_twin = (fix_size(fold(network), example) for network in (spiking, twin))
-    integers = to_integers(folded, images, keep=PREDICTIONS)
-    everything = to_integers(folded, images, keep=PREDICTIONS, analogue=True)
+    integers = to_integers(folded, images, keep=PREDICTION_LAYERS)
+    everything = to_integers(folded, images, keep=PREDICTION_LAYERS, analogue=True)
     options = {"dynamic_size": False, "example": example, "outputs": outputs}
     files = {
         "onnx float": to_onnx(folded, **options),
@@ -146,50 +150,46 @@ def build_forms(name: str, width: float, compiled: bool) -> tuple[dict[str, Call
 def build(name: str, activation: str, width: float) -> tuple[nn.Module, Callable[[Run], Run], list[str]]:
     """A network over images, what makes a whole detector of it (nothing for a classifier), its outputs' names."""
     torch.manual_seed(0)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     if name.startswith("retinanet"):
-        config = load_config(RECIPE, [], kind=Config)
+        config = load_config(RECIPE)
         config.model.backbone.activation = activation
         config.model.backbone.width *= width
         config.model.neck.spiking = config.model.head.spiking = name == "retinanet_spiking"
         detector = build_detector(config)
         dense = DensePredictions(detector)
-        network = Normalised(dense, mean, std)
-        settle(network, SIZES[name])
+        settle(dense, SIZES[name])
 
         def whole(run: Run) -> Run:
             # Only shapes, anchors and the making of boxes are left of the detector.
             rest = DetectorOf(copy.deepcopy(detector), lambda x: dict(zip(dense.outputs, run(x), strict=True)))
             return lambda images: rest(list(images))
 
-        return network.eval(), whole, dense.outputs
+        return dense.eval(), whole, dense.outputs
     stem, classes = ("cifar", 10) if name == "vgg16" else ("imagenet", 1000)
     backbone = backbones.create(name, activation=activation, stem=stem, width=width)
-    network = Normalised(backbones.Classifier(backbone, classes), mean, std)
+    network = backbones.Classifier(backbone, classes, mean=MEAN, std=STD)
     settle(network, SIZES[name])
     return network.eval(), lambda run: run, ["logits"]
 
 
 @torch.no_grad()
 def settle(network: nn.Module, size: tuple[int, int]) -> None:
-    """Sets BatchNorm's averages to those of a batch, and thresholds to where `RATE` of each layer's neurons fire."""
-    handles = []
-    network.train()
+    """Set BatchNorm's averages to those of a batch, and thresholds to where `RATE` of each layer's neurons fire."""
 
-    def set_threshold(layer: backbones.HoyerSpike, inputs: tuple[Tensor]) -> None:
-        values = inputs[0].flatten()
+    def set_threshold(name: str, layer: backbones.SpikeLayer, u: Tensor) -> None:
+        values = u.flatten()
         values = values[:: max(1, len(values) // 100_000)]
         layer.extremum.fill_(values.quantile(1 - RATE) / layer.v_th.abs())
 
+    network.train()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
-        if isinstance(module, backbones.HoyerSpike):
-            module.eval()
-            handles.append(module.register_forward_pre_hook(set_threshold))
-    network(torch.rand(8, 3, *size, generator=torch.Generator().manual_seed(2)))
-    for handle in handles:
-        handle.remove()
+    layers = spike_layers(network)
+    for layer in layers.values():
+        layer.eval()
+    with hook_layers(layers, before=set_threshold):
+        network(torch.rand(8, 3, *size, generator=torch.Generator().manual_seed(2)))
 
 
 def session(content: bytes, threads: int) -> Run:
@@ -279,4 +279,4 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_benchmark(main)

@@ -17,12 +17,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from common import add_log_option, peak_bytes, print_table, time_in_turn, write_log
+from common import add_log_option, peak_bytes, print_table, run_benchmark, time_in_turn, write_log
 
 import backbones
-from backbones import HoyerSpike
-from backbones.recompute import recompute_activations
-from detection.cli import run_tool
+from backbones import recompute_activations, spike_layers
 
 DEPTH = "spike layers"
 BASE = {"network": "resnet18", "batch": 8, "side": 128, "width": 0.25}
@@ -54,7 +52,7 @@ def make_step(
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, sum(isinstance(module, HoyerSpike) for module in backbone.modules())
+    return step, len(spike_layers(backbone))
 
 
 def measure(series: str, point: dict[str, Any], rounds: int, device: torch.device) -> list[dict[str, Any]]:
@@ -126,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_benchmark(main)

@@ -14,11 +14,19 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import TextbookSpike, add_log_option, plot_bars, print_table, ratios_of, time_in_turn, write_log
+from common import (
+    TextbookSpike,
+    add_log_option,
+    plot_bars,
+    print_table,
+    ratios_of,
+    run_benchmark,
+    time_in_turn,
+    write_log,
+)
 from torch import nn
 
 from backbones import HoyerSpike, hoyer_penalty
-from detection.cli import run_tool
 
 HOYER_WEIGHT = 1e-8
 OURS, TEXTBOOK, RELU = "hoyer compiled", "textbook eager", "relu compiled"
@@ -50,7 +58,7 @@ def check(channels: int) -> None:
     found = []
     for layer in (HoyerSpike(channels).double(), TextbookSpike().double()):
         out = layer(u)
-        penalty = hoyer_penalty(layer) if isinstance(layer, HoyerSpike) else layer.penalty
+        penalty = layer.penalty if isinstance(layer, TextbookSpike) else hoyer_penalty(layer)
         found.append((out, penalty, *torch.autograd.grad((out * upstream).sum() + penalty, [u, layer.v_th])))
     torch.testing.assert_close(*found)
 
@@ -124,4 +132,4 @@ def parse_shape(parser: argparse.ArgumentParser, text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_benchmark(main)

@@ -2,8 +2,8 @@
 """Seconds and memory of one training step: spiking networks, their analogue twins, and the textbook formulation.
 
 A step is forward pass, backward pass and optimiser. The ways take turns, the medians count. "low memory" is eager under
-`backbones.recompute.recompute_activations`. "compiled" is the backbone by torch.compile and the network's weights in the order N, H,
-W, C, as `train.compile` with `train.channels_last`: of weights in another order the compiler makes copies, and keeps
+`backbones.recompute_activations`. "compiled" is the backbone by torch.compile and the network's weights in the order N,
+H, W, C, as `train.compile` with `train.channels_last`: of weights in another order the compiler makes copies, and keeps
 them from the forward to the backward pass. Memory is that of tensors during the step, gradients included, beyond
 weights and optimiser.
 
@@ -31,6 +31,7 @@ from common import (
     plot_bars,
     print_table,
     ratios_of,
+    run_benchmark,
     synchronise,
     textbook_penalty,
     time_in_turn,
@@ -40,10 +41,9 @@ from common import (
 from torch import Tensor, nn
 
 import backbones
-from backbones.recompute import recompute_activations
-from detection.cli import run_tool
-from detection.config import Config
+from backbones import recompute_activations
 from detection.models import build_detector
+from detection.tasks.recipes import DetectionRecipe
 
 # Images per batch and their side, in pixels, where the command line gives none.
 SIZES = {"vgg16": (128, 32), "resnet18": (16, 224), "resnet50": (4, 224), "retinanet_resnet18": (2, 320)}
@@ -74,7 +74,9 @@ def build(network: str, activation: str, side: int, width: float) -> nn.Module:
     if network.startswith("retinanet_"):
         backbone = {"name": network.removeprefix("retinanet_"), **settings}
         parts = {"detector": "retinanet", "backbone": backbone, "min_size": [side], "max_size": side}
-        model = build_detector(Config(model=parts, data={"format": "synthetic", "classes": ["circle", "star"]}))
+        model = build_detector(
+            DetectionRecipe(model=parts, data={"format": "synthetic", "classes": ["circle", "star"]})
+        )
     else:
         cifar = network == "vgg16"
         backbone = backbones.create(network, stem="cifar" if cifar else "imagenet", **settings)
@@ -196,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_benchmark(main)

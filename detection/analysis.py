@@ -6,13 +6,10 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from accelerate import Accelerator
-from torch import Tensor, nn
 
 from backbones import (
     HOROWITZ_45NM,
@@ -25,12 +22,10 @@ from backbones import (
     energy,
     record_layers,
 )
-from detection.checkpoint import Run, Weights
-from detection.classification import evaluate_classifier, validation_batches
-from detection.config import ClassificationConfig, Config
-from detection.data import DetectionDataset, build_datasets
 from detection.files import write_whole
-from detection.tasks import evaluate_detector, evaluation_loader, load_for_evaluation
+from detection.runs import Run, Weights
+from detection.tasks import task_of
+from detection.tasks.run import load_for_evaluation, read_evaluation_data
 
 MILLION = 1e6  # pJ per uJ, and the unit of counts and bits in tables
 
@@ -45,12 +40,13 @@ class TextTable(NamedTuple):
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `analyze_run` found.
+    """The findings of `analyze_run`.
 
     Attributes:
         run: the run folder.
         weights: which of its weights.
         metrics: of the evaluation, as in the run's log.
+        headline: names of those that stand above its tables.
         measured: counts of every layer over the images.
         report: energy, per image.
         certificate: whether what the layers saw was binary.
@@ -59,12 +55,13 @@ class Analysis:
     run: str
     weights: Weights
     metrics: dict[str, Any]
+    headline: tuple[str, ...]
     measured: Measurement
     report: EnergyReport
     certificate: Certificate
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON; all counts, bits and picojoules are per image, layers in the order in which they ran."""
+        """Return everything as JSON; counts, bits and picojoules are per image, layers in the order of their calls."""
         certificate, first_layer = self.certificate, self.report.first_layer
         return {
             "run": self.run,
@@ -90,7 +87,7 @@ class Analysis:
         }
 
     def tables(self) -> list[TextTable]:
-        """The layers, the networks side by side, their ratios, the first layer and the certificate, for people."""
+        """Return layers, networks side by side, their ratios, the first layer and the certificate, for people."""
         tables = [self._layer_table(), self._network_table()]
         if self.report.ratios:
             columns = {"operations": "operations", "with SRAM": "with_sram", "with DRAM": "with_dram"}
@@ -103,8 +100,13 @@ class Analysis:
             tables.append(self._first_layer_table())
         return [*tables, self._certificate_table()]
 
+    def summary(self) -> str:
+        """Return the most important metrics and the activity in a line."""
+        keys = [key for key in self.metrics if key in (*self.headline, "activity")]
+        return ", ".join(f"{key} {self.metrics[key]:.4f}" for key in keys)
+
     def save(self, folder: str | Path) -> None:
-        """Writes analysis.json, layers.csv and analysis.md into `folder`, which is made if need be."""
+        """Write analysis.json, layers.csv and analysis.md into `folder`, which is made if need be."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "analysis.json", (json.dumps(self.to_dict(), indent=2) + "\n").encode())
@@ -216,7 +218,7 @@ class Analysis:
             f"{'Binary' if certificate.is_binary else 'NOT binary'}{', strict' if certificate.strict else ''}: "
             f"{certificate.num_binary} of {len(self.measured.layers)} layers with weights saw 0/1 only, "
             f"over {certificate.num_images} images; time steps {certificate.time_steps}, "
-            f"levels {certificate.levels} (0 and 1)"
+            f"levels {certificate.levels}{' (0 and 1)' if certificate.levels == 2 else ''}"
         )
         return TextTable(title, ("", "layer", "reason"), rows)
 
@@ -230,8 +232,7 @@ class Analysis:
 
     def _markdown(self) -> str:
         parts = [f"# {self.run}, {self.weights} weights, {self.measured.num_images} images"]
-        keys = [key for key in ("AP", "AP50", "top1", "top5", "activity") if key in self.metrics]
-        parts.append(", ".join(f"{key} {self.metrics[key]:.4f}" for key in keys))
+        parts.append(self.summary())
         for table in self.tables():
             lines = [table.header, tuple("---" for _ in table.header), *table.rows]
             parts += [f"## {table.title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
@@ -240,18 +241,18 @@ class Analysis:
 
 def analyze_run(
     folder: str | Path,
-    which: Weights = "last",
+    weights: Weights = "last",
     *,
     data_root: str | Path | None = None,
     num_images: int | None = None,
     costs: CostTable = HOROWITZ_45NM,
     strict: bool = False,
 ) -> Analysis:
-    """Metrics, activity, energy and binarity of a saved run, in one pass over its evaluation images.
+    """Return metrics, activity, energy and binarity of a saved run, from one pass over its evaluation images.
 
     Args:
-        folder: the run, a detector's or a classifier's, as `Run.open` takes it.
-        which: which of its weights.
+        folder: the run, of any task, as `Run.open` takes it.
+        weights: which of its weights.
         data_root: where its data lie now; None: where they lay when it was trained.
         num_images: the first so many images only, at most all there are; the metrics are then those of these.
         costs: picojoules by operation.
@@ -264,63 +265,17 @@ def analyze_run(
     if num_images is not None and num_images < 1:
         raise ValueError(f"--images {num_images}: at least one image is needed")
     run = Run.open(folder, data_root)
-    model, accelerator = load_for_evaluation(run, which)
-    try:
-        with record_layers(model) as measured:
-            metrics = evaluate_model(model, run.config, accelerator, num_images)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; if the data lie elsewhere now, say where: --data.root FOLDER") from None
-    metrics.pop("potentials", None)  # histograms of the first batch, which the log has already
-    certificate = certify(measured, analogue_parts(run.config, model), strict=strict)
-    return Analysis(run.address, which, metrics, measured, energy(measured, costs), certificate)
-
-
-def analogue_parts(config: Config | ClassificationConfig, model: nn.Module) -> dict[str, str]:
-    """Which parts of a recipe's network are meant to see real values, as `certify` takes them.
-
-    A classifier has none, nor has an SSD. In other detectors they are the head, unless head.spiking, and the pyramid's
-    output convolutions and extra maps, unless neck.spiking; never the backbone or the lateral convolutions.
-    """
-    if isinstance(config, ClassificationConfig) or config.model.detector == "ssd":
-        return {}
-    parts = {}
-    if not config.model.head.spiking:
-        heads = ("rpn", "roi_heads") if config.model.detector == "fasterrcnn" else ("head",)
-        parts |= dict.fromkeys(heads, "analogue head")
-    if not config.model.neck.spiking:
-        parts |= dict.fromkeys(("backbone.neck.fpn.layer_blocks", "backbone.neck.fpn.extra_blocks"), "analogue neck")
-    weighted = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    # A pyramid may have no extra maps, or make them by pooling.
-    return {part: reason for part, reason in parts.items() if any(name.startswith(f"{part}.") for name in weighted)}
-
-
-def evaluate_model(
-    model: nn.Module, config: Config | ClassificationConfig, accelerator: Accelerator, num_images: int | None = None
-) -> dict[str, Any]:
-    """What `evaluate_detector` or `evaluate_classifier` finds on the evaluation images of a recipe.
-
-    Args:
-        model: a detector or classifier, in evaluation mode, or what behaves like one.
-        config: says which, and where the images are.
-        accelerator: of the run.
-        num_images: the first so many images only; None: all.
-    """
-    if isinstance(config, ClassificationConfig):
-        batches = _first_images(validation_batches(config, accelerator), num_images)
-        return evaluate_classifier(model, batches, accelerator)
-    _, val = build_datasets(config.data)
-    annotations = replace(val.annotations, records=val.annotations.records[:num_images])
-    val = DetectionDataset(annotations)
-    return evaluate_detector(model, evaluation_loader(val, config, accelerator), val, config, accelerator)
-
-
-def _first_images(batches: Iterable[tuple[Tensor, Tensor]], number: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, labels in batches:
-        yield images[:number], labels[:number]
-        if number is not None:
-            number -= len(images[:number])
-            if not number:
-                return
+    task = task_of(run.config)
+    model, accelerator = load_for_evaluation(run, weights)
+    dataset = read_evaluation_data(run)
+    dataset = dataset.choose(range(len(dataset))[:num_images])
+    batches = task.evaluation_batches(dataset, accelerator)
+    with record_layers(model) as measured:
+        evaluation = task.evaluate(model, batches, dataset, accelerator)
+    certificate = certify(measured, task.analogue_parts(model), strict=strict)
+    # The histograms of the potentials are in the log already.
+    metrics = evaluation.model_copy(update={"potentials": {}}).to_json()
+    return Analysis(run.address, weights, metrics, task.headline, measured, energy(measured, costs), certificate)
 
 
 def _flat(layer: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -66,7 +66,7 @@ def train(recipe: str | Path | Recipe, out: str | Path | None = None, **override
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """What `evaluate` found, beside what the run has logged of the same weights.
+    """The findings of `evaluate`, beside what the run has logged of the same weights.
 
     Attributes:
         run: its address.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -20,20 +21,44 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor
 
+from detection.figures import TEXT_SIZE, WIDTH, set_title
+from detection.spikemaps import SpikeMap
+
 DPI = 100  # pixels per inch: a figure of 12 inches is 1200 pixels wide
+THIN = 1.3  # points, the edge of a true box
+Colour = str | tuple[float, float, float]
 
 
-def plot_predictions(
+class Box(NamedTuple):
+    """A rectangle on an image.
+
+    Attributes:
+        corners: x1 y1 x2 y2 in pixels of the image.
+        colour: of its edge, and of the ground of its label.
+        dashed: whether the edge is, as that of true boxes; it has a dark halo then.
+        width: of the edge, in points.
+        label: beside the box, "" for none; those of earlier boxes find a place first and lie on top.
+        title: in words, for the pointer that rests on the box.
+    """
+
+    corners: Sequence[float]
+    colour: Colour
+    dashed: bool = False
+    width: float = 2.0
+    label: str = ""
+    title: str = ""
+
+
+def draw_predictions(
     images: Sequence[Tensor],
     predictions: Sequence[Mapping[str, Tensor]],
     targets: Sequence[Mapping[str, Tensor]],
     class_names: Sequence[str],
-    path: str | PathLike[str],
     *,
     score_threshold: float = 0.3,
     columns: int = 4,
-) -> None:
-    """Write a contact sheet: true boxes dashed in white, predicted ones solid in their class's colour, with a label.
+) -> Figure:
+    """Return a contact sheet: true boxes dashed in white, predicted ones solid in their class's colour, with a label.
 
     Args:
         images: per image (3, H, W) or (1, H, W), values in [0, 1]; sizes may differ.
@@ -41,27 +66,13 @@ def plot_predictions(
             "scores" (N,), "labels" (N,) in 1..K.
         targets: torchvision's targets per image: "boxes" (M, 4).
         class_names: names of the labels 1..K, so without the background.
-        path: PNG file to write.
         score_threshold: predictions with a lower score are not drawn.
         columns: images per row.
-    """
-    if len(images) == 0 or not len(images) == len(predictions) == len(targets):
-        raise ValueError(
-            f"expected one prediction and one target per image and at least one image, got {len(images)} images, "
-            f"{len(predictions)} predictions, {len(targets)} targets"
-        )
-    if columns < 1:
-        raise ValueError(f"columns: expected at least 1, got {columns}")
-    for index, (image, prediction) in enumerate(zip(images, predictions, strict=True)):
-        if image.dim() != 3 or image.shape[0] not in (1, 3) or not image.is_floating_point():
-            raise ValueError(
-                f"image at index {index}: expected floats of shape (3, H, W) or (1, H, W) in [0, 1], "
-                f"got {image.dtype} of shape {tuple(image.shape)}"
-            )
-        wrong = [label for label in prediction["labels"].tolist() if not 1 <= label <= len(class_names)]
-        if wrong:
-            raise ValueError(f"prediction at index {index}: found label {wrong[0]}, expected 1..{len(class_names)}")
 
+    Raises:
+        ValueError: the lengths differ, an image has another shape, or a label is out of range.
+    """
+    _check(images, predictions, targets, class_names, columns)
     # Every picture gets a cell of one width; a row is as high as its tallest picture needs. All lengths in inches.
     columns = min(columns, len(images))
     cell, gap, legend = max(3.6, 7.2 / columns), 0.08, 0.4
@@ -80,25 +91,37 @@ def plot_predictions(
             lower = bottom + (row_height - h) / 2
             axes = figure.add_axes((left / width, lower / height, w / width, h / height))
             _draw_image(axes, images[index])
-            _draw_predictions(axes, predictions[index], class_names, score_threshold)
-            _draw_targets(axes, targets[index])
+            true = [Box(corners, "white", dashed=True, width=THIN) for corners in targets[index]["boxes"].tolist()]
+            _draw_boxes(axes, _boxes_of(predictions[index], class_names, score_threshold) + true)
         bottom -= gap
-    solid = Line2D([], [], color=_class_color(1), linewidth=2)
-    figure.legend(
-        [Line2D([], [], **_TARGET_STYLE), solid],
-        ["dashed = true", f"solid = predicted, colour = class, score \N{GREATER-THAN OR EQUAL TO} {score_threshold:g}"],
-        loc="upper center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=2,
-        frameon=False,
-        fontsize=10,
-        handlelength=3.5,
-    )
-    _write(figure, path)
+    handles = [Line2D([], [], color="white", **_dashed(THIN)), Line2D([], [], color=_class_colour(1), linewidth=2)]
+    solid = f"solid = predicted, colour = class, score \N{GREATER-THAN OR EQUAL TO} {score_threshold:g}"
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2, "handlelength": 3.5}
+    figure.legend(handles, ["dashed = true", solid], frameon=False, fontsize=10, **place)
+    figure.set_label(f"{len(images)} images with true and predicted boxes")
+    return figure
+
+
+def draw_boxes(image: np.ndarray, boxes: Sequence[Box], label: str) -> Figure:
+    """Return an image with boxes as a figure of a panel's width.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        boxes: drawn in this order.
+        label: what a screen reader says.
+    """
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(WIDTH, WIDTH * height / width), dpi=DPI)
+    FigureCanvasAgg(figure)  # text can be measured only on a canvas
+    axes = figure.add_axes((0, 0, 1, 1))
+    _draw_image(axes, image)
+    _draw_boxes(axes, boxes, TEXT_SIZE)
+    figure.set_label(label)
+    return figure
 
 
 def draw_detections(image: np.ndarray, prediction: Mapping[str, Tensor], class_names: Sequence[str]) -> np.ndarray:
-    """The image with its boxes, a label at each, as pixels (H', W', 3) uint8.
+    """Return the image with its boxes, a label at each, as pixels (H', W', 3) uint8.
 
     H' and W' are the image's own, unless it is too small for labels or very large: its longer side becomes at least
     640 and at most 2560 pixels. A very long and thin image stands on a grey ground, as high or wide as labels need.
@@ -111,13 +134,13 @@ def draw_detections(image: np.ndarray, prediction: Mapping[str, Tensor], class_n
     """
 
     def draw(axes: Axes) -> None:
-        _draw_predictions(axes, prediction, class_names, score_threshold=0.0)
+        _draw_boxes(axes, _boxes_of(prediction, class_names))
 
     return _draw_over(image, draw)
 
 
 def draw_classes(image: np.ndarray, rows: Sequence[tuple[str, float]]) -> np.ndarray:
-    """The image with class names and their probabilities in its corner, as pixels sized as by `draw_detections`.
+    """Return the image with class names and their probabilities in its corner, as pixels sized as by `draw_detections`.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -134,20 +157,103 @@ def draw_classes(image: np.ndarray, rows: Sequence[tuple[str, float]]) -> np.nda
             color="white",
             va="top",
             linespacing=1.3,
+            parse_math=False,
             bbox={"facecolor": "black", "alpha": 0.65, "edgecolor": "none", "pad": 4},
         )
 
     return _draw_over(image, draw)
 
 
+def draw_spike_maps(
+    image: Tensor | np.ndarray,
+    maps: Sequence[SpikeMap],
+    *,
+    title: str | None = None,
+    columns: int = 4,
+    vmax: float | None = None,
+) -> Figure:
+    """Return the image beside its spike maps, each titled with stage, size and activity.
+
+    All maps share one colour scale, so that a dark map is one that fires little.
+
+    Args:
+        image: (3, H, W) tensor or (H, W, 3) array, floats in [0, 1] or uint8.
+        maps: of `spike_maps`, or those of several images one after the other.
+        title: above the picture.
+        columns: pictures per row.
+        vmax: rate of the brightest colour, in (0, 1]; None: what only a hundredth of the cells of some map exceeds.
+
+    Raises:
+        ValueError: there are no maps, as for a network without spike layers.
+    """
+    if not maps:
+        raise ValueError("maps: there are none; a network without spike layers (activation relu) has no spike maps")
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().permute(1, 2, 0).numpy()
+    height, width = image.shape[:2]
+    vmax = vmax or min(1.0, max(0.01, *(float(np.quantile(entry.rate, 0.99)) for entry in maps)))
+    columns = min(columns, len(maps) + 1)
+    num_rows = math.ceil((len(maps) + 1) / columns)
+    cell = 2.8  # inches; very long images are drawn less long than they are
+    ratio = min(max(height / width, 1 / 3), 2)
+    figure = Figure(
+        figsize=(columns * cell + 0.8, num_rows * (cell * ratio + 0.45) + (0.5 if title else 0.2)),
+        dpi=DPI,
+        layout="constrained",
+    )
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.08)
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(num_rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+        axes.set_box_aspect(ratio)
+    grid[0].imshow(image, aspect="auto")
+    grid[0].set_title(f"image\n{width}\N{MULTIPLICATION SIGN}{height} pixels", fontsize=9)
+    for axes, entry in zip(grid[1:], maps, strict=False):
+        rows, cells = entry.rate.shape
+        shown = axes.imshow(entry.rate, cmap="inferno", vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
+        axes.set_title(
+            f"{entry.name}\n{cells}\N{MULTIPLICATION SIGN}{rows}, {100 * entry.activity:.1f} % active", fontsize=9
+        )
+    bar = figure.colorbar(shown, ax=list(grid), aspect=30, pad=0.01, extend="max" if vmax < 1 else "neither")
+    bar.set_label("share of channels that fire", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
 # Boxes
 
-_TARGET_STYLE: Mapping[str, Any] = {
-    "color": "white",
-    "linewidth": 1.3,
-    "linestyle": (0, (4, 2.5)),
-    "path_effects": [patheffects.withStroke(linewidth=3, foreground="black")],
-}
+
+def _dashed(width: float) -> dict[str, Any]:
+    halo = patheffects.withStroke(linewidth=width + 1.7, foreground="black")
+    return {"linewidth": width, "linestyle": (0, (4, 2.5)), "path_effects": [halo]}
+
+
+def _check(
+    images: Sequence[Tensor],
+    predictions: Sequence[Mapping[str, Tensor]],
+    targets: Sequence[Mapping[str, Tensor]],
+    class_names: Sequence[str],
+    columns: int,
+) -> None:
+    if len(images) == 0 or not len(images) == len(predictions) == len(targets):
+        raise ValueError(
+            f"expected one prediction and one target per image and at least one image, got {len(images)} images, "
+            f"{len(predictions)} predictions, {len(targets)} targets"
+        )
+    if columns < 1:
+        raise ValueError(f"columns: expected at least 1, got {columns}")
+    for index, (image, prediction) in enumerate(zip(images, predictions, strict=True)):
+        if image.dim() != 3 or image.shape[0] not in (1, 3) or not image.is_floating_point():
+            raise ValueError(
+                f"image at index {index}: expected floats of shape (3, H, W) or (1, H, W) in [0, 1], "
+                f"got {image.dtype} of shape {tuple(image.shape)}"
+            )
+        wrong = [label for label in prediction["labels"].tolist() if not 1 <= label <= len(class_names)]
+        if wrong:
+            raise ValueError(f"prediction at index {index}: found label {wrong[0]}, expected 1..{len(class_names)}")
 
 
 def _fit(width: float, height: float, max_width: float, max_height: float) -> tuple[float, float]:
@@ -156,22 +262,30 @@ def _fit(width: float, height: float, max_width: float, max_height: float) -> tu
     return width * scale, height * scale
 
 
-def _class_color(label: int) -> tuple[float, float, float]:
+def _class_colour(label: int) -> tuple[float, float, float]:
     """A saturated colour; the golden ratio keeps the hues of neighbouring labels far apart, for any number of them."""
     return colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.9, 1.0 if label % 2 else 0.8)
 
 
-def _draw_image(axes: Axes, image: Tensor) -> None:
-    pixels = image.detach().to("cpu", torch.float32).clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()  # H, W, 3
-    height, width = pixels.shape[:2]
-    axes.imshow(pixels, extent=(0, width, height, 0), aspect="auto")  # pixel edges are integers, as in the boxes
+def _readable_on(colour: Colour) -> str:
+    """Black or white, whichever has the higher contrast (WCAG 2)."""
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
+    return "black" if 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2] > 0.179 else "white"
+
+
+def _draw_image(axes: Axes, image: Tensor | np.ndarray) -> None:
+    """Draw floats (C, H, W) in [0, 1] or (H, W, 3) uint8."""
+    if isinstance(image, Tensor):
+        image = image.detach().to("cpu", torch.float32).clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
+    height, width = image.shape[:2]
+    axes.imshow(image, extent=(0, width, height, 0), aspect="auto")  # pixel edges are integers, as in the boxes
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     axes.set_axis_off()
 
 
 def _draw_over(image: np.ndarray, draw: Callable[[Axes], None]) -> np.ndarray:
-    """The pixels of a picture that consists of the image and what `draw` puts on its axes."""
+    """Return the pixels of a picture that consists of the image and what `draw` puts on its axes."""
     height, width = image.shape[:2]
     scale = min(max(max(height, width), 640), 2560) / max(height, width)  # pixels of the picture per pixel of the image
     size = [max(1, round(length * scale)) for length in (width, height)]
@@ -196,34 +310,28 @@ def _draw_over(image: np.ndarray, draw: Callable[[Axes], None]) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def _draw_targets(axes: Axes, target: Mapping[str, Tensor]) -> None:
-    for x1, y1, x2, y2 in target["boxes"].tolist():
-        style = {"edgecolor" if key == "color" else key: value for key, value in _TARGET_STYLE.items()}
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, zorder=3, **style))
-
-
-def _draw_predictions(
-    axes: Axes, prediction: Mapping[str, Tensor], class_names: Sequence[str], score_threshold: float
-) -> None:
+def _boxes_of(prediction: Mapping[str, Tensor], class_names: Sequence[str], score_threshold: float = 0.0) -> list[Box]:
+    """Return detections as boxes, the surest first."""
     rows = zip(*(prediction[key].tolist() for key in ("scores", "labels", "boxes")), strict=True)
+    return [
+        Box(corners, _class_colour(label), label=f"{class_names[label - 1]} {score:.2f}")
+        for score, label, corners in sorted((row for row in rows if row[0] >= score_threshold), reverse=True)
+    ]
+
+
+def _draw_boxes(axes: Axes, boxes: Sequence[Box], font_size: float = 7) -> None:
     taken: list[Bbox] = []
-    for score, label, box in sorted((row for row in rows if row[0] >= score_threshold), reverse=True):
-        color = _class_color(label)
-        x1, y1, x2, y2 = box
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=2, zorder=2))
-        red, green, blue = color
-        text = axes.text(
-            0,
-            0,
-            f"{class_names[label - 1]} {score:.2f}",
-            fontsize=7,
-            color="black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white",
-            va="bottom",
-            zorder=4 + score,  # the surest label lies on top
-            clip_on=True,
-            bbox={"facecolor": color, "edgecolor": "none", "pad": 1},
-        )
-        taken.append(_place(text, axes, box, taken))
+    for index, box in enumerate(boxes):
+        x1, y1, x2, y2 = box.corners
+        style = {"zorder": 3, **_dashed(box.width)} if box.dashed else {"zorder": 2, "linewidth": box.width}
+        patch = axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=box.colour, **style))
+        if box.title:
+            set_title(patch, box.title)
+        if box.label:
+            style = {"fontsize": font_size, "color": _readable_on(box.colour), "parse_math": False}
+            ground = {"facecolor": box.colour, "edgecolor": "none", "pad": 1}
+            text = axes.text(0, 0, box.label, va="bottom", clip_on=True, bbox=ground, zorder=5 - index / 1e4, **style)
+            taken.append(_place(text, axes, box.corners, taken))
 
 
 def _place(text: Text, axes: Axes, box: Sequence[float], taken: Sequence[Bbox]) -> Bbox:
@@ -245,8 +353,3 @@ def _place(text: Text, axes: Axes, box: Sequence[float], taken: Sequence[Bbox]) 
     place = min(places, key=lambda place: place.count_overlaps(taken))  # the first of the best
     text.set_position(axes.transData.inverted().transform((place.x0 + pad, place.y0 + pad)))
     return place
-
-
-def _write(figure: Figure, path: str | PathLike[str]) -> None:
-    FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", dpi=DPI)

@@ -11,7 +11,7 @@ PROBE = ".writable."  # begins the name of a file that is there for a moment, on
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replaces the file in one step or not at all: what was there stays until the new content is on the disk.
+    """Replace the file in one step or not at all: what was there stays until the new content is on the disk.
 
     Raises:
         OSError: it cannot be written; the message says that nothing was lost.
@@ -36,7 +36,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Nothing; raises OSError if files cannot be written into `folder`, which need not exist yet.
+    """Raise OSError if files cannot be written into `folder`, which need not exist yet.
 
     For what takes long before it writes: better said beforehand. Nothing is made in the folder that another process
     could see, since all processes of a training ask at once.

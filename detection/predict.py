@@ -42,9 +42,9 @@ class Predictor:
         if weights not in get_args(Weights):
             raise ValueError(f"weights: expected one of {', '.join(get_args(Weights))}, got {weights!r}")
         self.run, self.task = run, task_of(run.config)
-        self.task.attach(run)
         self.device = choose_device(device)
         self.model = load_model(run, weights).to(self.device)
+        self.task.attach(run)
         self.class_names = tuple(run.config.data.classes)
 
     @property

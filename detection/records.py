@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+import itertools
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 LOSS = "loss/"
+Weights = Literal["best", "last", "ema"]
 Values = dict[str, float]
 
 
@@ -23,15 +25,20 @@ class Record(BaseModel):
             ValueError: a key is missing or its value of another type; names `source` and the key.
         """
         try:
-            return cls.model_validate(value)
+            return cls.model_validate(cls.fields_of(value) if isinstance(value, dict) else value)
         except ValidationError as error:
             item = error.errors()[0]
             key = ".".join(str(part) for part in item["loc"]) or "the whole"
             raise ValueError(f"{source}: damaged, {key}: {item['msg']}") from None
 
+    @classmethod
+    def fields_of(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields of the object of a file, which may be flatter than the record."""
+        return value
+
 
 class Evaluation(Record):
-    """What one evaluation of a network found.
+    """The findings of one evaluation of a network.
 
     Attributes:
         metrics: the task's numbers, such as "AP50" or "top1".
@@ -55,12 +62,11 @@ class Evaluation(Record):
         return flat | ({"potentials": self.potentials} if self.potentials else {})
 
     @classmethod
-    def from_json(cls, flat: dict[str, Any]) -> Evaluation:
-        """Return what `to_json` made flat."""
-        own = {key: flat[key] for key in ("activity", "activity_per_layer", "potentials") if key in flat}
-        rest = {key: value for key, value in flat.items() if key not in own}
-        tables = {key: value for key, value in rest.items() if isinstance(value, dict)}
-        return cls(metrics={key: value for key, value in rest.items() if key not in tables}, tables=tables, **own)
+    def fields_of(cls, value: dict[str, Any]) -> dict[str, Any]:
+        own = {key: value[key] for key in ("activity", "activity_per_layer", "potentials") if key in value}
+        rest = {key: entry for key, entry in value.items() if key not in own}
+        tables = {key: entry for key, entry in rest.items() if isinstance(entry, dict)}
+        return own | {"metrics": {key: rest[key] for key in rest if key not in tables}, "tables": tables}
 
 
 class EpochLog(Record):
@@ -95,26 +101,19 @@ class EpochLog(Record):
     eval_seconds: float | None = None
     silent: list[str] = []
 
-    @model_validator(mode="before")
     @classmethod
-    def _from_line(cls, line: Any) -> Any:
-        """Sort the keys of a line of the file; what is neither the training's nor a layer's is the evaluation's."""
-        if not isinstance(line, dict) or "losses" in line:
-            return line
-        own = ("epoch", "step", "lr", "loss", "seconds", "images_per_second", "eval_seconds", "silent")
-        found: dict[str, Any] = {key: line[key] for key in own if key in line}
-        rest = {key: value for key, value in line.items() if key not in own}
+    def fields_of(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields of a line; its tables in front of the first metric are the layers'."""
+        own = ("epoch", "step", "lr", "loss", "seconds", "images_per_second", "eval_seconds", "silent", "ema")
+        found: dict[str, Any] = {key: value[key] for key in own if key in value}
+        rest = {key: entry for key, entry in value.items() if key not in own}
         found["losses"] = {key.removeprefix(LOSS): rest.pop(key) for key in list(rest) if key.startswith(LOSS)}
-        evaluated = {"activity_per_layer", "per_class", "voc", "potentials", "ema"}
-        found["layers"] = {
-            key: rest.pop(key)
-            for key in list(rest)
-            if key not in evaluated and isinstance(rest[key], dict) and _is_values(rest[key])
-        }
-        if isinstance(rest.get("ema"), dict):
-            found["ema"] = Evaluation.from_json(rest.pop("ema"))
+        layers = list(itertools.takewhile(lambda key: isinstance(rest[key], dict), rest))
+        found["layers"] = {key: rest.pop(key) for key in layers}
+        if isinstance(found.get("ema"), dict):
+            found["ema"] = Evaluation.fields_of(found["ema"])
         if rest:
-            found["evaluation"] = Evaluation.from_json(rest)
+            found["evaluation"] = Evaluation.fields_of(rest)
         return found
 
     @property
@@ -141,7 +140,7 @@ class EpochLog(Record):
 
 
 class Machine(Record):
-    """Where a run was made.
+    """The machine that a run was made on.
 
     Attributes:
         system: operating system and architecture.
@@ -163,33 +162,29 @@ class RunInfo(Record):
 
     Attributes:
         command: that started it.
-        versions: of python and the packages.
-        machine: that it ran on.
-        resumed: commands that went on with it.
-        category_ids: COCO's category of label 1, 2, ..., K, a detector's.
-        sha256: of each weights file by name; there once the training has ended.
-        backbone: arguments of `backbones.create`, of an entry of the zoo.
         trained_in: folder of the repository that has the training's log, of an entry of the zoo.
         trained_weights, trained_sha256: which weights the entry was made of.
+        versions: of python and the packages.
+        machine: that it ran on.
+        backbone: arguments of `backbones.create`, of an entry of the zoo.
+        category_ids: COCO's category of label 1, 2, ..., K, a detector's.
+        resumed: commands that went on with it.
+        sha256: of each weights file by name; there once the training has ended.
     """
 
     model_config = ConfigDict(extra="allow")  # facts that a task from elsewhere adds
 
     command: str = "unknown"
-    versions: dict[str, str] = {}
-    machine: Machine = Machine()
-    resumed: list[str] = []
-    backbone: dict[str, Any] | None = None
-    category_ids: list[int] | None = None
     trained_in: str | None = None
     trained_weights: str | None = None
     trained_sha256: str | None = None
+    versions: dict[str, str] = {}
+    machine: Machine = Machine()
+    backbone: dict[str, Any] | None = None
+    category_ids: list[int] | None = None
+    resumed: list[str] = []
     sha256: dict[str, str] = {}
 
     def to_json(self) -> dict[str, Any]:
         """Return what the file has: values that are none or empty are left out."""
         return {key: value for key, value in self.model_dump().items() if value not in (None, [], {})}
-
-
-def _is_values(table: dict[str, Any]) -> bool:
-    return all(isinstance(value, int | float) for value in table.values())

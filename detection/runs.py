@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -19,9 +19,8 @@ from torch import nn
 from backbones import read_tensors, tensors_to_bytes, zoo
 from detection.config import Recipe, read_recipe, save_config
 from detection.files import is_empty, write_whole
-from detection.records import EpochLog, Machine, RunInfo
+from detection.records import EpochLog, Machine, RunInfo, Weights
 
-Weights = Literal["best", "last", "ema"]
 PACKAGES = ("torch", "torchvision", "numpy", "albumentations", "pycocotools", "accelerate", "safetensors")
 
 
@@ -89,13 +88,13 @@ class Run:
 
     @property
     def address(self) -> str:
-        """What `open` takes for this run: "zoo:NAME" or the folder."""
+        """Name by which `open` finds this run: "zoo:NAME" or the folder."""
         name = zoo.name_of(self.folder)
         return str(self.folder) if name is None else f"{zoo.PREFIX}{name}"
 
     @property
     def products(self) -> Path:
-        """Where goes what is made from the run by default: its folder, or runs/zoo/NAME for an entry of the zoo.
+        """Folder of what is made from the run by default: its own, or runs/zoo/NAME for an entry of the zoo.
 
         That one's own folder is part of the package. It need not exist yet, and is none that a training would take.
         """
@@ -132,7 +131,7 @@ class Run:
         write_whole(path, whole + (json.dumps(line.to_json()) + "\n").encode())
 
     def forget_after(self, num_epochs: int) -> None:
-        """Takes the lines of later epochs out of metrics.jsonl: they were logged after the last saved state."""
+        """Take the lines of later epochs out of metrics.jsonl: they were logged after the last saved state."""
         path = self.folder / "metrics.jsonl"
         if path.is_file():
             lines = path.read_bytes().splitlines(keepends=True)
@@ -144,7 +143,7 @@ class Run:
         return bool(self.info().sha256)
 
     def discard_if_empty(self) -> None:
-        """Removes the folder again if the training left nothing in it: one that failed at once leaves no trace."""
+        """Remove the folder again if the training left nothing in it: one that failed at once leaves no trace."""
         if not any((self.folder / name).exists() for name in ("metrics.jsonl", "state.safetensors")):
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -184,11 +183,11 @@ class Run:
         return history[-1].model_copy(update={"evaluation": history[-1].ema})
 
     def save(self, model: nn.Module, which: Weights) -> None:
-        """Writes the weights and buffers of `model`; the file is replaced in one step or not at all."""
+        """Write the weights and buffers of `model`; the file is replaced in one step or not at all."""
         write_whole(self.folder / f"{which}.safetensors", tensors_to_bytes(model.state_dict()))
 
     def load(self, model: nn.Module, which: Weights = "last") -> None:
-        """Loads saved weights into `model`, strictly.
+        """Load saved weights into `model`, strictly.
 
         Raises:
             FileNotFoundError: the run has no such weights.
@@ -241,5 +240,7 @@ def describe_environment(command: Sequence[str]) -> RunInfo:
 
 
 def command_line() -> list[str]:
-    """The command that started this process, as a user would type it."""
-    return ["python", *sys.argv]
+    """Return the command that started this process, as a user would type it."""
+    program, *arguments = sys.argv
+    ours = Path(program).name in ("hoyer-det", "__main__.py")  # the latter: python -m detection
+    return ["hoyer-det", *arguments] if ours else ["python", program, *arguments]

@@ -14,19 +14,26 @@ from pathlib import Path
 
 import torch
 
+from detection.runs import Run
+
 ROOT = Path(__file__).parents[1]
 
 
 def run_tool(monkeypatch, name: str, *arguments) -> None:
-    """Runs tools/NAME.py in this process, as the command line would."""
+    """Run tools/NAME.py, or FOLDER/NAME.py, in this process, as the command line would."""
     monkeypatch.setattr(sys, "argv", sys.argv)  # put back afterwards
     tool(name, *arguments)
+
+
+def log_lines(folder: Path) -> list[dict]:
+    """The lines of a run's log as its file has them."""
+    return [line.to_json() for line in Run.open(folder).history()]
 
 
 # Processes that start in a moment: forked from a server that has imported everything already.
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["detection.classification"])
+SERVER.set_forkserver_preload(["detection.tasks.run"])
 # Of this test; none outlives it, see conftest.py.
 STARTED: list[multiprocessing.Process] = []
 RESERVED: list[socket.socket] = []
@@ -81,9 +88,10 @@ def run_together(number: int, function: Callable[..., None], *arguments, log: Pa
 
 
 def tool(name: str, *arguments) -> None:
-    """Runs tools/NAME.py as the command line would: for the functions above."""
-    sys.argv = [f"tools/{name}.py", *map(str, arguments)]
-    runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+    """Run tools/NAME.py, or FOLDER/NAME.py, as the command line would: for the functions above."""
+    script = f"{name}.py" if "/" in name else f"tools/{name}.py"
+    sys.argv = [script, *map(str, arguments)]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def _run(function: Callable[..., None], arguments: tuple, log: Path, environment: dict[str, str]) -> None:

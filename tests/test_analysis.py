@@ -11,31 +11,31 @@ import torch
 import yaml
 from helpers import run_tool
 
-from backbones import HoyerSpike
+from backbones import spike_layers
 from detection.analysis import analyze_run
-from detection.checkpoint import Run
-from detection.config import ClassificationConfig, Config
-from detection.models import build_classifier, build_detector
-from detection.tasks import evaluate_run
+from detection.config import Recipe
+from detection.records import RunInfo
+from detection.runs import Run
+from detection.tasks import task_of
+from detection.tasks.recipes import ClassificationRecipe, DetectionRecipe
+from detection.tasks.run import evaluate_run
 
 BACKBONE = {"name": "vgg11", "width": 0.125}
 NETWORKS = {"spiking", "spiking_int8", "twin", "twin_int8", "binary"}
 
 
-def make_run(folder: Path, config: Config | ClassificationConfig) -> Path:
+def make_run(folder: Path, config: Recipe) -> Path:
     """A run folder with weights as an untrained network has them, thresholds low enough for neurons to fire."""
     torch.manual_seed(0)
-    model = build_detector(config) if isinstance(config, Config) else build_classifier(config)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, HoyerSpike):
-                module.extremum.fill_(0.05)
-    run = Run.create(folder, config, ["made", "by", "hand"])
+    model = task_of(config).build_model()
+    for layer in spike_layers(model).values():
+        layer.extremum.fill_(0.05)
+    run = Run.create(folder, config, RunInfo(command="made by hand"))
     run.save(model, "last")
     return folder
 
 
-def detector_config(data: dict, **model) -> Config:
+def detector_config(data: dict, **model) -> DetectionRecipe:
     settings = {
         "backbone": BACKBONE,
         "neck": {"levels": ["c3", "c4"], "extra_levels": 0, "out_channels": 16},
@@ -43,7 +43,8 @@ def detector_config(data: dict, **model) -> Config:
         "min_size": [64],
         "max_size": 96,
     }
-    return Config.model_validate({"model": settings | model, "data": data | {"workers": 0}, "train": {"batch_size": 2}})
+    values = {"model": settings | model, "data": data | {"workers": 0}, "train": {"batch_size": 2}}
+    return DetectionRecipe.model_validate(values)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,8 @@ def error_of(monkeypatch, capsys, *arguments) -> str:
 
 def test_analysis_of_a_trained_detector(trained):
     analysis = analyze_run(trained)
-    metrics, _ = evaluate_run(trained)
-    assert "potentials" not in analysis.metrics
+    metrics = evaluate_run(trained)[0].to_json()
+    assert metrics["potentials"] and "potentials" not in analysis.metrics
     assert analysis.metrics == {key: value for key, value in metrics.items() if key != "potentials"}
     result = json.loads(json.dumps(analysis.to_dict(), allow_nan=False))
     assert (result["num_images"], result["time_steps"], result["levels"]) == (5, 1, 2)
@@ -225,7 +226,7 @@ def test_a_spiking_detector_on_real_images_that_have_moved(tmp_path, real_data, 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory) -> Path:
-    config = ClassificationConfig.model_validate(
+    config = ClassificationRecipe.model_validate(
         {
             "model": {"backbone": BACKBONE | {"stem": "cifar"}, "dropout": 0.3},
             "data": {

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from detection.config import Augment
+from detection.config.schema import Augment
 from detection.data import build_transform, transforms
 from detection.data.transforms import FRAME_COLOR, MIN_VISIBLE
 

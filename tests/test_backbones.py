@@ -1,4 +1,4 @@
-"""The networks: what they declare, what their convolutions see, how their weights come and go."""
+"""The networks: what they declare, what their convolutions see, the published ones layer by layer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import backbones
-from backbones import Classifier, HoyerSpike, create, hoyer_penalty, load_weights, record_activity, spike_activity
+from backbones import Classifier, HoyerSpike, create, hoyer_penalty
 from backbones.networks.base import scale_channels
 
 WIDTH = 0.125
@@ -129,9 +128,9 @@ def test_maps_are_as_declared_and_real_valued(name, stem, size):
 @pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet50"])
 def test_truncated_backbone_gives_the_same_maps_up_to_there(name):
     torch.manual_seed(0)
-    whole = backbones.create(name, width=0.125).eval()
+    whole = create(name, width=0.125).eval()
     torch.manual_seed(0)
-    part = backbones.create(name, width=0.125).eval()
+    part = create(name, width=0.125).eval()
     part.truncate("c3")
     assert [info.name for info in part.feature_info] == ["c2", "c3"]
     x = torch.randn(2, 3, 64, 96)
@@ -373,60 +372,36 @@ def test_evaluation_of_an_image_alone(name):
         torch.testing.assert_close(model(x[:1]), model(x)[:1])
 
 
-def test_activity_counts_what_the_convolutions_receive():
-    # In a bare backbone every spike layer feeds exactly one convolution.
-    for name in ("vgg11", "resnet18", "resnet50"):
-        backbone = with_statistics(create(name, stem="cifar", width=WIDTH))
-        spikes, neurons = [], []
-
-        def count(module: nn.Module, inputs: tuple[Tensor, ...], spikes=spikes, neurons=neurons) -> None:
-            spikes.append(inputs[0].sum().item())
-            neurons.append(inputs[0].numel())
-
-        for layer in list(synapses(backbone).values())[1:]:
-            layer.register_forward_pre_hook(count)
-        with record_activity(backbone) as activity, torch.no_grad():
-            backbone(images("cifar", 2))
-            backbone(images("cifar", 3, seed=4))
-        layers = [key for key, module in backbone.named_modules() if isinstance(module, HoyerSpike)]
-        assert list(activity) == layers == [layer.name for layer in activity.values()]
-        assert 0 < sum(spikes) < sum(neurons)
-        assert sum(layer.num_spikes for layer in activity.values()) == sum(spikes)
-        assert sum(layer.num_neurons for layer in activity.values()) == sum(neurons)
-        assert spike_activity(activity) == pytest.approx(sum(spikes) / sum(neurons))
+def test_a_classifier_normalises_images_between_0_and_1():
+    mean, std, x = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), torch.rand(2, 3, 32, 32)
+    backbone = create("vgg11", stem="cifar", width=WIDTH)
+    model, bare = Classifier(backbone, 10, mean=mean, std=std), Classifier(backbone, 10)
+    bare.head = model.head
+    assert model.state_dict().keys() == bare.state_dict().keys()
+    by_hand = (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(model.normalise(x), by_hand, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), bare.eval()(model.normalise(x)))
+        assert torch.equal(bare(x), bare.head(backbone(x)["c5"]))  # comes normalised
+    for half in ({"mean": mean}, {"std": std}):
+        with pytest.raises(ValueError, match="mean and std belong together"):
+            Classifier(backbone, 10, **half)
 
 
-def test_activity_of_two_layers_by_hand():
-    model = nn.Sequential(HoyerSpike(2, fixed=True), nn.Flatten(), nn.Linear(4, 1, bias=False), HoyerSpike(1))
-    model[2].weight.data.fill_(1.0)
-    model.eval()
-    u = torch.tensor([[[0.5, 1.0], [2.0, -1.0]], [[0.9, 0.9], [-3.0, 0.0]]])
-    with record_activity(model) as activity:
-        assert (activity["0"].firing_rate, spike_activity(activity)) == (0.0, 0.0)  # before the first pass
-        model(u)  # layer 0: 2 of 4 fire in the first image, none in the second; layer 3: its sums are 2 and 0
-        model(u[:1])
-    assert (activity["0"].num_spikes, activity["0"].num_neurons) == (4, 12)
-    assert (activity["3"].num_spikes, activity["3"].num_neurons) == (2, 3)
-    assert activity["3"].firing_rate == pytest.approx(2 / 3)
-    assert spike_activity(activity) == pytest.approx(6 / 15)
-    model(u)  # after the context nothing is counted
-    assert activity["0"].num_neurons == 12
-
-
-def test_activity_stops_counting_after_an_error():
-    layer = HoyerSpike(2)
-    with pytest.raises(KeyError), record_activity(layer) as activity:
-        raise KeyError
-    layer(torch.rand(1, 2))
-    assert activity[""].num_neurons == 0
-
-
-def test_activity_of_the_analogue_twin():
-    twin = create("vgg11", stem="cifar", width=WIDTH, activation="relu")
-    with record_activity(twin) as activity:
-        twin(images("cifar"))
-    assert activity == {}
-    assert spike_activity(activity) == 0
+@one_of_each_family
+def test_parts_are_the_network_in_its_order(name):
+    backbone, x = with_statistics(create(name, stem="cifar", width=WIDTH)), images("cifar")
+    parts = backbone.parts()
+    maps = [info.name for info in backbone.feature_info]
+    assert list(parts)[-len(maps) :] == maps and (next(iter(parts)) == "stem") == (not name.startswith("vgg"))
+    assert sum(count(part) for part in parts.values()) == count(backbone)
+    with torch.no_grad():
+        expected = backbone(x)
+        for key, part in parts.items():
+            x = part(x)
+            assert key not in expected or torch.equal(x, expected[key])
+    with pytest.raises(ValueError, match=r"no map 'c9' \(allowed: c2, c3, c4, c5\)"):
+        backbone.truncate("c9")
 
 
 # Wrong arguments
@@ -454,111 +429,6 @@ def test_unknown_name_lists_the_allowed_ones():
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         create(name, **options)
-
-
-# Weights
-
-
-def trained(name: str) -> Classifier:
-    """A classifier whose running averages differ from a new one's."""
-    return with_statistics(classifier(name, "cifar", seed=3))
-
-
-@one_of_each_family
-def test_weights_load_bit_equal_from_every_source(name, tmp_path):
-    model = trained(name)
-    expected = snapshot(model.backbone)
-    assert any(key.endswith(".extremum") and value.item() < 1 for key, value in expected.items())
-    detector = {f"backbone.body.{key}": value for key, value in expected.items()}
-    detector |= {"backbone.fpn.weight": torch.ones(3), "head.weight": torch.ones(2)}
-    save_file(expected, tmp_path / "backbone.safetensors")
-    save_file(model.state_dict(), tmp_path / "classifier.safetensors")
-    sources = {
-        "backbone": expected,
-        "classifier": model.state_dict(),
-        "detector": detector,
-        "file": tmp_path / "backbone.safetensors",
-        "name of a file": str(tmp_path / "classifier.safetensors"),
-    }
-    for source in sources.values():
-        torch.manual_seed(5)
-        backbone = create(name, stem="cifar", width=WIDTH, weights=source)
-        assert_equal_state(backbone.state_dict(), expected)
-    x = images("cifar")
-    model.eval()
-    with torch.no_grad():
-        assert torch.equal(backbone.eval()(x)["c5"], model.backbone(x)["c5"])
-
-
-def test_loaded_weights_are_copies():
-    state = trained("vgg11").backbone.state_dict()
-    backbone = create("vgg11", stem="cifar", width=WIDTH, weights=state)
-    before = {key: value.clone() for key, value in state.items()}
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter.zero_()
-    assert_equal_state(state, before)
-
-
-# The second convolution of a VGG11, 8 -> 16 channels at WIDTH
-KEY = "stages.1.1.weight"
-
-
-def without_key(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in state.items() if key != KEY}
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (without_key, rf"'{KEY}' is missing"),
-        (lambda state: state | {"stages.1.1.bias": torch.ones(16)}, r"'stages\.1\.1\.bias' is unknown"),
-        (lambda state: state | {KEY: torch.ones(2, 3)}, rf"'{KEY}' has the shape \(2, 3\), .* \(16, 8, 3, 3\)"),
-        (lambda state: without_key(state) | {"extra": torch.ones(1)}, rf"'{KEY}' is missing \(and 1 more\)"),
-        (lambda state: {}, r"'stages\.0\.0\.weight' is missing"),
-    ],
-    ids=["missing", "unknown", "shape", "two", "empty"],
-)
-@pytest.mark.parametrize("prefix", ["", "backbone.", "backbone.body."])
-def test_weights_that_do_not_fit_are_named_and_change_nothing(damage, message, prefix, tmp_path):
-    state = damage(snapshot(trained("vgg11").backbone))
-    state = {prefix + key: value for key, value in state.items()}
-    save_file(state, tmp_path / "damaged.safetensors")
-    backbone = classifier("vgg11", "cifar").backbone
-    before = snapshot(backbone)
-    with pytest.raises(ValueError, match="state dict.*" + message):
-        load_weights(backbone, state)
-    with pytest.raises(ValueError, match=r"damaged\.safetensors.*" + message):
-        load_weights(backbone, tmp_path / "damaged.safetensors")
-    assert_equal_state(backbone.state_dict(), before)
-
-
-def test_weights_of_another_stem_width_extremum_or_activation_do_not_fit():
-    spiking = create("resnet18", stem="cifar", width=WIDTH).state_dict()
-    for options, key in (
-        ({"stem": "imagenet"}, r"stem\.2\.weight"),
-        ({"width": 0.25}, r"stem\.0\.weight"),
-        ({"extremum": "channel"}, "extremum"),
-        ({"activation": "relu"}, "v_th"),
-    ):
-        with pytest.raises(ValueError, match=rf"{key}'"):
-            create("resnet18", **({"stem": "cifar", "width": WIDTH} | options), weights=spiking)
-
-
-def test_weights_file_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
-        create("vgg11", stem="cifar", width=WIDTH, weights=tmp_path / "nothing.safetensors")
-
-
-@pytest.mark.parametrize("content", [b"", b"no weights at all, but more than eight bytes"], ids=["empty", "text"])
-def test_weights_file_that_is_not_safetensors(content, tmp_path):
-    path = tmp_path / "text.safetensors"
-    path.write_bytes(content)
-    backbone = classifier("vgg11", "cifar").backbone
-    before = snapshot(backbone)
-    with pytest.raises(ValueError, match=r"text\.safetensors: damaged weights file"):
-        load_weights(backbone, path)
-    assert_equal_state(backbone.state_dict(), before)
 
 
 # In other projects
@@ -651,41 +521,54 @@ def test_mobilenet_has_no_pooling_to_move():
         create("mobilenetv1", pool_first=False)
 
 
-def test_potentials_around_the_threshold():
-    layer = HoyerSpike(2)
-    with torch.no_grad():
-        layer.v_th.fill_(-2.0)
-        layer.extremum.fill_(0.25)
-    model = nn.Sequential(layer).eval()
-    # The threshold is 0.5: in units of it the potentials lie at -1.5 (outside), -0.96, 0.02, 0.98, 1.0, 1.06, 2.98, 4.
-    u = 0.5 * torch.tensor([-1.5, -0.96, 0.02, 0.98, 1.0, 1.06, 2.98, 4.0]).view(4, 2)
-    with backbones.record_potentials(model) as histograms:
-        spikes = model(u)
-        model(torch.zeros_like(u))  # only the first pass counts
-    shares = histograms["0"]
-    assert len(shares) == 40
-    assert {index: share for index, share in enumerate(shares) if share} == {
-        0: 0.125,
-        10: 0.125,
-        19: 0.125,
-        20: 0.25,
-        39: 0.125,
-    }
-    assert spikes.sum() == 4
-    assert not model[0]._forward_pre_hooks
+# Published networks
 
 
-@pytest.mark.parametrize("options", [{"per_channel": True}, {"fixed": True}])
-def test_potentials_of_other_thresholds(options):
-    layer = HoyerSpike(3, **options).eval()
-    with torch.no_grad():
-        layer.v_th.fill_(2.0)
-        layer.extremum.copy_(torch.tensor([0.25, 0.5, 1.0])) if layer.per_channel else layer.extremum.fill_(0.5)
-    u = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    with backbones.record_potentials(layer) as histograms:
-        spikes = layer(u)
-    ratio = u / (2 * layer.extremum.view(-1, 1, 1)) if layer.per_channel else u / 2
-    assert torch.equal(spikes, (ratio >= 1).float())
-    (shares,) = histograms.values()
-    assert sum(shares[20:]) == pytest.approx(((ratio >= 1) & (ratio <= 3)).float().mean().item())
-    assert sum(shares) == pytest.approx((ratio.abs() <= 1).logical_or((ratio > 1) & (ratio <= 3)).float().mean().item())
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_published_vgg16_has_its_layers_and_parameters():
+    """CIFAR: 13 convolutions, 4 poolings, then 2048 -> 4096 -> 4096 -> 10 without bias."""
+    model = Classifier(create("vgg16", stem="cifar"), 10)
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    plan = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    assert [(layer.in_channels, layer.out_channels) for layer in convs] == list(zip([3, *plan[:-1]], plan, strict=True))
+    assert all(layer.kernel_size == (3, 3) and layer.bias is None for layer in convs)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert [tuple(layer.weight.shape) for layer in linears] == [(4096, 2048), (4096, 4096), (10, 4096)]
+    assert all(layer.bias is None for layer in linears)
+    assert sum(isinstance(module, nn.MaxPool2d) for module in model.modules()) == 4
+    spikes = [module for module in model.modules() if isinstance(module, HoyerSpike)]
+    assert len(spikes) == 15  # one after each convolution, two between the linear layers
+    weights = 9 * sum(a * b for a, b in zip([3, *plan[:-1]], plan, strict=True))
+    assert weights == 14_710_464
+    # weights, BN's scale and shift, the linear layers, a threshold per spike layer
+    assert count(model) == weights + 2 * sum(plan) + 4096 * (2048 + 4096 + 10) + 15 == 39_925_711
+
+
+def test_published_resnet18_has_its_layers_and_parameters():
+    """Stages of 4, 4, 4, 4 one-convolution blocks; CIFAR stem of three convolutions; 1x1 shortcuts; one linear."""
+    model = Classifier(create("resnet18", stem="cifar"), 10)
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    shapes = [(layer.out_channels, layer.in_channels, layer.kernel_size[0], layer.stride[0]) for layer in convs]
+    expected = [(64, 3, 3, 1), (64, 64, 3, 1), (64, 64, 3, 1)] + [(64, 64, 3, 1)] * 4
+    for channels in (128, 256, 512):
+        expected += [(channels, channels // 2, 1, 1), (channels, channels // 2, 3, 2)]
+        expected += [(channels, channels, 3, 1)] * 3
+    assert shapes == expected
+    spikes = [module for module in model.modules() if isinstance(module, HoyerSpike)]
+    assert len(spikes) == 2 + 16 + 3 + 1  # stem, blocks, shortcuts, head
+    weights = sum(out * into * size * size for out, into, size, _ in expected)
+    norms = 2 * (3 * 64 + 4 * 64 + 4 * (128 + 256 + 512) + (64 + 128 + 256))
+    assert count(model) == weights + norms + 22 + 5130 == 11_247_072
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet18"])
+def test_published_networks_at_imagenet_size(name):
+    model = Classifier(create(name), 1000)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    expected = [(4096, 25088), (4096, 4096), (1000, 4096)] if name == "vgg16" else [(1000, 512)]
+    assert [tuple(layer.weight.shape) for layer in linears] == expected
+    pools = [module for module in model.modules() if isinstance(module, nn.MaxPool2d)]
+    assert len(pools) == (5 if name == "vgg16" else 4)

@@ -1,21 +1,31 @@
+"""Recipes: read, checked, overridden, written back; names that are not registered; what the published ones say."""
+
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT
 
 from detection.config import (
-    ClassificationConfig,
-    Config,
-    Data,
-    ImageData,
+    find_recipe,
     load_config,
     override,
     read_recipe,
+    recipe_names,
     save_config,
+    set_values,
 )
+from detection.config.io import upgrade
+from detection.config.schema import Data, ImageData
+from detection.tasks import task_of
+from detection.tasks.recipes import ClassificationRecipe, DetectionRecipe
+from detection.tasks.run import train_run
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MINIMAL = {"data": {"format": "synthetic"}}
+CLASSIFICATION = MINIMAL | {"task": "classification"}
 
 
 def write(path: Path, values) -> Path:
@@ -26,8 +36,8 @@ def write(path: Path, values) -> Path:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_recipe_loads_and_names_its_own_command(path):
     text = path.read_text()
-    assert type(read_recipe(path)) is (ClassificationConfig if "task: classification" in text else Config)
-    assert f"configs/{path.name}" in text
+    assert type(read_recipe(path)) is (ClassificationRecipe if "task: classification" in text else DetectionRecipe)
+    assert f"train {path.stem}" in text
 
 
 def test_there_are_recipes():
@@ -78,10 +88,6 @@ def test_an_override_leaves_the_rest_of_its_section_alone(tmp_path):
         ({"model": {"backbone": {"nmae": "vgg11"}}}, ["'model.backbone.nmae'", "did you mean 'name'"]),
         ({"train": {"epochs": "many"}}, ["train.epochs", "integer", "'many'"]),
         ({"train": {"epochs": 0}}, ["train.epochs", "greater than 0", "got 0"]),
-        ({"model": {"backbone": {"activation": "relu6"}}}, ["model.backbone.activation", "'hoyer', 'relu' or 'fixed'"]),
-        ({"model": {"backbone": {"name": "resnet17"}}}, ["model.backbone", "'resnet17'", "did you mean 'resnet1"]),
-        ({"data": {"format": "voc"}}, ["data", "train: empty", "voc"]),
-        ({"data": {"format": "coco", "train": ["a", "b"], "val": ["a"]}}, ["train", "one annotation file"]),
         ({"hoyer": {"reduction": "median"}}, ["hoyer.reduction", "'sum' or 'mean'", "'median'"]),
         ({"model": 3}, ["model", "got 3"]),
     ],
@@ -96,6 +102,98 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(tmp_path, values, pa
         assert part in message
 
 
+BACKBONES = ["allowed: ", "resnet18", "vgg16", "mobilenetv1"]
+NEURONS = ["allowed: ", "hoyer", "relu", "fixed", "graded"]
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"model": {"backbone": {"activation": "relu6"}}}, ["model.backbone.activation", "mean 'relu'", *NEURONS]),
+        ({"model": {"backbone": {"name": "resnet17"}}}, ["model.backbone.name", "'resnet17'", "'resnet1", *BACKBONES]),
+        ({"model": {"backbone": {"name": "x"}}}, ["model.backbone.name: unknown 'x' (allowed: ", *BACKBONES]),
+        ({"model": {"backbone": {"options": {"level": 2}}}}, ["model.backbone.options", "'level'", "mean 'levels'"]),
+        ({"data": {"format": "cocoa"}}, ["data.format: unknown 'cocoa'", "mean 'coco'", "voc", "synthetic"]),
+        (CLASSIFICATION | {"data": {"format": "cifar"}}, ["data.format", "mean 'cifar10", "folder", "synthetic"]),
+        (CLASSIFICATION | {"model": {"backbone": {"name": "vgg12"}}}, ["model.backbone.name", "mean 'vgg1"]),
+    ],
+)
+def test_names_that_nothing_is_registered_by_are_said_before_anything_is_read(tmp_path, monkeypatch, values, parts):
+    config = read_recipe(write(tmp_path / "bad.yaml", MINIMAL | values))
+    task = task_of(config)
+    with pytest.raises(ValueError) as error:
+        task.check_names("bad.yaml")
+    for part in ["bad.yaml: ", *parts]:
+        assert part in str(error.value)
+    monkeypatch.setattr(type(task), "read", lambda *_: pytest.fail("data were read"))
+    with pytest.raises(ValueError, match=parts[0].partition(":")[0]):
+        train_run(config, tmp_path / "run", ["test"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_unknown_names_are_said_at_once(tmp_path):
+    values = {"model": {"backbone": {"name": "vgg12", "activation": "gelu"}}, "data": {"format": "vok"}}
+    with pytest.raises(ValueError, match=r"backbone\.name: unknown 'vgg12'.*activation: unknown 'gelu'.*'vok'.*'voc'"):
+        task_of(read_recipe(write(tmp_path / "a.yaml", values))).check_names()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_names_what_there_is(path):
+    task_of(read_recipe(path)).check_names(path)
+
+
+def test_an_unknown_task_is_named_with_those_there_are(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.yaml: task: expected detection or classification, got 'detect'"):
+        read_recipe(write(tmp_path / "a.yaml", MINIMAL | {"task": "detect"}))
+
+
+def test_mean_and_std_of_an_old_classifier_move_to_its_model(tmp_path):
+    """Files of 0.1 had them among the data; nothing else of a file changes, nor a file that says where they belong."""
+    mean, std = [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]
+    old = CLASSIFICATION | {"model": {"dropout": 0.5}, "data": {"format": "synthetic", "mean": mean, "std": std}}
+    config = read_recipe(write(tmp_path / "old.yaml", old))
+    assert (config.model.mean, config.model.std, config.model.dropout) == (tuple(mean), tuple(std), 0.5)
+    save_config(config, tmp_path / "new.yaml")
+    new = yaml.safe_load((tmp_path / "new.yaml").read_text())
+    assert new["model"]["mean"] == mean and not {"mean", "std"} & new["data"].keys()
+    assert read_recipe(tmp_path / "new.yaml") == config and upgrade(new) == new
+    both = old | {"model": {"mean": std}}
+    with pytest.raises(ValueError, match=r"unknown key 'data\.mean'"):
+        read_recipe(write(tmp_path / "both.yaml", both))
+    detector = MINIMAL | {"model": {"detector": "fcos"}, "data": {"format": "synthetic", "mean": mean}}
+    with pytest.raises(ValueError, match=r"unknown key 'data\.mean'"):
+        read_recipe(write(tmp_path / "detector.yaml", detector))
+
+
+def test_values_are_set_by_their_keys():
+    config = DetectionRecipe(data=Data(format="synthetic"))
+    changed = set_values(config, {"train.epochs": 3, "model.backbone.activation": "relu"})
+    assert (changed.train.epochs, changed.model.backbone.activation) == (3, "relu")
+    assert (config.train.epochs, config.model.backbone.activation) == (12, "hoyer")
+    with pytest.raises(ValueError, match=r"unknown key 'train\.epoch'; did you mean 'epochs'\?"):
+        set_values(config, {"train.epoch": 3})
+    with pytest.raises(ValueError, match=r"train\.epochs: Input should be greater than 0 \(got 0\)"):
+        set_values(config, {"train.epochs": 0})
+
+
+def test_recipes_are_found_by_name_or_path(tmp_path):
+    assert recipe_names() == [path.stem for path in CONFIGS]
+    for path in CONFIGS:
+        assert find_recipe(path.stem).resolve() == path and find_recipe(path) == path
+    with pytest.raises(FileNotFoundError, match=rf"no such recipe; did you mean '{CONFIGS[0].stem}'\? \(allowed: "):
+        find_recipe(CONFIGS[0].stem + "x")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.yaml: no such config file"):
+        find_recipe(tmp_path / "nothing.yaml")
+
+
+def test_recipes_are_read_without_torch():
+    check = (
+        "import sys, detection.config as c; c.read_recipe(c.find_recipe(c.recipe_names()[0])); print([*sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "'detection.tasks.recipes'" in done.stdout and "'torch'" not in done.stdout
+
+
 def test_data_section_is_required(tmp_path):
     with pytest.raises(ValueError, match="data is missing"):
         load_config(write(tmp_path / "a.yaml", {"train": {"epochs": 3}}))
@@ -108,7 +206,7 @@ def test_missing_file(tmp_path):
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words", ""])
 def test_a_file_without_sections(tmp_path, text):
-    with pytest.raises(ValueError, match="expected sections task, model, data"):
+    with pytest.raises(ValueError, match="expected sections task, plugins, model, data"):
         load_config(write(tmp_path / "a.yaml", text))
 
 
@@ -123,7 +221,7 @@ def test_a_file_that_is_not_yaml(tmp_path):
         (["--model.bakbone.width", "1"], ["--model.bakbone.width", "--model.backbone.width"]),
         (["--train.epochs", "many"], ["--train.epochs", "many"]),
         (["--train.epochs", "-1"], ["greater than 0"]),
-        (["--model.backbone.activation", "gelu"], ["gelu", "hoyer", "relu", "fixed"]),
+        (["--model.detector", "yolo"], ["yolo", "fasterrcnn", "retinanet", "fcos", "ssd"]),
     ],
 )
 def test_a_wrong_override_ends_the_command_with_an_explanation(tmp_path, capsys, arguments, parts):
@@ -139,8 +237,8 @@ def test_a_wrong_override_ends_the_command_with_an_explanation(tmp_path, capsys,
 @pytest.mark.parametrize(
     ("config", "least"),
     [
-        (Config(data=Data(format="synthetic")), 60),
-        (ClassificationConfig(data=ImageData(format="synthetic")), 40),
+        (DetectionRecipe(data=Data(format="synthetic")), 60),
+        (ClassificationRecipe(data=ImageData(format="synthetic")), 40),
     ],
     ids=["detection", "classification"],
 )

@@ -11,9 +11,11 @@ from torch import nn
 
 import backbones
 from backbones import HoyerSpike, hoyer_penalty
-from detection.config import Config, load_config, read_recipe
+from detection.config import load_config, read_recipe
 from detection.data import build_datasets
-from detection.models import BackboneWithNeck, SpikingFPN, build_classifier, build_detector
+from detection.models import BackboneWithNeck, SpikingFPN, build_detector
+from detection.tasks import task_of
+from detection.tasks.recipes import DetectionRecipe
 
 DETECTORS = ["fasterrcnn", "retinanet", "fcos", "ssd"]
 LOSSES = {
@@ -25,7 +27,7 @@ LOSSES = {
 SPIKING = {"neck": {"out_channels": 16, "spiking": True}, "head": {"num_convs": 2, "spiking": True}}
 
 
-def make_config(detector="retinanet", **model) -> Config:
+def make_config(detector="retinanet", **model) -> DetectionRecipe:
     backbone = {"name": "resnet18", "width": 0.125} | model.pop("backbone", {})
     defaults = {
         "detector": detector,
@@ -34,7 +36,7 @@ def make_config(detector="retinanet", **model) -> Config:
         "neck": {"out_channels": 16},
         "head": {"num_convs": 1, "representation_size": 32},
     }
-    return Config.model_validate(
+    return DetectionRecipe.model_validate(
         {
             "model": {"backbone": backbone} | defaults | model,
             "data": {"format": "synthetic", "classes": ["circle", "square", "star"]},
@@ -102,7 +104,7 @@ def real_samples(real_data):
     }
     samples = {}
     for name, source in sources.items():
-        data = Config.model_validate({"data": source | {"workers": 0}}).data
+        data = DetectionRecipe.model_validate({"data": source | {"workers": 0}}).data
         _, dataset = build_datasets(data)
         numbers = [len(record.boxes) - record.ignore.sum() for record in dataset.annotations.records]
         chosen = [index for index, number in enumerate(numbers) if 2 <= number <= 6][:2]
@@ -366,10 +368,9 @@ def test_pretrained_backbone_is_taken_over_bit_by_bit(tmp_path: Path, name):
 def test_every_recipe_builds_its_network_and_by_one_override_its_twin(path):
     kind = type(read_recipe(path))
     small = ["--model.backbone.width", "0.125", "--data.classes", "a", "b"]
-    small += ["--model.neck.out_channels", "16"] if kind is Config else []
-    build = build_detector if kind is Config else build_classifier
-    spiking = build(load_config(path, small, kind=kind))
-    twin = build(load_config(path, [*small, "--model.backbone.activation", "relu"], kind=kind))
+    small += ["--model.neck.out_channels", "16"] if kind is DetectionRecipe else []
+    spiking = task_of(load_config(path, small)).build_model()
+    twin = task_of(load_config(path, [*small, "--model.backbone.activation", "relu"])).build_model()
     assert sum(isinstance(module, HoyerSpike) for module in spiking.modules()) >= 10
     assert not any(isinstance(module, HoyerSpike) for module in twin.modules())
 
@@ -407,7 +408,7 @@ def test_faster_rcnn_needs_strides_that_double():
 
 
 def test_classes_are_needed():
-    config = Config.model_validate({"data": {"format": "synthetic"}})
+    config = DetectionRecipe.model_validate({"data": {"format": "synthetic"}})
     with pytest.raises(ValueError, match=r"data\.classes is empty"):
         build_detector(config)
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import run_tool
+from helpers import log_lines, run_tool
 from safetensors.torch import load_file
 
-from detection.checkpoint import Run
-from detection.config import Config
-from detection.distillation import detection_distance, feature_distance, softened_distance
+from detection.runs import Run
+from detection.tasks.classification import ClassificationTask
+from detection.tasks.recipes import DetectionRecipe
+from detection.tasks.run import load_model
+from detection.training.distillation import detection_distance, feature_distance, softened_distance
 
 SMALL = {"hoyer": {"weight": 0.01}, "optimizer": {"lr": 0.003, "warmup_steps": 1, "clip_norm": 1.0}}
 CLASSIFIER = SMALL | {
@@ -104,7 +106,7 @@ def test_a_student_learns_from_its_twin(teachers, monkeypatch, tmp_path, task):
     before = load_file(teacher.folder / "last.safetensors")
     distillation = {"teacher": str(teacher.folder), "logits": 0.5, "features": 2.0}
     run = train(monkeypatch, tmp_path, recipe | {"distillation": distillation}, "student")
-    for line in run.history():
+    for line in log_lines(run.folder):
         terms = [value for key, value in line.items() if key.startswith("loss/")]
         assert line["loss"] == pytest.approx(sum(terms), rel=1e-5)
         assert line["loss/distillation"] > 0 and 0 < line["loss/features"] < 4
@@ -119,15 +121,16 @@ def test_a_student_comes_closer_to_its_teacher(teachers, monkeypatch, tmp_path):
     """Taught by nothing but the teacher: the distances fall."""
     distillation = {"teacher": str(teachers[1].folder), "logits": 1.0, "features": 1.0}
     recipe = CLASSIFIER | {"distillation": distillation, "train": {"epochs": 40, "batch_size": 16}}
-    history = train(monkeypatch, tmp_path, recipe, "student").history()
+    history = log_lines(train(monkeypatch, tmp_path, recipe, "student").folder)
     for term in ("loss/distillation", "loss/features"):
         assert history[-1][term] < 0.8 * history[0][term]
 
 
 def test_weights_of_zero_leave_a_term_out(teachers, monkeypatch, tmp_path):
     distillation = {"teacher": str(teachers[1].folder), "logits": 0.0, "features": 1.0}
-    (line, _) = train(monkeypatch, tmp_path, CLASSIFIER | {"distillation": distillation}, "student").history()
-    assert "loss/features" in line and "loss/distillation" not in line
+    run = train(monkeypatch, tmp_path, CLASSIFIER | {"distillation": distillation}, "student")
+    for line in run.history():
+        assert set(line.losses) == {"classification", "features", "hoyer"}
 
 
 def refusal(monkeypatch, capsys, tmp_path, recipe: dict) -> str:
@@ -154,8 +157,8 @@ def test_teachers_that_cannot_teach_are_refused(teachers, monkeypatch, capsys, t
     few = DETECTOR | {"data": DETECTOR["data"] | {"classes": ["circle", "star"]}}
     message = refusal(monkeypatch, capsys, tmp_path, few | teacher(detector))
     assert "knows the classes circle, square, triangle, star (4 in all)" in message and "circle, star" in message
-    other = CLASSIFIER | {"data": CLASSIFIER["data"] | {"mean": [0.5, 0.5, 0.5]}}
-    message = refusal(monkeypatch, capsys, tmp_path, other | teacher(classifier))
+    other = DETECTOR | {"model": DETECTOR["model"] | {"mean": [0.5, 0.5, 0.5]}}
+    message = refusal(monkeypatch, capsys, tmp_path, other | teacher(detector))
     assert "normalised with mean (0.485, 0.456, 0.406), this recipe's are with (0.5, 0.5, 0.5)" in message
     neck = {"levels": ["c3"], "extra_levels": 0, "out_channels": 16}
     flatter = DETECTOR | {"model": DETECTOR["model"] | {"neck": neck}}
@@ -170,6 +173,28 @@ def test_teachers_that_cannot_teach_are_refused(teachers, monkeypatch, capsys, t
 def test_detectors_that_cannot_learn_from_a_teacher(detector, tmp_path):
     model = {"detector": detector} | ({"min_size": [96], "max_size": 96} if detector == "ssd" else {})
     with pytest.raises(ValueError, match=rf"distillation\.teacher: retinanet and fcos .* {detector}"):
-        Config.model_validate(
+        DetectionRecipe.model_validate(
             {"model": model, "data": {"format": "synthetic"}, "distillation": {"teacher": str(tmp_path)}}
         )
+
+
+def test_a_classifier_learns_from_one_that_normalises_otherwise(teachers, monkeypatch, tmp_path):
+    """Each normalises the images, which lie in [0, 1], by itself: the teacher says what it said when it was trained."""
+    teacher = teachers[1]
+    values = CLASSIFIER | {"model": CLASSIFIER["model"] | {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}
+    said = []
+
+    def note(student, known, temperature):
+        said.append(known)
+        return softened_distance(student, known, temperature)
+
+    monkeypatch.setattr("detection.tasks.classification.softened_distance", note)
+    seen = []
+    losses = ClassificationTask.losses
+    monkeypatch.setattr(ClassificationTask, "losses", lambda self, *a: seen.append(a[1][0]) or losses(self, *a))
+    train(monkeypatch, tmp_path, values | {"distillation": {"teacher": str(teacher.folder)}}, "student")
+    model = load_model(teacher)
+    assert len(said) == len(seen) == 6 and 0 <= seen[0].min() < 0.2 < seen[0].max() <= 1
+    for images, known in zip(seen, said, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(model(images), known)

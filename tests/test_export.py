@@ -15,28 +15,28 @@ from torch import fx, nn
 import backbones
 from backbones.deploy.fold import ChannelThreshold, fold
 from backbones.deploy.integer import IntegerSpikes, fix_size, to_integers
-from detection.checkpoint import Run
-from detection.classification import evaluate_classification_run
-from detection.config import ClassificationConfig, Config
+from detection.config import parse_recipe
 from detection.evaluation import METRICS
-from detection.export import (
-    DensePredictions,
-    DetectorOf,
+from detection.exporters import (
     OnnxClassifier,
     OnnxDetector,
+    OnnxFile,
     ParityError,
     check_nir,
     check_onnx,
     evaluate_file,
     export_run,
-    resize_and_pad,
     run_nir,
     to_nir,
     to_onnx,
 )
-from detection.export.onnx import OPSET, _OnnxWriter
-from detection.models import build_classifier, build_detector, load_model
-from detection.tasks import evaluate_run
+from detection.exporters.inference import METADATA_KEY
+from detection.exporters.onnx import OPSET, _OnnxWriter
+from detection.models.dense import DensePredictions, DetectorOf, resize_and_pad
+from detection.records import EpochLog, RunInfo
+from detection.runs import Run
+from detection.tasks import task_of
+from detection.tasks.run import evaluate_run, load_model
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -72,11 +72,10 @@ def make_run(folder: Path, recipe: dict, **backbone) -> Path:
     recipe = json.loads(json.dumps(recipe))
     recipe["model"]["backbone"] |= backbone
     recipe["data"]["root"] = str(folder.parent / "data")
-    kind = Config if recipe["task"] == "detection" else ClassificationConfig
-    config = kind.model_validate(recipe)
+    config = parse_recipe(recipe, "recipe")
     torch.manual_seed(0)
-    model = scramble(build_detector(config) if isinstance(config, Config) else build_classifier(config))
-    run = Run.create(folder, config, ["made", "by", "hand"])
+    model = scramble(task_of(config).build_model())
+    run = Run.create(folder, config, RunInfo(command="made by hand"))
     run.save(model, "last")
     return folder
 
@@ -167,8 +166,9 @@ def test_dense_detectors_in_every_form(kind, body):
     model = detector(kind, backbone={"name": body, "width": 0.125})
     dense = DensePredictions(model)
     x = torch.randn(2, 3, 64, 96)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.transform.image_mean, model.transform.image_std))
     with torch.no_grad():
-        expected = model.head(list(model.backbone(x).values()))
+        expected = model.head(list(model.backbone((x - mean) / std).values()))
         assert all(torch.equal(a, expected[name]) for name, a in zip(dense.outputs, dense(x), strict=True))
     folded = fold(dense)
     assert isinstance(folded, fx.GraphModule)
@@ -179,10 +179,9 @@ def test_dense_detectors_in_every_form(kind, body):
     images = [torch.rand(3, 60, 90), torch.rand(3, 80, 64)]
     with torch.no_grad():
         boxes = model(images)
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.transform.image_mean, model.transform.image_std))
     rest = DetectorOf(
         detector(kind, backbone={"name": body, "width": 0.125}),
-        lambda x: dict(zip(dense.outputs, dense((x - mean) / std), strict=True)),
+        lambda x: dict(zip(dense.outputs, dense(x), strict=True)),
     )
     for ours, theirs in zip(rest(images), boxes, strict=True):
         torch.testing.assert_close(ours["boxes"], theirs["boxes"], rtol=1e-3, atol=1e-2)
@@ -296,8 +295,10 @@ def test_a_detector_in_integers_for_one_size(detector_run, monkeypatch, tmp_path
         exported([torch.rand(3, 64, 64)])
 
 
-def with_log(run: Path, metrics: dict) -> Path:
-    Run.open(run).log({"epoch": 1} | metrics)
+def with_log(run: Path, metrics: dict[str, float]) -> Path:
+    """A run whose log has one line, with these metrics."""
+    (run / "metrics.jsonl").unlink(missing_ok=True)
+    Run.open(run).log(EpochLog(epoch=1, loss=1.0, evaluation={"metrics": metrics}))
     return run
 
 
@@ -305,9 +306,7 @@ def test_accuracy_of_a_file_beside_its_run(monkeypatch, capsys, tmp_path):
     recipe = json.loads(json.dumps(DETECTOR))
     recipe["data"] |= {"scenes": {"num_train": 6, "num_val": 5, "size": 64}}
     run = make_run(tmp_path / "detector", recipe)
-    blank = with_log(run, dict.fromkeys(METRICS, 0.0))
-    metrics, _ = evaluate_run(blank)
-    (run / "metrics.jsonl").unlink()
+    metrics = evaluate_run(with_log(run, dict.fromkeys(METRICS, 0.0)))[0].metrics
     run_tool(monkeypatch, "export", with_log(run, metrics), "--evaluate")
     assert "logged by the run" in capsys.readouterr().out
     measured = json.loads((run / "model.onnx.json").read_text())["evaluation"]
@@ -315,13 +314,11 @@ def test_accuracy_of_a_file_beside_its_run(monkeypatch, capsys, tmp_path):
     assert measured["file"] == pytest.approx(measured["run"], abs=1e-3)
 
     run = make_run(tmp_path / "classifier", CLASSIFIER)
-    with_log(run, {"top1": 0.0, "top5": 0.0})
-    metrics, _ = evaluate_classification_run(run)
-    (run / "metrics.jsonl").unlink()
+    metrics = evaluate_run(with_log(run, {"top1": 0.0, "top5": 0.0}))[0].metrics
     with_log(run, metrics)
     _, described = export_run(run, "onnx", int8=True, evaluate=True)
     measured = described["evaluation"]
-    assert measured["run"] == {key: metrics[key] for key in ("top1", "top5")}
+    assert measured["run"] == {key: metrics[key] for key in ("top1", "top5", "val_loss")}
     assert measured["file"]["top5"] == 1 and abs(measured["file"]["top1"] - metrics["top1"]) <= 0.3
     classifier = OnnxClassifier(run / "model_int8.onnx")
     images = torch.rand(3, 3, 32, 32)
@@ -335,7 +332,7 @@ def test_a_file_that_cannot_be_evaluated_is_not_left(classifier_run, monkeypatch
     formats = ("--format", "torch", "--evaluate")
     assert "torch is not run by this project" in error_of(monkeypatch, capsys, classifier_run, *formats)
     export_run(classifier_run, "onnx", file)
-    with pytest.raises(ValueError, match="not a detector exported by this project"):
+    with pytest.raises(ValueError, match=r"from a run of the task classification, .*other is of detection"):
         evaluate_file(file, with_log(make_run(tmp_path / "other", DETECTOR), dict.fromkeys(METRICS, 0.0)))
 
 
@@ -448,3 +445,33 @@ def test_a_twin_and_a_missing_file(tmp_path):
         OnnxDetector(path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         OnnxDetector(tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize("kind", ["detector", "classifier"])
+def test_a_file_of_an_earlier_version_opens(kind, detector_run, classifier_run, tmp_path):
+    run = detector_run if kind == "detector" else classifier_run
+    path, _ = export_run(run, "onnx", tmp_path / "net.onnx")
+    model = onnx.load(path)
+    (entry,) = [entry for entry in model.metadata_props if entry.key == METADATA_KEY]
+    description = json.loads(entry.value)
+    for key in ("levels", "options"):  # which its recipes did not have yet
+        del description["model"]["backbone"][key]
+    if kind == "classifier":
+        del description["model"]["mean"], description["model"]["std"]
+    entry.value = json.dumps(description | {"plugins": []})
+    onnx.save(model, tmp_path / "old.onnx")
+    images = [torch.rand(3, 64, 96)] if kind == "detector" else torch.rand(2, 3, 32, 32)
+    ours, theirs = (OnnxFile(tmp_path / name, threads=1).predict(images) for name in ("net.onnx", "old.onnx"))
+    if kind == "detector":
+        assert all(torch.equal(ours[0][key], theirs[0][key]) for key in ("boxes", "scores", "labels"))
+        assert len(ours[0]["scores"]) > 0
+    else:
+        assert torch.equal(ours, theirs) and ours.shape == (2, 4)
+    entry.value = json.dumps(description | {"task": "segmentation"})
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match=r"other\.onnx: task: expected detection or classification"):
+        OnnxFile(tmp_path / "other.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    with pytest.raises(ValueError, match="not a network exported by this project"):
+        OnnxFile(tmp_path / "foreign.onnx")

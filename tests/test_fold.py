@@ -11,8 +11,8 @@ import backbones
 from backbones import HoyerSpike
 from backbones.deploy.fold import ChannelThreshold, fold, round_up
 from backbones.deploy.integer import IntegerReal, IntegerSpikes, QuantisedReal, fix_size, to_integers
-from detection.config import Config
 from detection.models import build_detector
+from detection.tasks.recipes import DetectionRecipe
 
 FAMILIES = ["vgg11", "resnet18", "resnet50", "mobilenetv1"]
 
@@ -51,7 +51,7 @@ def detector(kind="retinanet", **model) -> nn.Module:
     }
     data = {"format": "synthetic", "classes": ["circle", "square", "star"]}
     torch.manual_seed(0)
-    return scramble(build_detector(Config.model_validate({"model": settings | model, "data": data})))
+    return scramble(build_detector(DetectionRecipe.model_validate({"model": settings | model, "data": data})))
 
 
 @torch.no_grad()

@@ -3,36 +3,60 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from detection.evaluation import PrecisionRecall
-from detection.plots import plot_comparison, plot_curves, plot_dynamics, plot_precision_recall, plot_predictions
+from detection import curves, figures
+from detection.curves import (
+    draw_comparison,
+    draw_curves,
+    draw_dynamics,
+    draw_overlay,
+    draw_potentials,
+    draw_precision_recall,
+    draw_robustness,
+)
+from detection.draw import Box, draw_boxes, draw_predictions
+from detection.evaluation import PrecisionRecall, average_precision
+from detection.figures import Line, draw_panel, save_png, set_title, to_svg
+from detection.records import EpochLog
 
 NAMES = ["cat", "dog", "a class with a very long name indeed"]
 TOP, LEFT = 40, 8  # pixels above the first picture (the legend) and left of it
+METRICS = ("AP50", "AP", "AP75")
+NASTY = "<b>$x$ & 'y' \x07"
 
 
-def epoch(number: int, *, evaluated: bool = True, spiking: bool = True, num_layers: int = 3) -> dict:
+def line(number: int, *, evaluated: bool = True, spiking: bool = True, num_layers: int = 3) -> dict:
     """One line of a run's metrics.jsonl."""
     entry = {"epoch": number, "lr": 0.1, "loss": 2 / number, "loss/classification": 1.9 / number, "loss/hoyer": 1e-3}
+    layers = [f"backbone.stage{i}.spike" for i in range(num_layers)]
+    if evaluated and spiking:  # what layers log stands in front of the metrics
+        entry["hoyer_per_layer"] = dict.fromkeys(layers, 100.0)
+        entry["v_th"] = dict.fromkeys(layers, -1.0)
+        entry["extremum"] = dict.fromkeys(layers, 0.5)
     if evaluated:
         entry |= {"AP": 0.1 * number, "AP50": 0.15 * number, "AP75": -1.0}
     if evaluated and spiking:
-        layers = [f"backbone.stage{i}.spike" for i in range(num_layers)]
         entry["activity"] = 0.2
         entry["activity_per_layer"] = {layer: 0.1 + 0.01 * i for i, layer in enumerate(layers)}
-        entry["v_th"] = dict.fromkeys(layers, -1.0)
-        entry["extremum"] = dict.fromkeys(layers, 0.5)
-        entry["hoyer_per_layer"] = dict.fromkeys(layers, 100.0)
     return entry
+
+
+def history(*lines: dict) -> list[EpochLog]:
+    return [EpochLog.parse(entry, "the log") for entry in lines]
 
 
 def read(path: Path) -> np.ndarray:
@@ -40,6 +64,15 @@ def read(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB")).astype(int)
+
+
+def pixels_of(tmp_path: Path, drawn: Figure | Sequence[Figure]) -> np.ndarray:
+    save_png(drawn, tmp_path / "picture.png")
+    return read(tmp_path / "picture.png")
+
+
+def title_of(figure: Figure) -> str:
+    return figure.texts[0].get_text()
 
 
 def boxes(*rows: list[float], labels: list[int] | None = None, scores: list[float] | None = None) -> dict[str, Tensor]:
@@ -52,65 +85,96 @@ def boxes(*rows: list[float], labels: list[int] | None = None, scores: list[floa
 
 
 def sheet(path: Path, images: list[Tensor], predictions: list[dict], targets: list[dict], **options) -> np.ndarray:
-    plot_predictions(images, predictions, targets, NAMES, path, **options)
+    save_png(draw_predictions(images, predictions, targets, NAMES, **options), path)
     return read(path)
 
 
 # Curves
 
+LOSS, PRECISION, ACTIVITY = "Training loss", "Average precision", "Spike activity"
+THRESHOLD, RATE, SPEED = "Effective threshold", "Learning rate", "Training speed"
+
 
 @pytest.mark.parametrize(
-    ("log", "rows"),
+    ("log", "titles"),
     [
-        ([epoch(n, evaluated=n % 2 == 0) for n in range(1, 6)], 2),  # losses, precision, activity, thresholds
-        ([epoch(1)], 2),
-        ([epoch(n, num_layers=30) for n in (1, 2)], 2),
-        ([epoch(n, num_layers=1) for n in (1, 2)], 2),
-        ([epoch(n, spiking=False) for n in (1, 2)], 1),  # losses, precision
-        ([epoch(n, evaluated=False) for n in (1, 2)], 1),  # losses alone
-        ([{"epoch": 1, "activity": 0.1}], 1),
-        ([{k: v for k, v in epoch(1).items() if k != "extremum"}], 2),  # three panels: the last takes a whole row
+        ([line(n, evaluated=n % 2 == 0) for n in range(1, 6)], [LOSS, PRECISION, ACTIVITY, THRESHOLD, RATE]),
+        ([line(1)], [LOSS, PRECISION, ACTIVITY, THRESHOLD, RATE]),
+        ([line(n, num_layers=30) for n in (1, 2)], [LOSS, PRECISION, ACTIVITY, THRESHOLD, RATE]),
+        ([line(n, num_layers=1) for n in (1, 2)], [LOSS, PRECISION, ACTIVITY, THRESHOLD, RATE]),
+        ([line(n, spiking=False) for n in (1, 2)], [LOSS, PRECISION, RATE]),
+        ([line(n, evaluated=False) | {"images_per_second": 3.0} for n in (1, 2)], [LOSS, RATE, SPEED]),
+        ([{"epoch": 1, "loss": 1.0, "activity": 0.1}], [LOSS, ACTIVITY, RATE]),
+        ([{k: v for k, v in line(1).items() if k != "extremum"}], [LOSS, PRECISION, ACTIVITY, RATE]),
     ],
 )
-def test_curves_have_a_row_per_two_panels(tmp_path: Path, log: list[dict], rows: int) -> None:
-    before = copy.deepcopy(log)
-    plot_curves(log, tmp_path / "curves.png")
-    pixels = read(tmp_path / "curves.png")
-    assert pixels.shape == (420 * rows, 1200, 3)
-    for half in (pixels[-420:, :600], pixels[-420:, 600:]):  # no hole in the last row
-        assert (half < 128).all(-1).sum() > 200
-    assert log == before
+def test_curves_have_a_panel_for_what_the_log_has(tmp_path: Path, log: list[dict], titles: list[str]) -> None:
+    epochs = history(*log)
+    before = copy.deepcopy(epochs)
+    panels = draw_curves(epochs, METRICS, "Average precision")
+    assert [title_of(panel) for panel in panels] == titles
+    assert epochs == before
+    rows, columns = {3: (1, 3), 4: (2, 2), 5: (2, 3)}[len(panels)]
+    pixels = pixels_of(tmp_path, panels)
+    assert pixels.shape[1] == 600 * columns
+    assert 1 <= pixels.shape[0] / (450 * rows) < 1.4  # panels with more of a legend are higher
+    for column in range(columns):  # no hole in the first row
+        assert (pixels[:450, 600 * column : 600 * (column + 1)] < 128).all(-1).sum() > 200
 
 
 @pytest.mark.parametrize(
     ("change", "alone"),
     [
-        ({"loss": float("nan"), "AP": -1.0, "AP50": -1.0, "activity": 0.0, "v_th": {}}, True),
+        ({"loss": float("nan"), "AP": -1.0, "AP50": -1.0, "activity": 0.0}, True),
         ({"loss": 0.0, "loss/hoyer": 0.0, "extremum": {"backbone.stage1.spike": 0.3}}, False),
-        ({"loss/classification": -1.0, "AP": 0.0, "AP50": 0.0, "activity": None}, True),
+        ({"loss/classification": -1.0, "AP": 0.0, "AP50": 0.0}, True),
     ],
 )
 def test_curves_with_odd_values(tmp_path: Path, change: dict, alone: bool) -> None:
-    log = [epoch(1) | change] if alone else [epoch(1), epoch(2) | change]
-    plot_curves(log, tmp_path / "curves.png")
-    assert read(tmp_path / "curves.png").shape[1] == 1200
+    log = history(*([line(1) | change] if alone else [line(1), line(2) | change]))
+    panels = draw_curves(log, METRICS)
+    assert pixels_of(tmp_path, panels).shape[1] in (1200, 1800)
+    assert all(ElementTree.fromstring(to_svg(panel)) is not None for panel in panels)
 
 
-def test_curves_follow_their_values(tmp_path: Path) -> None:
-    plot_curves([epoch(1), epoch(2)], tmp_path / "a.png")
-    plot_curves([epoch(1), epoch(2) | {"v_th": dict.fromkeys(epoch(2)["v_th"], -1.2)}], tmp_path / "b.png")
-    plot_curves([epoch(1), epoch(2) | {"v_th": dict.fromkeys(epoch(2)["v_th"], 1.0)}], tmp_path / "sign.png")
-    a, b, sign = (read(tmp_path / f"{name}.png") for name in ("a", "b", "sign"))
-    assert (a == sign).all()  # the threshold is |v_th|
-    changed = np.argwhere((a != b).any(-1))
-    assert len(changed) and changed[:, 0].min() >= 420 and changed[:, 1].min() >= 600  # the last panel alone
+def test_curves_follow_their_values() -> None:
+    lines = [line(2), line(2) | {"v_th": dict.fromkeys(line(2)["v_th"], -1.2)}]
+    lines.append(line(2) | {"v_th": dict.fromkeys(line(2)["v_th"], 1.0)})
+    a, b, sign = ([to_svg(panel) for panel in draw_curves(history(line(1), each), METRICS)] for each in lines)
+    assert a == sign  # the threshold is |v_th|
+    assert [before == after for before, after in zip(a, b, strict=True)] == [True, True, True, False, True]
+    threshold = draw_curves(history(line(1), lines[1]), METRICS)[3]
+    assert np.allclose(threshold.axes[0].lines[0].get_xydata(), [(1, 0.5), (2, 0.6)])
 
 
-@pytest.mark.parametrize("log", [[], [{"epoch": 1, "lr": 0.1}]])
-def test_nothing_to_plot_is_an_error(tmp_path: Path, log: list[dict]) -> None:
-    with pytest.raises(ValueError, match=f"log: nothing to plot in {len(log)} epochs"):
-        plot_curves(log, tmp_path / "curves.png")
-    assert not (tmp_path / "curves.png").exists()
+def test_losses_over_more_than_a_factor_of_ten_are_logarithmic_and_zeros_are_left_out() -> None:
+    panel = draw_curves(history(line(1), line(2) | {"loss/other": 0.0}))[0]
+    assert panel.axes[0].get_yscale() == "log"
+    assert [text.get_text() for text in panel.legends[0].get_texts()] == ["total", "classification", "hoyer"]
+    ticks = [text.get_text() for text in panel.axes[0].get_yticklabels()]
+    assert {"1e-3", "0.01", "0.1", "1"} <= set(ticks)
+    negative = draw_curves(history(line(1) | {"loss/classification": -1.0}))[0]
+    assert negative.axes[0].get_yscale() == "linear" and negative.axes[0].get_ylim()[0] < -1
+
+
+def test_metrics_of_averaged_weights_have_a_line_of_their_own() -> None:
+    panel = draw_curves(history(line(1) | {"ema": {"AP50": 0.4, "AP": 0.2}}), METRICS)[1]
+    assert [text.get_text() for text in panel.legends[0].get_texts()] == ["AP50", "AP", "AP50, averaged weights"]
+    assert panel.axes[0].lines[2].get_ydata() == [0.4]
+
+
+def test_nothing_to_draw_is_an_error() -> None:
+    with pytest.raises(ValueError, match="history: nothing to draw in 0 epochs"):
+        draw_curves([])
+
+
+def test_several_runs_have_cold_and_warm_colours() -> None:
+    runs = {"spiking": [(1, 0.5), (2, 0.6)], "twin": [(1, 0.7)], "other": [(2, 0.1)]}
+    drawn = draw_overlay("AP50", "unit", runs, {"twin"})
+    colours = [each.get_color() for each in drawn.axes[0].lines]
+    assert colours == [curves.SPIKING[0], curves.ANALOGUE[0], curves.SPIKING[1]]
+    assert drawn.get_label() == "AP50. spiking: 0.5 \N{RIGHTWARDS ARROW} 0.6; twin: 0.7; other: 0.1"
+    assert draw_overlay("AP50", "unit", {"a": []}) is None
 
 
 # Precision over recall
@@ -122,32 +186,40 @@ def curve(right: list[bool], num_boxes: int) -> PrecisionRecall:
 
 
 def axes_pixel(recall: float, precision: float) -> tuple[int, int]:
-    """(row, column) in the picture: its axes are 900 x 560 pixels from (75, 50) on and end at 1.01 and 1.02."""
-    return round(50 + 560 * (1 - precision / 1.02)), round(75 + 900 * recall / 1.01)
+    """(row, column) in the picture: its axes end at 1.02, 150 pixels per inch."""
+    width = figures.WIDTH - figures.LEFT - figures.MARGIN
+    return (
+        round(150 * (figures.TOP + figures.HEIGHT * (1 - precision / 1.02))),
+        round(150 * (figures.LEFT + width * recall)),
+    )
 
 
 def colored(pixels: np.ndarray) -> np.ndarray:
     return np.ptp(pixels, axis=-1) > 60
 
 
-@pytest.mark.parametrize(("num_classes", "rows"), [(1, 1), (3, 1), (20, 4), (80, 16)])
-def test_precision_recall_has_a_legend_for_any_number_of_classes(tmp_path: Path, num_classes: int, rows: int) -> None:
-    """The picture is as high as its legend needs, and every class has its coloured line there, none over the edge."""
+@pytest.mark.parametrize(("num_classes", "shown"), [(1, 1), (3, 3), (8, 8), (80, 8)])
+def test_precision_recall_has_a_legend_for_any_number_of_classes(tmp_path: Path, num_classes: int, shown: int) -> None:
+    """The picture is as high as its legend needs: at most eight classes, the best and the worst, none over the edge."""
     rng = np.random.default_rng(0)
-    curves = {f"class number {i}": curve((rng.random(30) < 0.5).tolist(), 20) for i in range(num_classes)}
-    curves["class without boxes and with a name too long for the legend" * 3] = curve([False], 0)
-    plot_precision_recall(curves, tmp_path / "pr.png")
-    pixels = read(tmp_path / "pr.png")
-    assert pixels.shape == (int(100 * (6.95 + 0.162 * rows)), 1000, 3)
-    assert (pixels[:, :15] == 255).all() and (pixels[:, -15:] == 255).all() and (pixels[-5:] == 255).all()
-    lines = colored(pixels[660:]).any(1).astype(int)
-    assert (np.diff(lines, prepend=0) == 1).sum() == rows
+    found = {f"class number {i}": curve((rng.random(30) < 0.5).tolist(), 20) for i in range(num_classes)}
+    found["class without boxes and with a name too long for the legend" * 3] = curve([False], 0)
+    drawn = draw_precision_recall(found)
+    areas = {name: average_precision(each, "area") for name, each in found.items() if each.num_boxes}
+    order = sorted(areas, key=lambda name: -areas[name])
+    named = order if num_classes <= 8 else order[:4] + order[-4:]
+    names = [text.get_text() for text in drawn.legends[0].get_texts()]
+    others = [f"{num_classes - 8} more"] if num_classes > 8 else []
+    assert names == others + [f"{name} {areas[name]:.3f}" for name in named]
+    assert len(drawn.axes[0].lines) == num_classes + len(others)
+    pixels = pixels_of(tmp_path, drawn)
+    assert pixels.shape == (int(150 * (3.26 + 0.17 * (shown + len(others)))), 600, 3)
+    assert (pixels[:, :10] == 255).all() and (pixels[:, -10:] == 255).all() and (pixels[-5:] == 255).all()
 
 
 def test_precision_recall_is_drawn_where_it_is(tmp_path: Path) -> None:
     """Right, wrong, right of four boxes: precision 1 up to recall 1/4, 2/3 up to 2/4, nothing beyond."""
-    plot_precision_recall({"a": curve([True, False, True], 4)}, tmp_path / "pr.png")
-    drawn = colored(read(tmp_path / "pr.png"))
+    drawn = colored(pixels_of(tmp_path, draw_precision_recall({"a": curve([True, False, True], 4)})))
 
     def near(recall: float, precision: float) -> bool:
         row, column = axes_pixel(recall, precision)
@@ -159,16 +231,22 @@ def test_precision_recall_is_drawn_where_it_is(tmp_path: Path) -> None:
         assert not near(*point), point
 
 
+def test_outline_of_a_curve_has_the_area_of_the_average_precision() -> None:
+    found = PrecisionRecall(np.array([0.9, 0.8, 0.7, 0.6]), np.array([1, 1, 2, 2]), 4)
+    points = curves.outline(found)
+    area = sum((x2 - x1) * y1 for (x1, y1), (x2, _) in pairwise(points))
+    assert area == pytest.approx(average_precision(found, "area"))
+    assert curves.outline(PrecisionRecall(np.array([]), np.array([]), 4)) == [(0.0, 0.0)]
+
+
 @pytest.mark.parametrize("right", [[], [False, False], [True]])
 def test_precision_recall_of_few_detections(tmp_path: Path, right: list[bool]) -> None:
-    plot_precision_recall({"a": curve(right, 1)}, tmp_path / "pr.png")
-    assert read(tmp_path / "pr.png").shape[1] == 1000
+    assert pixels_of(tmp_path, draw_precision_recall({"a": curve(right, 1)})).shape[1] == 600
 
 
-def test_precision_recall_without_boxes_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="curves: nothing to plot, none of 2 classes has boxes"):
-        plot_precision_recall({"a": curve([], 0), "b": curve([False], 0)}, tmp_path / "pr.png")
-    assert not (tmp_path / "pr.png").exists()
+def test_precision_recall_without_boxes_is_an_error() -> None:
+    with pytest.raises(ValueError, match="curves: nothing to draw, none of 2 classes has boxes"):
+        draw_precision_recall({"a": curve([], 0), "b": curve([False], 0)})
 
 
 # Boxes
@@ -249,64 +327,179 @@ def test_sizes_channels_and_columns(tmp_path: Path) -> None:
             assert all(torch.equal(x, y) for x, y in pairs)
 
 
-def test_bad_input_is_named(tmp_path: Path) -> None:
-    path, image = tmp_path / "bad.png", torch.zeros(3, 8, 8)
+def test_bad_input_is_named() -> None:
+    image = torch.zeros(3, 8, 8)
     with pytest.raises(ValueError, match="got 0 images, 0 predictions, 0 targets"):
-        plot_predictions([], [], [], NAMES, path)
+        draw_predictions([], [], [], NAMES)
     with pytest.raises(ValueError, match="got 1 images, 2 predictions, 1 targets"):
-        plot_predictions([image], [boxes(), boxes()], [boxes()], NAMES, path)
+        draw_predictions([image], [boxes(), boxes()], [boxes()], NAMES)
     with pytest.raises(ValueError, match=r"image at index 1: .* got torch\.float32 of shape \(8, 8\)"):
-        plot_predictions([image, image[0]], [boxes()] * 2, [boxes()] * 2, NAMES, path)
+        draw_predictions([image, image[0]], [boxes()] * 2, [boxes()] * 2, NAMES)
     with pytest.raises(ValueError, match=r"image at index 0: .* got torch\.uint8 of shape \(3, 8, 8\)"):
-        plot_predictions([image.byte()], [boxes()], [boxes()], NAMES, path)
+        draw_predictions([image.byte()], [boxes()], [boxes()], NAMES)
     with pytest.raises(ValueError, match=r"prediction at index 0: found label 4, expected 1\.\.3"):
-        plot_predictions([image], [boxes([1, 1, 4, 4], labels=[4])], [boxes()], NAMES, path)
+        draw_predictions([image], [boxes([1, 1, 4, 4], labels=[4])], [boxes()], NAMES)
     with pytest.raises(ValueError, match="columns: expected at least 1, got 0"):
-        plot_predictions([image], [boxes()], [boxes()], NAMES, path, columns=0)
-    assert not path.exists()
+        draw_predictions([image], [boxes()], [boxes()], NAMES, columns=0)
+
+
+def test_boxes_on_one_image_have_titles_and_labels_that_can_be_read() -> None:
+    image = np.full((60, 80, 3), 128, dtype=np.uint8)
+    drawn = draw_boxes(
+        image,
+        [Box((5, 5, 30, 40), "#f0397b", label=NASTY, title="wrong"), Box((1, 1, 9, 9), "navy", label="x")],
+        "image",
+    )
+    assert tuple(drawn.get_size_inches()) == (4, 3)
+    assert [text.get_color() for text in drawn.axes[0].texts] == ["black", "white"]
+    root = ElementTree.fromstring(to_svg(drawn))
+    assert "wrong" in [element.text for element in root.iter() if element.tag.endswith("title")]
+    picture = next(element for element in root.iter() if element.tag.endswith("image"))
+    assert picture.get("href").startswith("data:image/jpeg;base64,")
+    shown = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert shown == ["x", NASTY[:-1] + "\ufffd"]  # the first one on top
 
 
 def test_global_state_of_matplotlib_is_left_alone(tmp_path: Path) -> None:
     """No settings changed, and no figure left in pyplot's list, where it would stay in memory."""
     before = matplotlib.rcParams.copy()
-    plot_curves([epoch(1, evaluated=False)], tmp_path / "curves.png")
+    figure = draw_curves(history(line(1, evaluated=False)))[0]
+    save_png(figure, tmp_path / "curves.png")
+    to_svg(figure)
     sheet(tmp_path / "sheet.png", [torch.zeros(3, 8, 8)], [boxes()], [boxes()])
-    plot_precision_recall({"a": curve([True], 1)}, tmp_path / "pr.png")
+    save_png(draw_precision_recall({"a": curve([True], 1)}), tmp_path / "pr.png")
     assert matplotlib.rcParams.copy() == before
     assert pyplot.get_fignums() == []
 
 
-# Spike layers, variants
+# Spike layers, variants, noise
 
 
-def test_dynamics_show_every_layer(tmp_path):
-    log = [epoch(number, num_layers=7) for number in (1, 2, 3)]
-    for entry, center in ((log[0], 10), (log[-1], 30)):
+def test_dynamics_show_every_quantity_and_every_layer(tmp_path: Path) -> None:
+    lines = [{"own": {"backbone.stage0.spike": 3.0}} | line(number, num_layers=7) for number in (1, 2, 3)]
+    for entry, center in ((lines[0], 10), (lines[-1], 30)):
         shares = np.exp(-((np.arange(40) - center) ** 2) / 20)
         entry["potentials"] = {layer: list(shares / shares.sum()) for layer in entry["v_th"]}
-    plot_dynamics(log, tmp_path / "with.png")
-    with_histograms = read(tmp_path / "with.png")
-    plot_dynamics([{key: value for key, value in e.items() if key != "potentials"} for e in log], tmp_path / "no.png")
-    without = read(tmp_path / "no.png")
-    assert with_histograms.shape[1] == without.shape[1] == 1200
-    assert with_histograms.shape[0] > without.shape[0] + 300  # two rows of five
-    red = (with_histograms[..., 0] > 180) & (with_histograms[..., 1:].max(axis=2) < 90)
-    lines = red[without.shape[0] :].sum(axis=0)  # the threshold of each histogram is a red line
-    columns = np.flatnonzero(lines > 60)
-    assert len(np.split(columns, np.flatnonzero(np.diff(columns) > 5) + 1)) == 5
+    log = history(*lines)
+    panels, histograms = draw_dynamics(log), draw_potentials(log)
+    titles = ["Threshold v_th", "Hoyer extremum E", "Hoyer regulariser H", "own"]
+    assert [title_of(panel) for panel in panels] == titles
+    assert [len(panel.axes[0].lines) for panel in panels] == [7, 7, 7, 1]
+    assert [title_of(histogram) for histogram in histograms] == [f"stage{index}.spike" for index in range(7)]
+    notes = [text.get_text() for text in histograms[0].texts[1:]]
+    assert notes == ["epoch 1: 0.1 % fire", "epoch 3: 100.0 % fire"]
+    pixels = pixels_of(tmp_path, histograms)
+    assert pixels.shape == (2 * 262, 4 * 360, 3)  # four of 2.4 inches, and three
+    orange = (pixels[..., 0] > 150) & (pixels[..., 2] < 60)
+    dashes = np.flatnonzero(orange[:262].sum(axis=0) > 30)  # the threshold of each histogram
+    assert len(np.split(dashes, np.flatnonzero(np.diff(dashes) > 5) + 1)) == 4
+    assert draw_potentials(log[1:2]) == []
 
 
-def test_dynamics_need_spike_layers(tmp_path):
-    with pytest.raises(ValueError, match="no spike layers in 2 epochs"):
-        plot_dynamics([epoch(1, spiking=False), epoch(2, spiking=False)], tmp_path / "a.png")
-    assert not (tmp_path / "a.png").exists()
+def test_networks_without_spike_layers_have_no_dynamics() -> None:
+    log = history(line(1, spiking=False), line(2, spiking=False))
+    assert draw_dynamics(log) == draw_potentials(log) == []
 
 
-def test_comparison_has_a_bar_as_long_as_its_mean(tmp_path):
-    plot_comparison({"all": [0.8, 0.8], "half": [0.3, 0.5], "none": [0.0]}, "top1", tmp_path / "a.png")
-    picture = read(tmp_path / "a.png")
+def test_comparison_has_a_bar_as_long_as_its_mean(tmp_path: Path) -> None:
+    picture = pixels_of(tmp_path, draw_comparison({"all": [0.8, 0.8], "half": [0.3, 0.5], "none": [0.0]}, "top1"))
     grey = (picture == 204).all(axis=2).sum(axis=1)  # length of the bar in each row
     lengths = sorted(set(grey[grey > 30].tolist()))
     assert max(lengths) / np.median([length for length in lengths if length < 0.7 * max(lengths)]) == pytest.approx(
         2, abs=0.15
     )
+
+
+def test_robustness_has_a_panel_per_kind_on_one_scale() -> None:
+    found = {"blur": {"a": {0.0: [0.8], 1.0: [0.4, 0.6]}}, "gaussian_noise": {"a": {0.0: [0.8]}, "b": {0.0: [0.2]}}}
+    panels = draw_robustness(found, {"blur": "pixels", "gaussian_noise": "of 1"}, "top1, in [0, 1]")
+    assert [title_of(panel) for panel in panels] == ["blur", "gaussian noise"]
+    assert {panel.axes[0].get_ylim() for panel in panels} == {(0, 1.06 * 0.8)}
+    assert np.allclose(panels[0].axes[0].lines[0].get_xydata(), [(0, 0.8), (1, 0.5)])
+    band = panels[0].axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == 0.8 and band.min() == pytest.approx(0.5 - 0.02**0.5)
+    colours = [panel.axes[0].lines[0].get_color() for panel in panels]
+    assert colours[0] == colours[1] != panels[1].axes[0].lines[1].get_color()
+    with pytest.raises(ValueError, match="nothing to draw in 1 kinds of noise"):
+        draw_robustness({"blur": {}}, {"blur": "pixels"}, "top1")
+
+
+# SVG
+
+
+def nasty_panel() -> Figure:
+    """A panel whose names are foreign text."""
+    lines = [Line(NASTY, [(1, 0.5), (2, 2.0)], {"color": "red", "marker": "o"}), Line("_hidden $", [(1, 1)], {})]
+    return draw_panel("<title> $a$", lines, NASTY)
+
+
+def test_svg_stands_alone_scales_and_says_what_it_shows() -> None:
+    text = to_svg(nasty_panel(), "one")
+    root = ElementTree.fromstring(text)
+    assert root.get("viewBox").startswith("0 0 288 ") and not {"width", "height"} & set(root.keys())
+    assert root.get("role") == "img"
+    assert root.get("aria-label").startswith(
+        "<title> $a$. <b>$x$ & 'y' \ufffd: 0.5 \N{RIGHTWARDS ARROW} 2; _hidden $: 1"
+    )
+    titles = [element.text for element in root.iter() if element.tag.endswith("title")]
+    assert titles == ["<b>$x$ & 'y' \ufffd: 0.5 \N{RIGHTWARDS ARROW} 2", "_hidden $: 1"]
+    shown = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert {"<title> $a$", "<b>$x$ & 'y' \ufffd", "_hidden $", "epoch", "1", "2"} <= set(shown)
+    tags = {element.tag.split("}")[1] for element in root.iter()}
+    assert tags <= {"svg", "g", "path", "text", "title", "defs", "clipPath", "rect", "use"}
+    addresses = [value for element in root.iter() for key, value in element.items() if "href" in key or "url(" in value]
+    assert addresses and all(re.match(r"(url\()?#one-\w+", value) for value in addresses)
+    assert text.count("http") == 1  # the name space
+
+
+def test_svg_has_the_same_text_every_time_and_ids_of_its_own() -> None:
+    assert to_svg(nasty_panel()) == to_svg(nasty_panel())
+    one, two = (re.findall(r' id="([^"]+)"', to_svg(nasty_panel(), name)) for name in ("one", "two"))
+    assert one and len(set(one + two)) == len(one) + len(two)
+    for name in ("one", "two"):
+        text = to_svg(nasty_panel(), name)
+        used = set(re.findall(r"#((?:one|two)-\w+)", text))
+        assert used and used <= set(re.findall(r' id="([^"]+)"', text))
+
+
+def test_letters_of_charts_can_be_read_and_colours_can_be_seen() -> None:
+    log = history(*(line(number, num_layers=5) for number in (1, 2)))
+    for figure in (*draw_curves(log, METRICS), *draw_dynamics(log), draw_precision_recall({"a": curve([True], 1)})):
+        sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", to_svg(figure))]
+        assert min(sizes) >= 8.5  # of 288 units, which a telephone shows on about 320 pixels
+    palette = (*figures.COLOURS, *curves.SPIKING, *curves.ANALOGUE, *map(curves.DEPTH, np.linspace(0, 1, 20)))
+    for colour in palette:
+        parts = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in matplotlib.colors.to_rgb(colour)]
+        assert 1.05 / (0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2] + 0.05) >= 3, colour
+    styles = [figures.style_of(index) for index in range(32)]
+    assert len({(style["color"], str(style["linestyle"])) for style in styles}) == 32
+
+
+def test_long_names_are_shortened_and_whole_in_the_title() -> None:
+    name = "backbone." * 9 + "spike"
+    root = ElementTree.fromstring(to_svg(draw_panel("a", [Line(name, [(1, 1)], {})], "b")))
+    shown = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert "\N{HORIZONTAL ELLIPSIS}" + "backbone." * 4 + "spike" in shown and name not in shown
+    assert f"{name}: 1" in [element.text for element in root.iter() if element.tag.endswith("title")]
+
+
+def test_a_sheet_has_even_rows_and_no_more_than_twelve_inches(tmp_path: Path) -> None:
+    small = [Figure(figsize=(2, 1), dpi=10) for _ in range(7)]
+    assert pixels_of(tmp_path, small).shape == (20, 80, 3)  # four and three
+    assert pixels_of(tmp_path, [*small[:2], Figure(figsize=(5, 2), dpi=10)]).shape == (30, 50, 3)
+    assert pixels_of(tmp_path, Figure(figsize=(20, 1), dpi=10)).shape == (10, 200, 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0, "0"), (0.3, "0.3"), (1000, "1000"), (0.00241, "2.4e-3"), (1e-5, "1e-5"), (25000, "2.5e4"), (-0.5, "-0.5")],
+)
+def test_ticks_are_short(value: float, expected: str) -> None:
+    assert figures.short_number(value) == expected
+
+
+def test_a_title_is_shown_and_is_no_id() -> None:
+    figure = Figure()
+    set_title(figure.text(0, 0, "x"), "a title")
+    text = to_svg(figure)
+    assert "<title>a title</title>" in text and "a title" not in re.findall(r'id="([^"]*)"', text)

@@ -18,14 +18,17 @@ from test_training import TINY_MODEL, tiny_recipe
 
 import detection
 from backbones import record_activity
-from detection.checkpoint import Run
-from detection.classification import validation_batches
-from detection.config import Config, load_config
+from detection.config import load_config
 from detection.data import load_image
+from detection.data.pictures import read_image
+from detection.draw import draw_detections, draw_spike_maps
 from detection.models import build_detector
-from detection.plots import draw_detections
-from detection.predict import pad_for, padded_size, read_category_ids, read_image, thresholds
-from detection.spikemaps import SpikeMap, draw_spike_maps, spike_maps
+from detection.models.inference import pad_for, padded_size, thresholds
+from detection.records import RunInfo
+from detection.runs import Run
+from detection.spikemaps import SpikeMap, spike_maps
+from detection.tasks.detection import read_category_ids
+from detection.tasks.recipes import DetectionRecipe
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def detector(name: str) -> torch.nn.Module:
     model |= {"min_size": [96]} if name == "ssd" else {}
     data = {"format": "synthetic", "classes": ["a", "b"]}
     torch.manual_seed(0)
-    return build_detector(Config.model_validate({"model": model, "data": data})).eval()
+    return build_detector(DetectionRecipe.model_validate({"model": model, "data": data})).eval()
 
 
 def same(one, other) -> None:
@@ -158,7 +161,9 @@ def test_result_does_not_depend_on_the_batch(predictor, scenes):
     together = predictor.predict(images, score_threshold=0.05)
     assert [prediction.size for prediction in together] == [(64, 64), (100, 40), (64, 64), (100, 40), (64, 64)]
     for batch_size in (1, 2):
-        for one, other in zip(together, predictor.predict(images, 0.05, batch_size=batch_size), strict=True):
+        for one, other in zip(
+            together, predictor.predict(images, score_threshold=0.05, batch_size=batch_size), strict=True
+        ):
             same(one, other)
 
 
@@ -236,6 +241,8 @@ def test_wrong_input_is_named(predictor, finished, scenes, tmp_path):
     for options in ({"score_threshold": 1.5}, {"nms_threshold": -0.1}, {"score_threshold": float("nan")}):
         with pytest.raises(ValueError, match=r"_threshold: expected a number in \[0, 1\]"):
             predictor.predict(image, **options)
+    with pytest.raises(ValueError, match=r"score: no option of detection \(allowed: score_threshold, nms_threshold\)"):
+        predictor.predict(image, score=0.5)
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         predictor.predict(image, batch_size=0)
     with pytest.raises(ValueError, match="expected one of best, last, ema, got 'newest'"):
@@ -247,14 +254,15 @@ def test_wrong_input_is_named(predictor, finished, scenes, tmp_path):
 
 
 def test_coco_rows_have_the_category_ids_of_the_evaluation(finished, tmp_path):
-    assert detection.load(finished).category_source == Path(finished) / "run.json"
+    assert detection.load(finished).task.category_source == Path(finished) / "run.json"
 
-    def ids(name: str, data: dict, facts: dict | None = None) -> tuple:
-        return read_category_ids(Run.create(tmp_path / name, Config.model_validate({"data": data}), ["test"], facts))
+    def ids(name: str, data: dict, category_ids: list[int] | None = None) -> tuple:
+        config, info = DetectionRecipe.model_validate({"data": data}), RunInfo(category_ids=category_ids)
+        return read_category_ids(Run.create(tmp_path / name, config, info))
 
     (tmp_path / "val.json").write_text(json.dumps({"categories": [{"id": 7, "name": "b"}, {"id": 90, "name": "a"}]}))
     data = {"format": "coco", "root": tmp_path, "train": ["t.json"], "val": ["val.json"], "classes": ["a", "b"]}
-    assert ids("recorded", data, {"category_ids": [5, 6]}) == ((5, 6), tmp_path / "recorded" / "run.json")
+    assert ids("recorded", data, [5, 6]) == ((5, 6), tmp_path / "recorded" / "run.json")
     assert ids("file", data) == ((90, 7), tmp_path / "val.json")
     for name, change in (("gone", {"val": ["gone.json"]}), ("other", {"classes": ["a", "c"]})):
         assert ids(name, data | change) == ((1, 2), None)
@@ -351,7 +359,9 @@ def test_classifier_gives_probabilities(classifier_run, scenes):
     assert top[0][0] == predictor.class_names[one.probabilities.argmax()]
     several = predictor.predict([scenes[1], scenes[0], np.zeros((1, 1), np.uint8)], batch_size=2)
     assert torch.allclose(several[1].probabilities, one.probabilities, atol=1e-5)
-    assert one.draw().size == (640, 640)
+    assert one.draw().size == (640, 640) and predictor.options == ()
+    with pytest.raises(ValueError, match=r"score_threshold: no option of classification \(allowed: none\)"):
+        predictor.predict(scenes[0], score_threshold=0.5)
     maps = predictor.spike_maps(scenes[0])
     assert [entry.name for entry in maps] == ["stem", "c2", "c3", "c4", "c5"]
     assert [entry.rate.shape for entry in maps] == [(32, 32), (16, 16), (8, 8), (4, 4), (2, 2)]
@@ -365,7 +375,8 @@ def test_classifier_sees_the_pixels_of_its_evaluation(classifier_run, tmp_path, 
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(path)
     data = predictor.run.config.data
     data.format, data.root, data.classes, data.in_memory, data.workers = "folder", tmp_path, ["thing"], in_memory, 0
-    ((images, _),) = validation_batches(predictor.run.config, Accelerator(cpu=True))
+    ((images, _),) = predictor.task.evaluation_batches(predictor.task.read("val"), Accelerator(cpu=True))
+    assert images.min() >= 0 and 0.5 < images.max() <= 1
     with torch.no_grad():
         expected = predictor.model(images).softmax(1)[0]
     assert torch.allclose(predictor.predict(path).probabilities, expected, atol=1e-6)
@@ -482,7 +493,7 @@ def test_tool_names_what_is_wrong_with_a_run(finished, scenes, monkeypatch, caps
     )
     run = Run.open(finished)
     run.config.model.backbone.activation = "relu"
-    twin = Run.create(tmp_path / "twin", run.config, ["twin"])
+    twin = Run.create(tmp_path / "twin", run.config, RunInfo(command="twin"))
     twin.save(build_detector(run.config), "last")
     error = failing(monkeypatch, capsys, 2, twin.folder, scenes[0], "--spikes", "--out", tmp_path / "out")
     assert "no spike layers (activation relu)" in error

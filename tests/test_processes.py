@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils import set_seed
-from helpers import run_together, run_tool, start_together, tool, wait_until
+from helpers import log_lines, run_together, run_tool, start_together, tool, wait_until
 from test_resume import CLASSIFICATION, DETECTION, expect_equal, write_recipe
 
 from backbones import HoyerSpike
 from backbones.weights import read_tensors
-from detection.checkpoint import Run
 from detection.data.batches import TrainingBatches, evaluation_batches, take_share
-from detection.distributed import SyncBatchNorm, synchronise
 from detection.files import require_writable
+from detection.runs import Run
+from detection.training.distributed import SyncBatchNorm, synchronise
 
 MODEL = {"backbone": {"name": "resnet18", "width": 0.125}}
 
@@ -41,7 +41,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, reduction):
     for name, number, extra in (("one", 1, []), ("two", 2, synced), ("apart", 2, [])):
         arguments = [*options, f"train.batch_size={16 // number}", *extra, "--out", tmp_path / name]
         run_together(number, tool_in_float64, "train_cls", *arguments, log=tmp_path / "log.txt")
-    one, two, apart = (Run.open(tmp_path / name).history() for name in ("one", "two", "apart"))
+    one, two, apart = (log_lines(tmp_path / name) for name in ("one", "two", "apart"))
     for epoch in range(2):
         for key in ("step", "lr", "loss", "loss/hoyer", "hoyer_per_layer", "v_th", "extremum", "val_loss"):
             assert two[epoch][key] == pytest.approx(one[epoch][key], rel=1e-9), key
@@ -116,7 +116,7 @@ def test_any_number_of_processes_evaluates_alike(monkeypatch, tmp_path):
         recipe = write_recipe(tmp_path, values, train={"epochs": 1, "batch_size": 2}, data=data)
         low = ["--model.head.score_threshold", "0.001"] if name == "det" else []  # detections on every image
         run_tool(monkeypatch, f"train_{name}", recipe, *low, "--out", tmp_path / name)
-    logged = Run.open(tmp_path / "det").history()[-1]
+    logged = log_lines(tmp_path / "det")[-1]
     for number in (1, 2, 3):
         saved, log = tmp_path / f"saved{number}", tmp_path / f"log{number}.txt"
         run_together(number, tool, "evaluate", tmp_path / "det", "--save", saved, log=log)
@@ -194,4 +194,4 @@ def test_all_processes_stop_at_the_same_step(tmp_path):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2, log.read_text()
-    assert log.read_text().count("go on with: python tools/train_det.py --resume") == 1
+    assert log.read_text().count("go on with: hoyer-det train --resume") == 1

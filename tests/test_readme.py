@@ -3,6 +3,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from detection.cli import VERBS
+from detection.config import recipe_names
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -19,3 +22,19 @@ def test_every_file_that_the_readme_names_exists():
     named = set(re.findall(r"(?:tools|configs|backbones|detection|results)/[\w/]+\.\w+", README))
     assert len(named) > 6
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_every_command_on_a_page_has_a_verb_and_a_recipe_that_exist():
+    pages = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages += (ROOT / "configs").glob("*.yaml")
+    commands = []
+    for page in pages:
+        lines = re.findall(
+            r"(?:hoyer-det|--module detection) ([a-z-]+)(?: ([\w./:]+))?", page.read_text(encoding="utf-8")
+        )
+        commands += [(page.name, verb, argument) for verb, argument in lines]
+    assert len(commands) > 20
+    assert [command for command in commands if command[1] not in VERBS] == []
+    recipes = [command for command in commands if command[1] in ("train", "check-data", "compare", "summary")]
+    names = {*recipe_names(), "RECIPE", "NAME", ""}
+    assert [each for each in recipes if each[2] not in names and not re.search("[./:]", each[2])] == []

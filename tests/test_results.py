@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, run_tool
 
-from detection.config import override, read_recipe
+from detection.cli import compare
+from detection.config import find_recipe, override, read_recipe
+from detection.tasks import task_of
 
 RESULTS = ROOT / "results"
 
 
 def error_of(monkeypatch, capsys, *arguments) -> str:
     with pytest.raises(SystemExit) as stop:
-        run_tool(monkeypatch, "results", *arguments)
+        run_tool(monkeypatch, "results/tables", *arguments)
     assert stop.value.code
     return capsys.readouterr().err
 
@@ -39,7 +41,7 @@ def edit_log(run: Path, **values) -> None:
 
 
 def test_pages_say_what_the_logs_say(monkeypatch, capsys):
-    run_tool(monkeypatch, "results", RESULTS, "--check")
+    run_tool(monkeypatch, "results/tables", RESULTS, "--check")
     assert "says something else" not in capsys.readouterr().err
 
 
@@ -51,7 +53,7 @@ def test_tables_follow_the_logs(copy, monkeypatch, capsys):
     assert f"{results / 'README.md'}: says something else" in errors and f"{readme}: says" in errors
     assert not (results / "README.md").exists()
     before = readme.read_text()
-    run_tool(monkeypatch, "results", results)
+    run_tool(monkeypatch, "results/tables", results)
     rows = [line for line in (results / "README.md").read_text().splitlines() if line.startswith("| [c1_")]
     row = rows[0]  # the spiking network's; below stand its twin and its exported files
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -64,13 +66,13 @@ def test_tables_follow_the_logs(copy, monkeypatch, capsys):
     after = readme.read_text()
     assert after != before and "| 0.811 | 0.833 | 25.0 % |" in after
     assert after.split("## The method")[0].split("## Train")[0] == before.split("## Train")[0]
-    run_tool(monkeypatch, "results", results, "--check")
+    run_tool(monkeypatch, "results/tables", results, "--check")
 
 
 def test_a_run_of_another_recipe_is_no_twin(copy, monkeypatch):
     config = copy / "results" / "c1_bccd_retinanet_resnet18_relu" / "config.yaml"
     config.write_text(config.read_text().replace("epochs: 40", "epochs: 41"))
-    run_tool(monkeypatch, "results", copy / "results")
+    run_tool(monkeypatch, "results/tables", copy / "results")
     assert "0.8977](" not in (copy / "results" / "README.md").read_text()
 
 
@@ -78,9 +80,11 @@ def test_a_run_of_another_recipe_is_no_twin(copy, monkeypatch):
     ("file", "content", "sentence"),
     [
         ("run.json", "{", "run.json: damaged"),
-        ("run.json", '{"sha256": {}}', "run.json: has no"),
-        ("metrics.jsonl", "", "metrics.jsonl: its last line has no AP50"),
-        ("metrics.jsonl", "{}\n", "metrics.jsonl: its last line has no"),
+        ("run.json", '{"sha256": {"ema.safetensors": "0"}}', "run.json: has no SHA-256 of last.safetensors"),
+        ("run.json", '{"sha256": 1}', "run.json: damaged, sha256"),
+        ("metrics.jsonl", "", "metrics.jsonl: no such log"),
+        ("metrics.jsonl", '{"epoch": 1, "loss": 1.0}\n', "metrics.jsonl: its last line has no AP50"),
+        ("metrics.jsonl", "{}\n", "metrics.jsonl, line 1: damaged, epoch"),
         ("analysis/analysis.json", "[]", "analysis.json: damaged, or no analysis"),
     ],
 )
@@ -112,20 +116,12 @@ def test_there_are_planned_experiments():
 
 @pytest.mark.parametrize("command", planned_commands())
 def test_planned_experiments_have_valid_recipes(command):
-    python, script, *arguments = shlex.split(command)
-    assert python == "python" and (ROOT / script).is_file()
-    if script != "tools/ablate.py":
+    program, script, *arguments = shlex.split(command)
+    if program == "python":
+        assert (ROOT / script).is_file()
         return
-    recipe = read_recipe(ROOT / arguments[0])
-    start = arguments.index("--variants") + 1
-    others = [index for index in range(start, len(arguments)) if arguments[index].startswith("--")]
-    stop = others[0] if others else len(arguments)
-    common = [*arguments[1 : start - 1], *arguments[stop:]]
-    common = common[common.index("--out") + 2 :]
-    if "--seeds" in common:
-        common = common[common.index("--seeds") + 4 :]
-    known = {"hoyer", "relu", "fixed", "no_regulariser", "channel_extremum", "norm_before_pool"}
-    for variant in arguments[start:stop]:
-        name, _, overrides = variant.partition("=")
-        assert overrides or name in known
-        override(recipe, [*common, *shlex.split(overrides)], prog=name)
+    assert (program, script) == ("hoyer-det", "compare")
+    options, common = compare.build_parser(None).parse_known_args(arguments)
+    recipe = read_recipe(find_recipe(options.config))
+    for name, overrides in map(compare.parse_variant, options.variants):
+        task_of(override(recipe, [*common, *overrides], prog=name)).check_names()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from helpers import run_tool
 from PIL import Image
@@ -18,14 +17,11 @@ from torch import nn
 
 import backbones
 from backbones import HoyerSpike
-from detection.checkpoint import Run
-from detection.classification import evaluate_classifier, validation_batches
-from detection.config import ClassificationConfig, Config
-from detection.data import build_datasets
-from detection.data.images import MemoryBatches, read_images
+from detection.config import parse_recipe
+from detection.curves import draw_robustness
 from detection.data.synthetic import CATEGORIES
-from detection.models import build_classifier, build_detector
-from detection.plots import plot_robustness
+from detection.figures import save_png
+from detection.records import Evaluation, RunInfo
 from detection.robustness import (
     ALL_LAYERS,
     IMAGE_KINDS,
@@ -33,6 +29,7 @@ from detection.robustness import (
     SEVERITIES,
     SPIKE_KINDS,
     CorruptedBatches,
+    Subject,
     corrupt,
     curves_of,
     open_runs,
@@ -42,7 +39,9 @@ from detection.robustness import (
     study,
     sum_margins,
 )
-from detection.tasks import evaluate_detector, evaluation_loader
+from detection.runs import Run
+from detection.tasks import task_of
+from detection.tasks.run import make_accelerator
 
 COLOURS = {"blue": (90, 90, 140), "green": (90, 140, 90), "grey": (110, 110, 110), "red": (140, 90, 90)}
 CLASSIFIER = {
@@ -52,6 +51,7 @@ CLASSIFIER = {
     "train": {"batch_size": 16},
 }
 DETECTOR = {
+    "task": "detection",
     "model": {
         "backbone": {"name": "resnet18", "width": 0.125},
         "neck": {"levels": ["c3", "c4"], "extra_levels": 0, "out_channels": 16},
@@ -93,13 +93,12 @@ def make_run(folder: Path, values: dict, activation: str) -> tuple[Run, nn.Modul
     """A run folder without a training, its weights drawn at random but for the network's running averages."""
     values = copy.deepcopy(values)
     values["model"]["backbone"]["activation"] = activation
-    kind, build = (ClassificationConfig, build_classifier) if "task" in values else (Config, build_detector)
-    root, classes = ("colours", COLOURS) if "task" in values else ("scenes", CATEGORIES)
+    root, classes = ("colours", COLOURS) if values["data"]["format"] == "folder" else ("scenes", CATEGORIES)
     values["data"] |= {"root": str(folder.parent / root), "classes": list(classes)}
-    config = kind.model_validate(values)
+    config = parse_recipe(values, "test")
     set_seed(0)
-    model = build(config)
-    run = Run.create(folder, config, ["test"])
+    model = task_of(config).build_model()
+    run = Run.create(folder, config, RunInfo(command="test"))
     run.save(model, "last")
     return run, model
 
@@ -112,15 +111,8 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     make_run(folder / "relu", CLASSIFIER, "relu")
     make_run(folder / "detector", DETECTOR, "hoyer")
     run, model = make_run(folder / "hoyer", CLASSIFIER, "hoyer")
-    data = run.config.data
-    batches = MemoryBatches(
-        read_images(data, "train"),
-        torch.device("cpu"),
-        batch_size=16,
-        mean=data.mean,
-        std=data.std,
-        augment=data.augment,
-    )
+    task = task_of(run.config)
+    batches = task.training_batches(task.read("train"), make_accelerator(run.config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.002)
     for _ in range(12):
         for images, labels in batches:
@@ -326,16 +318,12 @@ def test_corruptions_are_what_they_say():
         corrupt(grey, "jpeg", 100)
 
 
-def test_batches_are_corrupted_before_normalisation():
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+def test_batches_are_corrupted_image_by_image():
     pixels = torch.rand(5, 3, 16, 16)
-    normalised = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    batches = [(normalised[:3], "a"), (normalised[3:], "b")]
-    found = list(CorruptedBatches(batches, "gaussian_noise", 0.1, 4, mean=mean, std=std))
+    found = list(CorruptedBatches([(pixels[:3], "a"), (pixels[3:], "b")], "gaussian_noise", 0.1, 4))
     assert [target for _, target in found] == ["a", "b"]
-    back = torch.cat([images for images, _ in found]) * torch.tensor(std).view(3, 1, 1)
     expected = corrupt(pixels, "gaussian_noise", 0.1, seed=4)
-    torch.testing.assert_close(back + torch.tensor(mean).view(3, 1, 1), expected, atol=1e-5, rtol=0)
+    assert torch.equal(torch.cat([images for images, _ in found]), expected)
     lists = [([pixels[0], pixels[1, :, :9]], "a"), ([pixels[2]], "b")]
     first, second = (images for images, _ in CorruptedBatches(lists, "gaussian_noise", 0.1, 4))
     torch.testing.assert_close(first[0], expected[0])
@@ -346,14 +334,20 @@ def test_batches_are_corrupted_before_normalisation():
 # Whole studies
 
 
+def evaluation_of(subject: Subject) -> Evaluation:
+    """The network without noise on all evaluation images."""
+    dataset = subject.task.read("val")
+    batches = subject.task.evaluation_batches(dataset, subject.accelerator)
+    return subject.task.evaluate(subject.model, batches, dataset, subject.accelerator)
+
+
 def test_noise_destroys_what_a_classifier_has_learnt(runs):
     (run,) = open_runs([runs["hoyer"]])
     subject = prepare(run, "hoyer")
     state = copy.deepcopy(subject.model.state_dict())
     clean = subject.measure("clean", 0.0, 0)
-    accelerator = Accelerator()
-    expected = evaluate_classifier(subject.model, validation_batches(run.config, accelerator), accelerator)
-    assert clean == {"top1": expected["top1"], "activity": expected["activity"]}
+    expected = evaluation_of(subject)
+    assert clean == {key: expected.metrics[key] for key in ("top1", "top5")} | {"activity": expected.activity}
     assert clean["top1"] >= 0.9  # four classes
     for kind in (*SPIKE_KINDS, *IMAGE_KINDS):
         assert subject.measure(kind, 0.0, 7) == clean
@@ -413,7 +407,7 @@ def test_study_of_a_network_and_its_twin(runs, monkeypatch, capsys, tmp_path):
     values = [float(line["value"]) for line in lines if line["kind"] == "jpeg" and line["metric"] == "top1"]
     assert values == [row["top1"] for row in found["results"] if row["kind"] == "jpeg"]
     with Image.open(out / "robustness.png") as picture:
-        assert picture.size[0] == 1200
+        assert picture.size[0] == 1800  # three panels side by side
 
 
 def test_study_of_a_detector_counts_the_boxes_of_the_chosen_images(runs, tmp_path):
@@ -423,10 +417,9 @@ def test_study_of_a_detector_counts_the_boxes_of_the_chosen_images(runs, tmp_pat
     assert images == [1, 3] and subject.num_images == 2
     found = study([runs["detector"]], tmp_path / "out", ["test"], kinds=["contrast", "threshold"], seeds=[5])
     rows = {kind: [row for row in found["results"] if row["kind"] == kind] for kind in ("clean", "threshold")}
-    accelerator, (_, dataset) = Accelerator(), build_datasets(run.config.data)
-    loader = evaluation_loader(dataset, run.config, accelerator)
-    expected = evaluate_detector(subject.model, loader, dataset, run.config, accelerator)
-    assert all(rows["clean"][0][key] == expected[key] for key in ("AP", "AP50", "activity"))
+    expected = evaluation_of(subject)
+    assert all(rows["clean"][0][key] == expected.metrics[key] for key in ("AP", "AP50"))
+    assert rows["clean"][0]["activity"] == expected.activity
     assert [row["seed"] for row in rows["threshold"]] == [5] * 5
     assert len(found["margins"]) > 10
 
@@ -469,12 +462,14 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(runs, monkeypatch, cap
     assert "exists already" in error_of(monkeypatch, capsys, hoyer, *out)
 
 
-def test_plot_needs_a_run_and_has_a_panel_for_each_kind(tmp_path):
-    with pytest.raises(ValueError, match="nothing to plot"):
-        plot_robustness({"blur": {}}, {"blur": "pixels"}, "top1", tmp_path / "plot.png")
+def test_chart_needs_a_run_and_has_a_panel_for_each_kind(tmp_path):
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_robustness({"blur": {}}, {"blur": "pixels"}, "top1")
     curve = {0.0: [0.9], 0.5: [0.8, 0.7], 1.0: [0.5, 0.1]}
     kinds = ("a", "b", "c", "d")
     curves = {kind: {"one": curve, "two": {0.0: [0.0], 1.0: [0.0]}} for kind in kinds}
-    plot_robustness(curves, dict.fromkeys(kinds, "pixels"), "top1", tmp_path / "plot.png")
+    panels = draw_robustness(curves, dict.fromkeys(kinds, "pixels"), "top1")
+    assert len(panels) == 4
+    save_png(panels, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
-        assert picture.size == (1200, 745)  # two rows of panels
+        assert picture.size[0] == 1200  # two panels side by side

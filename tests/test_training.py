@@ -12,16 +12,17 @@ import pytest
 import torch
 import yaml
 from accelerate.utils import set_seed
-from helpers import ROOT, run_tool
+from helpers import ROOT, log_lines, run_tool
 from PIL import Image
 
 from backbones import hoyer_penalty
-from detection.checkpoint import Run
-from detection.config import Config, Optimizer, load_config
+from detection.config import load_config, schema
 from detection.data import build_datasets, build_loader
-from detection.engine import build_optimizer
 from detection.evaluation import METRICS
 from detection.models import build_detector
+from detection.runs import Run
+from detection.tasks.recipes import DetectionRecipe
+from detection.training.optim import build_optimizer
 
 TINY_MODEL = {
     "backbone": {"name": "resnet18", "width": 0.125},
@@ -86,7 +87,7 @@ def test_run_folder_is_complete(finished):
 
 
 def test_log_has_losses_metrics_activity_and_thresholds_per_layer(finished):
-    history = Run.open(finished[1]).history()
+    history = log_lines(finished[1])
     assert [line["epoch"] for line in history] == [1, 2]
     layers = {f"backbone.body.stages.{stage}.{block}.branch.0" for stage in range(3) for block in range(4)}
     for line in history:
@@ -111,7 +112,7 @@ def test_evaluation_saves_predictions_numbers_and_curves(finished, monkeypatch, 
     folder = tmp_path / "saved"
     assert {path.name for path in folder.iterdir()} == {"predictions.json", "metrics.json", "precision_recall.png"}
     metrics = json.loads((folder / "metrics.json").read_text())
-    line = Run.open(finished[1]).history()[-1]
+    line = log_lines(finished[1])[-1]
     assert {key: metrics[key] for key in METRICS} == {key: line[key] for key in METRICS}
     assert metrics["voc"] == line["voc"]
     with pytest.raises(SystemExit) as stop:
@@ -148,13 +149,13 @@ def test_twin_trains_by_one_override_and_has_no_activity(finished, monkeypatch, 
         "--out",
         tmp_path / "twin",
     )
-    (line,) = Run.open(tmp_path / "twin").history()
+    (line,) = log_lines(tmp_path / "twin")
     assert "loss/hoyer" not in line
     assert "activity" not in line
     assert not (tmp_path / "twin" / "dynamics.png").exists()
 
 
-def real_config(folder: Path, name: str) -> Config:
+def real_config(folder: Path, name: str) -> DetectionRecipe:
     if name == "bccd":
         data = {"format": "voc", "root": folder / "bccd", "train": ["BCCD/train"], "val": ["BCCD/val"]}
     else:
@@ -162,7 +163,7 @@ def real_config(folder: Path, name: str) -> Config:
         data = {"format": "coco", "root": folder / "coco128", "train": annotations, "val": annotations}
         data |= {"train_images": "train2017", "val_images": "train2017"}
     model = TINY_MODEL | {"min_size": [128], "max_size": 192, "backbone": {"name": "resnet18", "width": 0.25}}
-    return Config.model_validate({"model": model, "data": data | {"workers": 0}})
+    return DetectionRecipe.model_validate({"model": model, "data": data | {"workers": 0}})
 
 
 @pytest.mark.parametrize("name", ["bccd", "coco128"])
@@ -203,7 +204,7 @@ def test_the_voc_recipe_trains_on_voc_folders(real_data, monkeypatch, tmp_path):
     recipe = ROOT / "configs" / "voc_retinanet_resnet34.yaml"
     root = ["--data.root", tmp_path / "VOCdevkit"]
     run_tool(monkeypatch, "train_det", recipe, *root, *small, "--out", tmp_path / "run")
-    (line,) = Run.open(tmp_path / "run").history()
+    (line,) = log_lines(tmp_path / "run")
     assert line["step"] == 3
     assert math.isfinite(line["loss"]) and line["loss/hoyer"] > 0
     assert len(line["per_class"]) == 20
@@ -225,6 +226,13 @@ def test_unknown_key_and_wrong_type(monkeypatch, capsys, tmp_path):
     expect_one_sentence(monkeypatch, capsys, recipe, tmp_path / "run", "'train.epoch'", "did you mean 'epochs'")
     recipe = tiny_recipe(tmp_path, train={"epochs": "three"})
     expect_one_sentence(monkeypatch, capsys, recipe, tmp_path / "run", "train.epochs", "'three'")
+
+
+def test_unknown_names_are_said_before_the_data_are_read(monkeypatch, capsys, tmp_path):
+    nowhere = {"format": "voc", "root": str(tmp_path / "nowhere"), "train": ["A/train"], "val": ["A/val"]}
+    recipe = tiny_recipe(tmp_path, data=nowhere, model={"backbone": {"name": "resnet19"}})
+    parts = [f"{recipe}: model.backbone.name: unknown 'resnet19'; did you mean 'resnet1", "allowed: ", "vgg16"]
+    expect_one_sentence(monkeypatch, capsys, recipe, tmp_path / "run", *parts)
 
 
 def test_missing_recipe_folder_and_annotation_file(monkeypatch, capsys, tmp_path):
@@ -284,7 +292,7 @@ def test_training_goes_on_without_a_broken_image(finished, monkeypatch, capsys, 
     run_tool(monkeypatch, "train_det", tiny_recipe(tmp_path), *arguments)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if str(broken) in line]
     assert line.startswith("train: ") and "left out" in line
-    assert Run.open(tmp_path / "run").history()[0]["step"] == 3  # 11 images in batches of 4
+    assert log_lines(tmp_path / "run")[0]["step"] == 3  # 11 images in batches of 4
 
 
 @pytest.mark.parametrize("detector", ["fasterrcnn", "fcos", "ssd"])
@@ -293,7 +301,7 @@ def test_every_detector_trains_with_the_hoyer_term_in_total_and_per_layer(finish
     if detector == "ssd":
         arguments += ["--model.min_size", "96"]
     run_tool(monkeypatch, "train_det", finished[0], *arguments, "--out", tmp_path / "run")
-    (line,) = Run.open(tmp_path / "run").history()
+    (line,) = log_lines(tmp_path / "run")
     terms = [value for key, value in line.items() if key.startswith("loss/")]
     assert line["loss"] == pytest.approx(sum(terms), rel=1e-5)
     assert 0 < line["loss/hoyer"] == pytest.approx(0.01 * sum(line["hoyer_per_layer"].values()), rel=1e-5)
@@ -303,7 +311,7 @@ def test_every_detector_trains_with_the_hoyer_term_in_total_and_per_layer(finish
 def test_bfloat16_and_tensorboard(finished, monkeypatch, tmp_path):
     arguments = ["train.precision=bf16", "--train.tensorboard", "True", "train.epochs=1"]
     run_tool(monkeypatch, "train_det", finished[0], *arguments, "--out", tmp_path / "run")
-    assert math.isfinite(Run.open(tmp_path / "run").history()[0]["loss"])
+    assert math.isfinite(log_lines(tmp_path / "run")[0]["loss"])
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
@@ -323,7 +331,7 @@ def test_two_processes_share_the_images_and_log_what_one_process_finds(finished,
     command += [str(ROOT / "tools" / "train_det.py"), str(recipe), "--data.root", str(scenes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     subprocess.run([*command, "--out", str(tmp_path / "run")], check=True, cwd=ROOT, env=environment)
-    history = Run.open(tmp_path / "run").history()
+    history = log_lines(tmp_path / "run")
     # 12 images in steps of 2 x 4: two steps, the second filled up
     assert [line["step"] for line in history] == [2, 4]
     assert [line["lr"] for line in history] == pytest.approx([0.001, 0.003])  # warm-up of 2 steps to 0.003
@@ -361,7 +369,7 @@ def test_evaluate_names_what_is_wrong_with_a_run(finished, monkeypatch, capsys, 
 
 def test_adam_is_the_authors():
     model = torch.nn.Linear(3, 2)
-    optimizer = build_optimizer(model, Optimizer(name="adam", lr=1e-4, weight_decay=1e-4))
+    optimizer = build_optimizer(model, schema.Optimizer(name="adam", lr=1e-4, weight_decay=1e-4))
     assert type(optimizer) is torch.optim.Adam
     assert all(group["amsgrad"] for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 0]

@@ -1,47 +1,8 @@
 #!/usr/bin/env python3
-"""Writes one self-contained HTML page about a run, or about several side by side.
+"""`hoyer-det report`."""
 
-The log is enough. Where weights and evaluation data are at hand, an evaluation adds precision-recall curves, the best
-and worst images with boxes and spike maps, energy and the binarity certificate (the last two from RUN/analysis if that
-is newer than the weights).
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-from detection.checkpoint import command_line
-from detection.cli import run_tool, saved_run_parser
-from detection.report import write_report
-
-
-def main() -> None:
-    parser = saved_run_parser(__doc__, several=True)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE.html",
-        help="page to write (default: RUN/report.html, where RUN of zoo:NAME is runs/zoo/NAME, or report.html here for "
-        "several runs)",
-    )
-    parser.add_argument(
-        "--images", type=int, default=3, metavar="N", help="best and worst images to show, N each (default: 3)"
-    )
-    parser.add_argument("--log-only", action="store_true", help="evaluate nothing, leave out what needs it")
-    options = parser.parse_args()
-    if options.images < 0:
-        raise ValueError(f"--images {options.images}: expected 0 or more")
-    out = write_report(
-        options.runs,
-        options.out,
-        which=options.weights,
-        num_images=options.images,
-        data_root=options.data_root,
-        log_only=options.log_only,
-        command=command_line(),
-    )
-    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
-
+from detection.cli.common import run_verb
+from detection.cli.report import main
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_verb(main)

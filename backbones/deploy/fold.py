@@ -81,20 +81,23 @@ def fold(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module; not changed.
+
+    Raises:
+        ValueError: one comparison cannot say what a spike layer does; names it.
     """
-    return _fold(copy.deepcopy(model).eval())
+    return _fold(copy.deepcopy(model).eval(), "")
 
 
-def _fold(model: nn.Module) -> nn.Module:
+def _fold(model: nn.Module, prefix: str) -> nn.Module:
     if not any(isinstance(module, (*NORMS, SpikeLayer)) for module in model.modules()):
         return model
     # A lone norm has nothing to join, a list of modules no forward.
     traced = None if isinstance(model, (*NORMS, nn.ModuleList, nn.ModuleDict)) else trace(model)
     if traced is None:
         for name, child in model.named_children():
-            setattr(model, name, _fold(child))
+            setattr(model, name, _fold(child, f"{prefix}{name}."))
         return model
-    _fold_spikes(traced)
+    _fold_spikes(traced, prefix)
     _fold_norms(traced)
     for name, value in vars(model).items():  # such as feature_info and out_channels, which others read
         if not (name.startswith("_") or name == "training"):
@@ -138,7 +141,7 @@ def module_of(traced: fx.GraphModule, node: Any) -> nn.Module | None:
 
 
 def clean_up(traced: fx.GraphModule) -> None:
-    """Removes what nobody uses, from the graph and from the modules."""
+    """Remove what nobody uses, from the graph and from the modules."""
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
     traced.graph.lint()
@@ -146,7 +149,7 @@ def clean_up(traced: fx.GraphModule) -> None:
 
 
 def add_module(traced: fx.GraphModule, name: str, module: nn.Module) -> str:
-    """Adds `module` under `name`, or a name like it that is free; gives that name."""
+    """Add `module` under `name`, or a name like it that is free, and return that name."""
     taken = {key for key, _ in traced.named_modules(remove_duplicate=False)}
     free, number = name, 0
     while free in taken:
@@ -168,13 +171,16 @@ class _Affine(NamedTuple):
     pools: tuple[fx.Node, ...]
 
 
-def _fold_spikes(traced: fx.GraphModule) -> None:
+def _fold_spikes(traced: fx.GraphModule, prefix: str) -> None:
     for node in list(traced.graph.nodes):
         layer = module_of(traced, node)
         if not isinstance(layer, SpikeLayer):
             continue
         affine = _look_back(traced, node.args[0])
-        threshold = _threshold(layer, affine)
+        try:
+            threshold = _threshold(layer, affine)
+        except ValueError as error:
+            raise ValueError(f"spike layer {prefix}{node.target}: {error}") from None
         rising = bool((affine.scale > 0).all())
         moved = any(isinstance(module_of(traced, pool), nn.MaxPool2d) for pool in affine.pools) and not rising
         steps: list[str] = [str(pool.target) for pool in reversed(affine.pools)]

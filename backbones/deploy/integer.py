@@ -124,7 +124,7 @@ class IntegerSpikes(IntegerLayer):
         return (reached ^ self.inverted.view(shape)).float()
 
     def calibrate(self, x: Tensor, rate: Tensor) -> None:
-        """Moves the threshold of each channel so that on the spikes `x` it fires at `rate` (C,), as nearly as may be.
+        """Move the threshold of each channel so that on the spikes `x` it fires at `rate` (C,), as nearly as may be.
 
         The rounding of weights shifts potentials. No threshold moves by more than a quarter of their deviation.
         """
@@ -181,7 +181,7 @@ class IntegerReal(IntegerLayer):
         return level * self.scale.view(shape)
 
     def calibrate(self, x: Tensor, mean: Tensor, largest: Tensor) -> None:
-        """Sets bias and range so that on the spikes `x` each channel has its `mean` and reaches its `largest` (C,)."""
+        """Set bias and range so that on the spikes `x` each channel has its `mean` and reaches its `largest` (C,)."""
         acc = self.accumulate(x)
         dims = [dim for dim in range(acc.dim()) if dim != 1]
         shift = mean - acc.mean(dims).float() * self.weight_scale

@@ -43,7 +43,7 @@ PIXEL_BITS = 8  # of a channel of the raw image
 
 @dataclass(frozen=True)
 class CostTable:
-    """What an operation and a memory access cost, in picojoules.
+    """Energy of operations and memory accesses, in picojoules.
 
     Attributes:
         name: of the table, for the report.
@@ -196,7 +196,7 @@ class NetworkEnergy:
 
 @dataclass(frozen=True)
 class FirstLayer:
-    """What leaves a first layer that is computed in the sensor, against the raw image; bits per image.
+    """Bits per image that leave a first layer which is computed in the sensor, against those of the raw image.
 
     Attributes:
         spike_layer: the first spike layer that ran.

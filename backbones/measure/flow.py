@@ -1,4 +1,4 @@
-"""Which tensors go where in one pass: what takes the output of each layer with weights."""
+"""The way of tensors in one pass: what takes the output of each layer with weights."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Flow(TorchFunctionMode):
                 table[output] = table[x]
 
     def describe(self, measured: Measurement) -> None:
-        """Writes what was found into the layers."""
+        """Write what was found into the layers."""
         for name, spikes in self.feeds.items():
             measured.layers[name].spikes_from = spikes
         by_layer: dict[str, list[_Output]] = {}

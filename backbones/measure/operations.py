@@ -1,4 +1,4 @@
-"""What the layers with weights of a network do: inputs, synaptic operations and MACs, counted exactly."""
+"""The work of a network's layers with weights: inputs, synaptic operations and MACs, counted exactly."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ class WeightedLayer:
 
 @dataclass
 class Measurement:
-    """What a network did over the recorded passes.
+    """The work of a network over the recorded passes.
 
     Attributes:
         layers: every `nn.Conv2d` and `nn.Linear` by module name, in the order of definition.
-        spikes: every `HoyerSpike` by module name; its neurons are its comparisons.
+        spikes: every `SpikeLayer` by module name; its neurons are its comparisons.
         unhandled: class by name of every other module with weights (a parameter of two dimensions or more): a
             transposed convolution, say. Nothing is counted for those.
         num_images: images that the model was given.
@@ -122,7 +122,7 @@ class Measurement:
 
 @torch.no_grad()
 def measure_activity(model: nn.Module, batches: Iterable[Any]) -> Measurement:
-    """Counts of every convolution, linear and spike layer of `model` in evaluation mode, over all batches.
+    """Return the counts of every convolution, linear and spike layer of `model` in evaluation mode, over all batches.
 
     Args:
         model: a classifier, a detector, any module; left in the mode that it was in.

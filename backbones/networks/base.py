@@ -1,4 +1,4 @@
-"""What every backbone promises, the registry of backbones, and the classifier built on top of one."""
+"""The contract of a backbone, the registry of backbones, and the classifier built on top of one."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Backbone(nn.Module):
         return [*(f"c{index}" for index in range(1, 1 + len(self.stages) - len(names))), *names]
 
     def parts(self) -> dict[str, nn.Module]:
-        """Return "stem", where it is a module of its own, and each stage by the name of its last map, in their order."""
+        """Return "stem", if it is a module of its own, and each stage by the name of its last map, in their order."""
         own = {"stem": self.stem} if "stem" in self._modules else {}
         return own | dict(zip(self.stage_names, self.stages, strict=True))
 

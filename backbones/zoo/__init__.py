@@ -61,7 +61,7 @@ def name_of(folder: Path) -> str | None:
 
 
 def require_same(source: str | Path, wanted: Mapping[str, Any]) -> None:
-    """Nothing; raises ValueError that names the first of `KEYS` in which an entry's backbone is not the wanted one."""
+    """Raise ValueError that names the first of `KEYS` in which an entry's backbone is not the wanted one."""
     trained = settings(str(source).removeprefix(PREFIX))
     for key in KEYS:
         if trained[key] != wanted[key]:

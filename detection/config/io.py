@@ -10,13 +10,12 @@ import tyro
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from detection.config.registry import import_plugins, recipe_kinds
+from detection.config.registry import default_task, import_plugins, recipe_kinds
 from detection.config.schema import Recipe, Section
 from detection.files import write_whole
 from detection.text import nearest
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
-DEFAULT_TASK = "detection"
 
 # What may differ when a run goes on, because no number depends on it.
 FREE_KEYS = {
@@ -61,7 +60,7 @@ def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
     kinds = recipe_kinds()
-    task = values.get("task", DEFAULT_TASK)
+    task = values.get("task", default_task())
     if task not in kinds:
         raise ValueError(f"{source}: task: expected {' or '.join(kinds)}, got {task!r}")
     try:

@@ -31,6 +31,11 @@ def recipe_kinds() -> dict[str, type[Recipe]]:
     return dict(_RECIPES)
 
 
+def default_task() -> str:
+    """Return the task of a recipe that names none."""
+    return importlib.import_module(BUILT_IN).DEFAULT_TASK
+
+
 def import_plugins(modules: Iterable[str]) -> None:
     """Import Python modules that register what they bring.
 

@@ -168,7 +168,7 @@ class Augment(Section):
 
 
 class Data(Section):
-    """Where images and boxes come from."""
+    """The source of images and boxes."""
 
     format: str = Field(
         "coco", description="layout of the files under root: voc, coco, or synthetic for scenes that are drawn first"
@@ -315,9 +315,9 @@ class ImageAugment(Section):
 
 
 class ImageData(Section):
-    """Where labelled images come from."""
+    """The source of labelled images."""
 
-    format: Literal["cifar10", "cifar100", "folder", "synthetic"] = Field(
+    format: str = Field(
         "folder", description="folder: root/SPLIT/CLASS/*; cifar10, cifar100: torchvision's; synthetic: drawn shapes"
     )
     root: Path = Field(Path("data"), description="folder of the data set")
@@ -339,10 +339,16 @@ class ImageData(Section):
         "completely; what fails is left out and named",
     )
     workers: int = Field(2, ge=0, description="loader processes, if not in memory")
+    options: dict[str, bool | int | float | str] = Field(
+        {}, description="further options of a format that was registered from elsewhere"
+    )
 
 
 class Recipe(Section):
-    """What every kind of recipe has; a task adds `task`, `model` and `data`, and what else it needs."""
+    """The sections of every kind of recipe; a task fills in `task`, `model` and `data` and adds what else it needs.
+
+    `model` has a section `backbone`, a `Backbone`; `data` has `root` and `classes`.
+    """
 
     task: str
     plugins: list[str] = Field([], description="Python modules to import first, which register what they bring")

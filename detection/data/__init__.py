@@ -10,7 +10,15 @@ from detection.data.batches import (
 from detection.data.coco import read_coco
 from detection.data.formats import build_datasets, read_split, register_format
 from detection.data.loaders import build_loader, loader_options, start_worker
-from detection.data.records import Annotations, DetectionDataset, Record, load_image
+from detection.data.records import (
+    Annotations,
+    DetectionDataset,
+    RawObject,
+    Record,
+    build_annotations,
+    build_record,
+    load_image,
+)
 from detection.data.synthetic import draw_scene, draw_scenes
 from detection.data.transforms import build_transform
 from detection.data.voc import read_voc
@@ -19,12 +27,15 @@ __all__ = [
     "Annotations",
     "AspectRatioBatches",
     "DetectionDataset",
+    "RawObject",
     "Record",
     "SeededItems",
     "TrainingBatches",
     "TrainingLoader",
+    "build_annotations",
     "build_datasets",
     "build_loader",
+    "build_record",
     "build_transform",
     "draw_scene",
     "draw_scenes",

@@ -1,4 +1,4 @@
-"""Which images make up a batch: order, similar shapes, shares of several processes, seeds of the augmentation.
+"""The images of a batch: order, similar shapes, shares of several processes, seeds of the augmentation.
 
 Order and augmentation are functions of the recipe's seed and the epoch alone. A training can therefore go on from any
 step of any epoch, and neither the number of loader processes nor that of training processes changes what is drawn.

@@ -50,34 +50,7 @@ def read_coco(
     label_of = {category_id: label for label, category_id in enumerate(category_ids, start=1)}
 
     images = _images(content["images"], annotation_file, dropped)
-    # Annotations of an image that was itself left out need no sentence of their own.
-    image_ids = {image["id"] for image in content["images"] if _problem(image, {"id": int}) is None}
-    objects: dict[int, list[RawObject]] = defaultdict(list)
-    other: Counter[int] = Counter()
-    seen: set[int] = set()
-    for position, item in enumerate(content["annotations"]):
-        problem = _problem(item, {"id": int, "image_id": int, "category_id": int, "bbox": object})
-        if problem is not None:
-            dropped.append(f"{annotation_file}: annotation at position {position} {problem}; left out")
-            continue
-        name = f"annotation {item['id']}"
-        if item["id"] in seen:
-            dropped.append(f"{annotation_file}: {name} occurs a second time at position {position}; left out")
-        elif item["image_id"] not in image_ids:
-            dropped.append(f"{annotation_file}: {name} belongs to image {item['image_id']}, not in the file; left out")
-        elif item["category_id"] not in names:
-            allowed = ", ".join(map(str, names))
-            dropped.append(
-                f"{annotation_file}: {name} has category {item['category_id']} (allowed: {allowed}); left out"
-            )
-        elif item["category_id"] not in label_of:
-            other[item["category_id"]] += 1
-        else:
-            raw = RawObject(
-                name, item["bbox"], label_of[item["category_id"]], item.get("iscrowd", 0) == 1, item.get("area")
-            )
-            objects[item["image_id"]].append(raw)
-        seen.add(item["id"])
+    objects, other = _objects(content, names, label_of, annotation_file, dropped)
     for category_id, count in other.items():
         dropped.append(
             f"{annotation_file}: {count} objects of category {names[category_id]!r} left out, not among the classes "
@@ -137,6 +110,42 @@ def _images(items: list[Any], source: Path, dropped: list[str]) -> dict[int, dic
         else:
             images[item["id"]] = item
     return images
+
+
+def _objects(
+    content: dict[str, list[Any]],
+    names: dict[int, str],
+    label_of: dict[int, int],
+    source: Path,
+    dropped: list[str],
+) -> tuple[dict[int, list[RawObject]], Counter[int]]:
+    """Return the objects by image, and how many there are of each category that has no label."""
+    # Annotations of an image that was itself left out need no sentence of their own.
+    image_ids = {image["id"] for image in content["images"] if _problem(image, {"id": int}) is None}
+    objects: dict[int, list[RawObject]] = defaultdict(list)
+    other: Counter[int] = Counter()
+    seen: set[int] = set()
+    for position, item in enumerate(content["annotations"]):
+        problem = _problem(item, {"id": int, "image_id": int, "category_id": int, "bbox": object})
+        if problem is not None:
+            dropped.append(f"{source}: annotation at position {position} {problem}; left out")
+            continue
+        name, category_id = f"annotation {item['id']}", item["category_id"]
+        if item["id"] in seen:
+            dropped.append(f"{source}: {name} occurs a second time at position {position}; left out")
+        elif item["image_id"] not in image_ids:
+            dropped.append(f"{source}: {name} belongs to image {item['image_id']}, not in the file; left out")
+        elif category_id not in names:
+            allowed = ", ".join(map(str, names))
+            dropped.append(f"{source}: {name} has category {category_id} (allowed: {allowed}); left out")
+        elif category_id not in label_of:
+            other[category_id] += 1
+        else:
+            ignore = item.get("iscrowd", 0) == 1
+            raw = RawObject(name, item["bbox"], label_of[category_id], ignore, item.get("area"))
+            objects[item["image_id"]].append(raw)
+        seen.add(item["id"])
+    return objects, other
 
 
 def _problem(item: Any, required: dict[str, type]) -> str | None:

@@ -14,7 +14,7 @@ COCO = "http://images.cocodataset.org"
 
 
 def download(data: Data) -> None:
-    """Puts the files that `data` names under `data.root`; those that are there already are not fetched again.
+    """Put the files that `data` names under `data.root`; those that are there already are not fetched again.
 
     Raises:
         OSError: the download failed.

@@ -42,6 +42,11 @@ def register_format(name: str) -> Callable[[Reader], Reader]:
     return register
 
 
+def format_names() -> list[str]:
+    """Return the names of all registered formats."""
+    return list(_READERS)
+
+
 def read_split(data: Data, split: Split, classes: Sequence[str] | None = None) -> DetectionDataset:
     """Return a split as it is stored, without augmentation.
 

@@ -79,7 +79,7 @@ class MemoryBatches:
 
 
 def draw_augmentation(number: int, size: int, augment: ImageAugment, generator: torch.Generator) -> dict[str, Tensor]:
-    """What `augment_batch` does to each image: "top" and "left" of its window, "flip", "y" and "x" of its square.
+    """Draw what `augment_batch` does to each image: "top" and "left" of its window, "flip", "y" and "x" of its square.
 
     Shape: each (number,).
     """

@@ -84,6 +84,11 @@ def register_image_format(name: str) -> Callable[[Reader], Reader]:
     return register
 
 
+def image_format_names() -> list[str]:
+    """Return the names of all registered formats."""
+    return list(_READERS)
+
+
 def read_image_split(data: ImageData, split: Split, *, download: bool = False) -> Images | ImageFiles:
     """Return a split: its pixels, or the files of large images in folders (`data.in_memory` False).
 

@@ -42,7 +42,7 @@ def build_loader(
 
 
 def loader_options(workers: int) -> dict[str, Any]:
-    """What all loaders have in common."""
+    """Return the options that all loaders have in common."""
     return {
         "num_workers": workers,
         "generator": torch.Generator(),  # for the workers' seeds, on which nothing depends, in place of the global one
@@ -58,7 +58,7 @@ def _collate(items: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], 
 
 
 def start_worker(worker: int) -> None:
-    """Prepares a loader process: one thread, and a process group of its own."""
+    """Prepare a loader process: one thread, and a process group of its own."""
     # With a pool of threads in each, a few workers would fight for the cores. OpenCV has none, see transforms.py.
     torch.set_num_threads(1)
     # Ctrl-C and a stop of the main process's group are its affair: it needs its workers for the step under way.

@@ -1,4 +1,4 @@
-"""What every reader produces: one checked `Record` per image, and the dataset over them."""
+"""The product of every reader: one checked `Record` per image, and the dataset over them."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def build_annotations(
 
 
 def check_classes(classes: Sequence[str], known: Sequence[str] | None = None, *, source: str = "classes") -> None:
-    """Nothing; raises ValueError for a class given twice, or one that is not among `known`."""
+    """Raise ValueError for a class given twice, or one that is not among `known`."""
     for position, name in enumerate(classes):
         if name in classes[:position]:
             raise ValueError(f"{source}: class {name!r} is given twice in {list(classes)}")
@@ -196,7 +196,7 @@ def require_folder(path: Path, expected: str) -> Path:
 def image_problem(
     path: Path, width: int | None = None, height: int | None = None, verify: Verify = "header"
 ) -> str | None:
-    """What is wrong with an image file, None if nothing is.
+    """Say what is wrong with an image file, None if nothing is.
 
     Args:
         path: the file.

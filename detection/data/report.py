@@ -1,4 +1,4 @@
-"""What a data set contains and what is wrong with it."""
+"""The contents of a data set, and what is wrong with it."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Scene(NamedTuple):
 
 
 def draw_scenes(root: Path, *, num_train: int, num_val: int, size: int, seed: int) -> None:
-    """Writes root/train/*.png, root/val/*.png and root/annotations/{train,val}.json; the same seed, the same bytes.
+    """Write root/train/*.png, root/val/*.png and root/annotations/{train,val}.json; the same seed, the same bytes.
 
     Scene i of a split does not depend on how many there are. Returns at once when root holds scenes of the same
     settings. All files appear together or, after an interruption, not at all.

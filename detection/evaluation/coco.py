@@ -133,7 +133,7 @@ class CocoEvaluator:
         return {name: dict(values) for name, values in self._per_class.items()}
 
     def save_results(self, path: str | Path) -> None:
-        """Writes `results` as a COCO results file; the file is replaced in one step or not at all.
+        """Write `results` as a COCO results file; the file is replaced in one step or not at all.
 
         Every number is written in full, so the official tools count from it what `compute` counts. `COCO.loadRes` of
         pycocotools does not read a file without detections.
@@ -247,6 +247,7 @@ def category_names(ground_truth: Mapping[str, Any], category_ids: Sequence[int])
 
 
 def check_image_ids(results: Sequence[Mapping[str, Any]], image_ids: set[int]) -> None:
+    """Raise ValueError if detections lie on images that are not in the ground truth."""
     unknown = {row["image_id"] for row in results} - image_ids
     if unknown:
         raise ValueError(f"results: image ids {sorted(unknown)[:5]} are not in the ground truth")

@@ -1,4 +1,4 @@
-"""What the exporters share: optional packages, sessions, comparison of results."""
+"""Optional packages, sessions and comparison of results, for all exporters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def import_extra(name: str) -> Any:
-    """The optional package `name`.
+    """Return the optional package `name`.
 
     Raises:
         ImportError: it is not installed; the message says how to install it.
@@ -21,11 +21,11 @@ def import_extra(name: str) -> Any:
 
 
 class ParityError(ValueError):
-    """A file does not do what the network does that it was made of."""
+    """Error for a file that does not do what the network does that it was made of."""
 
 
 def open_session(model: bytes, level: Any, threads: int = 0) -> Any:
-    """ONNX Runtime's session for a file's bytes, on the CPU; 0 threads: its own choice."""
+    """Return ONNX Runtime's session for a file's bytes, on the CPU; 0 threads: its own choice."""
     runtime = import_extra("onnxruntime")
     options = runtime.SessionOptions()
     options.graph_optimization_level, options.intra_op_num_threads = level, threads
@@ -34,14 +34,14 @@ def open_session(model: bytes, level: Any, threads: int = 0) -> Any:
 
 
 def leaves(value: Any) -> list[Tensor]:
-    """The tensors of a network's output, in its order."""
+    """Return the tensors of a network's output, in its order."""
     if isinstance(value, Tensor):
         return [value]
     return list(value.values() if isinstance(value, dict) else value)
 
 
 def difference_of(ours: Tensor, theirs: Tensor, name: str) -> float:
-    """Largest difference over the largest absolute value.
+    """Return the largest difference over the largest absolute value.
 
     Raises:
         ParityError: shapes differ, or something is not finite.
@@ -55,10 +55,10 @@ def difference_of(ours: Tensor, theirs: Tensor, name: str) -> float:
 
 
 def columns(value: Tensor, dim: int) -> Tensor:
-    """A value per channel, to go with tensors of `dim` dimensions; one value for all stays as it is."""
+    """Return a value per channel in a shape for tensors of `dim` dimensions; one value for all stays as it is."""
     return value.detach().reshape(-1, *[1] * (dim - 2)) if value.dim() else value.detach()
 
 
 def pair(value: int | Sequence[int]) -> list[int]:
-    """Height and width of what torch takes as one number or two."""
+    """Return height and width of what torch takes as one number or two."""
     return [value, value] if isinstance(value, int) else list(value)

@@ -1,147 +1,139 @@
-"""Exported ONNX files as detectors and classifiers, and how accurate they are."""
+"""Exported ONNX files in the place of their networks, and how accurate they are."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import find_device, send_to_device
 from torch import Tensor, nn
 
-from detection.analysis import evaluate_model
-from detection.checkpoint import Run, Weights
-from detection.config import ClassificationConfig, Config, Recipe
-from detection.evaluation import METRICS
-from detection.export.common import import_extra, open_session
-from detection.export.networks import DetectorOf
-from detection.models import build_detector
-from detection.tasks import logged_line, make_accelerator
+from detection.config import Recipe, parse_recipe
+from detection.exporters.common import import_extra, open_session
+from detection.runs import Run, Weights
+from detection.tasks import task_of
+from detection.tasks.base import Task
+from detection.tasks.classification import ClassificationTask
+from detection.tasks.detection import DetectionTask
+from detection.tasks.run import make_accelerator, read_evaluation_data
 
 METADATA_KEY = "hoyer_det"
 
 
-class _OnnxFile:
-    """An ONNX file by `export_run`, opened in ONNX Runtime."""
-
-    task: str
-
-    def __init__(self, path: str | Path, *, threads: int = 0) -> None:
-        path, runtime = Path(path), import_extra("onnxruntime")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        try:
-            self.session = open_session(path.read_bytes(), runtime.GraphOptimizationLevel.ORT_ENABLE_ALL, threads)
-        except Exception as error:  # its errors share no class but this one
-            raise ValueError(f"{path}: damaged, or no ONNX file ({str(error).splitlines()[0]})") from None
-        self.path = path
-        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-        self.description: dict[str, Any] = json.loads(text) if text else {}
-        if self.description.get("task") != self.task:
-            kind = {"detection": "detector", "classification": "classifier"}[self.task]
-            raise ValueError(f"{path}: not a {kind} exported by this project")
-        self.class_names = tuple(self.description["classes"])
-        self.names = [output.name for output in self.session.get_outputs()]
-
-    def run(self, batch: Tensor) -> dict[str, Tensor]:
-        """The file's outputs by name for images (N, 3, H, W), RGB in [0, 1].
-
-        Raises:
-            ValueError: the file is for images of one size, and these have another.
-        """
-        wanted = self.session.get_inputs()[0].shape[2:]
-        if any(isinstance(side, int) and side != have for side, have in zip(wanted, batch.shape[2:], strict=True)):
-            resized = "resized and padded to " if self.task == "detection" else ""
-            raise ValueError(
-                f"{self.path}: for batches of {wanted[0]}x{wanted[1]} pixels, these images are {resized}"
-                f"{batch.shape[2]}x{batch.shape[3]}; export without --height and --width"
-            )
-        results = self.session.run(None, {"images": batch.numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(self.names, results, strict=True)}
-
-
-class OnnxDetector(_OnnxFile):
-    """Detections of an ONNX file by `export_run`: sizes, anchors and boxes by torchvision, the rest by ONNX Runtime.
+class OnnxFile:
+    """An ONNX file by `export_run` as its network: ONNX Runtime computes, the task does what is left to do.
 
     Args:
         path: the file.
         threads: of ONNX Runtime; 0: its own choice.
 
     Attributes:
-        class_names: of the labels 1..K.
+        description: what the file says of itself.
+        task: of the run that it was made of.
+        class_names: of all classes, in the order of their labels.
 
     Raises:
         FileNotFoundError: no such file.
         ImportError: the package onnxruntime is not installed.
-        ValueError: no detector of this project.
+        ValueError: the file is damaged, or none that this class opens.
     """
 
-    task = "detection"
+    kind: ClassVar[type[Task]] = Task
+    words: ClassVar[str] = "network"
 
     def __init__(self, path: str | Path, *, threads: int = 0) -> None:
-        super().__init__(path, threads=threads)
-        model = self.description["model"]
-        recipe = {
-            "model": model | {"backbone": model["backbone"] | {"weights": None}},
-            "data": {"format": "synthetic", "classes": self.description["classes"]},
-        }
-        self.detector = DetectorOf(build_detector(Config.model_validate(recipe)), self.run)
+        self.path, runtime = Path(path), import_extra("onnxruntime")
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        try:
+            self.session = open_session(self.path.read_bytes(), runtime.GraphOptimizationLevel.ORT_ENABLE_ALL, threads)
+        except Exception as error:  # its errors share no class but this one
+            raise ValueError(f"{path}: damaged, or no ONNX file ({str(error).splitlines()[0]})") from None
+        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        self.description: dict[str, Any] = json.loads(text) if text else {}
+        self.task = task_of(_recipe_of(self.description, str(path))) if text else None
+        if not isinstance(self.task, self.kind):
+            raise ValueError(f"{path}: not a {self.words} exported by this project")
+        self.class_names = tuple(self.description["classes"])
+        self.names = [output.name for output in self.session.get_outputs()]
+        self.model = self.task.model_around(self.run)
 
-    def predict(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Boxes (M, 4) in pixels of each image, scores (M,) and labels (M,) in 1..K, as torchvision's detectors.
-
-        Args:
-            images: (3, H_i, W_i) in [0, 1].
+    def run(self, batch: Tensor) -> dict[str, Tensor]:
+        """Return the file's outputs by name for images (N, 3, H, W), RGB in [0, 1].
 
         Raises:
             ValueError: the file is for images of one size, and these have another.
         """
-        return self.detector(images)
+        wanted, found = self.session.get_inputs()[0].shape[2:], tuple(batch.shape[2:])
+        if any(isinstance(side, int) and side != have for side, have in zip(wanted, found, strict=True)):
+            raise ValueError(
+                f"{self.path}: for batches of {wanted[0]}x{wanted[1]} pixels, these images reach it, perhaps resized "
+                f"and padded, as {found[0]}x{found[1]}; export without --height and --width"
+            )
+        results = self.session.run(None, {"images": batch.numpy()})
+        return {name: torch.from_numpy(value) for name, value in zip(self.names, results, strict=True)}
+
+    def predict(self, images: Any) -> Any:
+        """Return what the network gives in evaluation for images in [0, 1] on the CPU.
+
+        Raises:
+            ValueError: the file is for images of one size, and these have another.
+        """
+        return self.model(images)
 
     __call__ = predict
 
 
-class OnnxClassifier(_OnnxFile):
-    """Logits of an ONNX file by `export_run`, by ONNX Runtime.
+class OnnxDetector(OnnxFile):
+    """An `OnnxFile` that is a detector: sizes, anchors and boxes by torchvision, the rest by ONNX Runtime.
 
-    Args, attributes and errors are those of `OnnxDetector`; class k is class_names[k].
+    Shape: [(3, H_i, W_i)] in [0, 1] -> [{"boxes": (M, 4) in pixels of the image, "scores": (M,), "labels": (M,) in
+    1..K}], as torchvision's; label k is class_names[k - 1].
     """
 
-    task = "classification"
+    kind, words = DetectionTask, "detector"
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Logits (N, K) of images (N, 3, H, W), RGB in [0, 1].
 
-        Raises:
-            ValueError: the file is for images of one size, and these have another.
-        """
-        return self.run(images)["logits"]
+class OnnxClassifier(OnnxFile):
+    """An `OnnxFile` that is a classifier.
 
-    __call__ = predict
+    Shape: (N, 3, H, W) in [0, 1] -> logits (N, K); class k is class_names[k].
+    """
+
+    kind, words = ClassificationTask, "classifier"
+
+
+def _recipe_of(description: Mapping[str, Any], source: str) -> Recipe:
+    """Return a recipe of the network in a file."""
+    values = {key: description[key] for key in ("task", "plugins", "model") if key in description}
+    recipe = parse_recipe(values | {"data": {"classes": description["classes"]}}, source)
+    recipe.model.backbone.weights = None  # what its training started from
+    return recipe
 
 
 class _OnTheCpu(nn.Module):
-    """A function where an evaluation expects a network."""
+    """A file where an evaluation expects a network, whose parameters say where it wants its images."""
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
+    def __init__(self, file: OnnxFile) -> None:
         super().__init__()
-        self.function = function
-        self.nothing = nn.Parameter(torch.empty(0))  # says by its place that images are wanted on the CPU
+        self.file, self.nothing = file, nn.Parameter(torch.empty(0))
 
     def forward(self, images: Any) -> Any:
-        return self.function(images)
+        return send_to_device(self.file(send_to_device(images, "cpu")), find_device(images))
 
 
 def evaluate_file(
-    path: str | Path, folder: str | Path, which: Weights = "last", *, data_root: str | Path | None = None
+    path: str | Path, folder: str | Path, weights: Weights = "last", *, data_root: str | Path | None = None
 ) -> dict[str, dict[str, float]]:
-    """COCO's 12 numbers, or top1 and top5, of an exported ONNX file on its run's evaluation images.
+    """Return the metrics of an exported ONNX file on its run's evaluation images, beside the run's own.
 
     Args:
         path: the file.
         folder: the run that it was made of, as `Run.open` takes it.
-        which: the weights that it was made of.
+        weights: the weights that it was made of.
         data_root: where the run's data lie now; None: where they lay when it was trained.
 
     Returns:
@@ -153,18 +145,12 @@ def evaluate_file(
         ValueError: the file is none of this project, or of another task than the run.
     """
     run = Run.open(folder, data_root)
-    keys = ("top1", "top5") if isinstance(run.config, ClassificationConfig) else METRICS
-    logged = logged_line(run, which, keys[0])
-    found = _evaluate(Path(path), run.config)
-    return {name: {key: metrics[key] for key in keys} for name, metrics in (("file", found), ("run", logged))}
-
-
-def _evaluate(path: Path, config: Recipe) -> dict[str, Any]:
-    accelerator = make_accelerator(config)
-    if isinstance(config, ClassificationConfig):
-        classifier = OnnxClassifier(path)
-        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (config.data.mean, config.data.std))
-        model = _OnTheCpu(lambda images: classifier.predict(images.cpu() * std + mean).to(images.device))
-    else:
-        model = _OnTheCpu(OnnxDetector(path).predict)
-    return evaluate_model(model, config, accelerator)
+    task = task_of(run.config)
+    logged = run.logged(weights, task.best_by).metrics
+    file = OnnxFile(path)
+    if file.task.name != task.name:
+        raise ValueError(f"{path}: exported from a run of the task {file.task.name}, {run.folder} is of {task.name}")
+    accelerator, dataset = make_accelerator(run.config), read_evaluation_data(run)
+    batches = task.evaluation_batches(dataset, accelerator)
+    found = task.evaluate(_OnTheCpu(file).eval(), batches, dataset, accelerator).metrics
+    return {"file": found, "run": {key: logged[key] for key in found if key in logged}}

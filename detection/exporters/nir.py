@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 
 from backbones.deploy.fold import ChannelThreshold, module_of
 from backbones.deploy.integer import fix_size, is_binary
-from detection.export.common import columns, import_extra, pair
+from detection.exporters.common import columns, import_extra, pair
 
 
 def to_nir(network: fx.GraphModule, example: Tensor) -> Any:
-    """An `nir.NIRGraph` of a folded network for images of one size: convolutions, thresholds without state, sums.
+    """Return a folded network, for images of one size, as `nir.NIRGraph`: convolutions, sums, thresholds without state.
 
     NIR adds up what comes in along several edges: so do the residual sums. It has no maximum: a max-pool in front of a
     comparison is Threshold -> SumPool2d -> Threshold. Its Threshold fires above, ours at its number, so that the number
@@ -142,7 +142,7 @@ class _NirWriter:
     def _sum_pool(
         self, node: fx.Node, pooled: fx.Node, sources: Sequence[str], level: Tensor | None = None
     ) -> list[str]:
-        """As `node`: are more of a window's spikes there than `level` (without it: than none)? `pooled` is the pool."""
+        """Add as `node` whether a window has more spikes than `level`, or than none; `pooled` is the pool."""
         pool = module_of(self.network, pooled)
         level = torch.tensor(0.5) if level is None else level
         shape = self.shapes[pooled.args[0]]
@@ -161,7 +161,7 @@ class _NirWriter:
 
 
 def _ungrouped(conv: nn.Conv2d) -> Tensor:
-    """The weight of the same convolution with one group: the type check of NIR 1.0 knows no other."""
+    """Return the weight of the same convolution with one group: the type check of NIR 1.0 knows no other."""
     if conv.groups == 1:
         return conv.weight
     inputs, outputs = conv.in_channels // conv.groups, conv.out_channels // conv.groups
@@ -177,7 +177,7 @@ def _array(value: Tensor) -> np.ndarray:
 
 
 def run_nir(graph: Any, x: Tensor) -> dict[str, Tensor]:
-    """Outputs by name of an NIR graph of the nodes that `to_nir` makes; for checks, in the type of x, (N, ...).
+    """Return the outputs by name of an NIR graph of `to_nir`, computed in the type of x, (N, ...), for checks.
 
     Raises:
         ValueError: a node of another kind.

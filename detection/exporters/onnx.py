@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from backbones.deploy.fold import ChannelThreshold, module_of
 from backbones.deploy.integer import IntegerReal, IntegerSpikes, QuantisedReal
-from detection.export.common import columns, import_extra, pair
+from detection.exporters.common import columns, import_extra, pair
 
 OPSET = 17
 IR_VERSION = 9
@@ -29,7 +29,7 @@ def to_onnx(
     outputs: Sequence[str],
     metadata: Mapping[str, str] | None = None,
 ) -> Any:
-    """An `onnx.ModelProto` of a folded network, in floating point or, from `backbones.to_integers`, in integers.
+    """Return an `onnx.ModelProto` of a folded network, in floating point or, from `backbones.to_integers`, in integers.
 
     Spikes are uint8 0/1 between integer layers. An integer convolution over spikes is a QLinearConv whose scales are 1
     and whose bias is -T: it gives acc - T + 1, cut to 0..255, of which a Clip to 1 leaves the spikes. Sums of two
@@ -50,7 +50,7 @@ def to_onnx(
 
 
 class _OnnxWriter:
-    """Node by node from the graph of a folded network to ONNX."""
+    """Writer of ONNX, node by node from the graph of a folded network."""
 
     def __init__(self, network: fx.GraphModule) -> None:
         self.onnx = import_extra("onnx")
@@ -118,13 +118,17 @@ class _OnnxWriter:
         return self._constant(np.array(value, kind), f"{kind.__name__}_{value}")
 
     def _float(self, node: fx.Node) -> str:
-        """The value of `node` in float32."""
+        """Return the value of `node` in float32."""
         name = self.names[node]
         if not self.is_uint8[name]:
             return name
         if name not in self.casts:
             self.casts[name] = self._emit("Cast", [name], f"{name}_float", to=self.onnx.TensorProto.FLOAT)
         return self.casts[name]
+
+    def _operand(self, value: fx.Node | float) -> str:
+        """Return a value in float32, or a number of the network's code."""
+        return self._float(value) if isinstance(value, fx.Node) else self._scalar(value, np.float32)
 
     # Operations
 
@@ -184,7 +188,7 @@ class _OnnxWriter:
         self._set(node, self._emit("Cast", [fires], out, to=types.UINT8 if uint8 else types.FLOAT), uint8=uint8)
 
     def _dim(self, node: fx.Node) -> int:
-        """Dimensions of a comparison's tensor: 2 behind a linear layer or a flattening, else 4."""
+        """Return the dimensions of a comparison's tensor: 2 behind a linear layer or a flattening, else 4."""
         source = node.args[0]
         module = module_of(self.network, source)
         if isinstance(module, (nn.Linear, nn.Flatten)) or (isinstance(module, IntegerReal) and module.conv is None):
@@ -208,7 +212,7 @@ class _OnnxWriter:
     def _qlinear(
         self, node: fx.Node, layer: IntegerSpikes | IntegerReal, gain: Tensor, zero_point: int, bias: Tensor, out: str
     ) -> str:
-        """uint8: clip(round(gain * (acc + bias)) + zero_point, 0, 255)."""
+        """Emit, as uint8, clip(round(gain * (acc + bias)) + zero_point, 0, 255)."""
         one, no_gain = self._scalar(1, np.float32), np.zeros(gain.shape, np.int8)
         x, zero = node.args[0], self._scalar(0, np.uint8)
         if isinstance(layer, QuantisedReal):
@@ -307,7 +311,7 @@ class _OnnxWriter:
         out = node.name
         arithmetic = {operator.add: "Add", operator.sub: "Sub", operator.truediv: "Div", operator.mul: "Mul"}
         if node.target in arithmetic:
-            self._emit(arithmetic[node.target], [self._float(arg) for arg in node.args], out)
+            self._emit(arithmetic[node.target], [self._operand(arg) for arg in node.args], out)
         elif node.target in (F.relu, torch.relu):
             self._emit("Relu", [self._float(node.args[0])], out)
         elif node.target is torch.cat:
@@ -346,7 +350,7 @@ class _OnnxWriter:
 
 
 def _takes_uint8(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` is an integer layer, or a pool or flattening in front of one."""
+    """Return whether `node` is an integer layer, or a pool or flattening in front of one."""
     module = module_of(network, node)
     if isinstance(module, (nn.MaxPool2d, nn.Flatten)):
         return any(_takes_uint8(network, user) for user in node.users)

@@ -1,4 +1,4 @@
-"""Whether a file gives what PyTorch gives."""
+"""Checks that a file gives what PyTorch gives."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, fx
 
 from backbones.deploy.fold import ChannelThreshold, module_of
 from backbones.deploy.integer import IntegerSpikes, QuantisedReal
-from detection.export.common import ParityError, columns, difference_of, import_extra, leaves, open_session
-from detection.export.nir import run_nir
+from detection.exporters.common import ParityError, columns, difference_of, import_extra, leaves, open_session
+from detection.exporters.nir import run_nir
 
 
 def check_onnx(model: Any, network: fx.GraphModule, batches: Sequence[Tensor]) -> dict[str, Any]:
-    """How well ONNX Runtime's results of a file agree with PyTorch's: counts and differences.
+    """Return how well ONNX Runtime's results of a file agree with PyTorch's: counts and differences.
 
     PyTorch is handed the file's spikes, layer after layer, so that one that fell to the other side of its threshold by
     rounding does not hide what comes after it. Comparisons of integers must agree in every spike. Those of real numbers
@@ -102,7 +102,7 @@ class _Forced(fx.Interpreter):
 
 
 def check_nir(graph: Any, written: Any, network: fx.GraphModule, images: Tensor) -> dict[str, Any]:
-    """How well a graph that was read back agrees with the one written and, run in float64, with PyTorch.
+    """Return how well a graph that was read back agrees with the one written and, run in float64, with PyTorch.
 
     Raises:
         ParityError: they differ.

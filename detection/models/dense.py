@@ -1,4 +1,4 @@
-"""The dense part of a torchvision detector, and the detector around something that computes it."""
+"""The dense and the spiking part of a torchvision detector, and the detector around something that computes it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.ssd import SSD
 
+from detection.models.neck import BackboneWithNeck
+
 
 class DensePredictions(nn.Module):
-    """What the head of a RetinaNet, FCOS or SSD says of every anchor: the network without images' sizes and boxes.
+    """A RetinaNet, FCOS or SSD up to what its head says of every anchor: without images' sizes and boxes.
 
     Shape: (N, 3, H, W) in [0, 1], which it normalises -> (N, A, num_classes), (N, A, 4) and, for FCOS, (N, A, 1),
     anchors in the order of torchvision's, finest level first; see `outputs`.
@@ -72,6 +74,22 @@ class DensePredictions(nn.Module):
             [_rows(layer(x), head.num_columns) for layer, x in zip(head.module_list, maps, strict=True)]
             for head in (self.head.classification_head, self.head.regression_head)
         ]
+
+
+class EnteringSpikes(nn.Module):
+    """A detector's backbone up to what enters its neck, spikes by its recipe's default.
+
+    Shape: (N, 3, H, W) normalised -> {level: (N, C, H / stride, W / stride)}.
+    """
+
+    def __init__(self, backbone: BackboneWithNeck) -> None:
+        super().__init__()
+        self.body, self.levels, parts = backbone.body, backbone.levels, backbone.parts()
+        self.entering = nn.ModuleList(parts[f"neck {level}"] for level in self.levels)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = self.body(x)
+        return {level: layer(maps[level]) for level, layer in zip(self.levels, self.entering, strict=True)}
 
 
 def _rows(x: Tensor, columns: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the detectors' heads share: a spiking tower, and labels that never are the background."""
+"""Parts of the detectors' heads: a spiking tower, and labels that never are the background."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ class ForegroundOnly:
     def postprocess_detections(
         self, head_outputs: dict[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
+        """Return torchvision's detections, the logit of the background set so low that it wins nowhere."""
         background = anchors[0][0].new_zeros(1).long()
         foreground = [logits.index_fill(-1, background, float("-inf")) for logits in head_outputs["cls_logits"]]
         return super().postprocess_detections(head_outputs | {"cls_logits": foreground}, anchors, image_shapes)

@@ -25,7 +25,7 @@ def thresholds(model: nn.Module, score: float | None = None, nms: float | None =
 
 
 def pad_for(transform: nn.Module, picture: Tensor) -> Tensor:
-    """Return the image, widened on the right or below if it is so long and thin that resizing would leave nothing of it.
+    """Return the image, widened on the right or below where it is so thin that resizing would leave nothing of it.
 
     Fitted into `max_size`, an image of 20,000 x 20 pixels would be less than a pixel high, which torchvision cannot
     resize. The mean colour is put beside it, as torchvision does behind the images of a batch.

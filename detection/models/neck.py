@@ -1,4 +1,4 @@
-"""What lies between a spiking backbone and a torchvision head: a feature pyramid, or SSD's stack of maps."""
+"""The part between a spiking backbone and a torchvision head: a feature pyramid, or SSD's stack of maps."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class SpikingMaps(nn.Module):
 
 
 class BackboneWithNeck(nn.Module):
-    """What torchvision's detectors call their backbone: `body` (a `Backbone`) and `neck`.
+    """The `backbone` of torchvision's detectors: `body` (a `Backbone`) and `neck`.
 
     Args:
         body: gives the maps; what it has after the last of `levels` is removed from it.

@@ -1,6 +1,5 @@
 """One HTML page about a run, or about several side by side: what their logs say, and what an evaluation adds."""
 
 from detection.report.page import write_report
-from detection.report.words import describe_network
 
-__all__ = ["describe_network", "write_report"]
+__all__ = ["write_report"]

@@ -1,285 +1,220 @@
-"""What the template is given."""
+"""Headline and sections of a run, and several runs side by side, as the templates are given them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
 from pydantic import BaseModel
-from torch import Tensor
 
+from detection import curves
 from detection.config import Recipe, flatten
-from detection.evaluation import PrecisionRecall, average_precision
-from detection.report.charts import Chart, Line, Points, draw_chart
+from detection.records import EpochLog
+from detection.report.energy import certificate_section, certificate_verdict, layer_energy, networks_section
 from detection.report.source import Source
-from detection.report.words import (
-    METRICS,
-    NAMES,
-    describe_data,
-    describe_network,
-    format_energy,
-    format_number,
-    format_time,
-    plural,
-    short_names,
-    show_value,
-)
+from detection.report.words import format_energy, format_number, format_time, show_value
+from detection.sections import Bar, Bars, Cell, Charts, Details, Section, Table, Words, percent
+from detection.text import plural
 
-UNKNOWN = ("not yet", "none", "unknown", "not checked")  # what stands in the headline where there is no number
+UNKNOWN = ("not yet", "none", "unknown", "not checked")  # in the headline in place of a number
+QUANTITIES = {"extremum": "extremum E", "hoyer_per_layer": "H"}  # of spike layers; others have their own names
 
 
-LayerValues = Callable[[Mapping[str, Any]], Mapping[str, float] | None]  # of a line of the log, by layer
+class Number(NamedTuple):
+    """A number of the headline; `value` is None where it is not known, and `note` says why."""
+
+    key: str
+    label: str
+    value: float | None
+    shown: str
+    note: str = ""
 
 
-def histograms(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per layer the membrane potentials around the threshold in the first and in the last evaluation, as outlines.
-
-    A picture is 160 x 74 units; the axis goes from -1 to 3 times the effective threshold.
-    """
-    found = [(line["epoch"], line["potentials"]) for line in log if line.get("potentials")]
-    if not found:
-        return []
-    pictures = []
-    for layer, name in short_names(found[-1][1]).items():
-        epochs = [(epoch, shares[layer]) for epoch, shares in found if layer in shares]
-        epochs = epochs if len(epochs) == 1 else [epochs[0], epochs[-1]]
-        highest = max(max(shares) for _, shares in epochs) or 1.0
-        outlines = []
-        for _, shares in epochs:
-            step = 160 / len(shares)
-            tops = [f"V{62 - 58 * share / highest:.1f}H{step * (index + 1):.1f}" for index, share in enumerate(shares)]
-            outlines.append("M0 62" + "".join(tops) + "V62")
-        firing = [100 * sum(shares[len(shares) // 2 :]) for _, shares in epochs]
-        change = " \N{RIGHTWARDS ARROW} ".join(f"{value:.1f}" for value in firing)
-        pictures.append(
-            {
-                "name": name,
-                "outlines": outlines,
-                "epochs": [epoch for epoch, _ in epochs],
-                "note": f"{change} %",
-            }
-        )
-    return pictures
+# A run
 
 
 def describe(source: Source, name: str, key: str) -> dict[str, Any]:
-    """Everything that the page shows of one run.
+    """Return everything that the page shows of one run.
 
     Args:
         source: the run.
         name: what the page calls it.
-        key: start of the ids of its sections.
+        key: begins the ids of its sections.
     """
-    config, log, line, analysis, evaluation = (
-        source.run.config,
-        source.log,
-        source.line,
-        source.analysis,
-        source.evaluation,
-    )
-    spiking = config.model.backbone.activation != "relu"
     return {
         "key": key,
         "name": name,
-        "folder": source.run.address,
-        "task": config.task,
-        "network": describe_network(config),
-        "data": describe_data(config),
-        "which": source.which,
-        "epoch": line["epoch"] if line else None,
+        "task": source.task.name,
+        "network": source.task.describe(),
+        "data": source.task.describe_data(),
+        "weights": source.weights,
+        "epoch": source.line.epoch if source.line else None,
         "state": describe_state(source),
-        "spiking": spiking,
-        "missing": source.missing,
+        "colour": "cold-0" if source.task.spiking else "warm-0",
         "headline": headline(source),
-        "recipe": changed_settings(config),
-        "config_file": (source.run.folder / "config.yaml").read_text(encoding="utf-8"),
-        "curves": [chart for chart in curves(log, config.task) if chart],
-        "log": log_table(log, config.task),
-        "classes": class_table(line) if line and "per_class" in line else None,
-        "precision_recall": precision_recall_view(evaluation.curves) if evaluation and evaluation.curves else None,
-        "confusion": confusion_view(evaluation.confusion, config.data.classes)
-        if evaluation and evaluation.confusion is not None
-        else None,
-        "activity": activity_rows(line) if line and line.get("activity_per_layer") else None,
-        "analysis": analysis_view(analysis) if analysis else None,
-        "dynamics": [chart for chart in dynamics(log) if chart],
-        "histograms": histograms(log),
-        "pictures": {
-            "Best": evaluation.pictures[: evaluation.num_best],
-            "Worst": evaluation.pictures[evaluation.num_best :],
-        }
-        if evaluation and evaluation.pictures
-        else None,
-        "again": compare_with_log(source),
-        "info": source.info,
-        "weights": weights_view(source),
+        "sections": sections(source),
     }
 
 
-def run_styles(sources: Sequence[Source]) -> list[str]:
-    """Colour and dashes per run: cold colours for spiking networks, warm ones for analogue ones."""
-    taken = {"cold": 0, "warm": 0}
-    styles = []
-    for source in sources:
-        kind = "warm" if source.run.config.model.backbone.activation == "relu" else "cold"
-        styles.append(f"{kind}-{taken[kind] % 4} dash-{taken[kind] % 4}")
-        taken[kind] += 1
-    return styles
-
-
 def describe_state(source: Source) -> str:
-    """Which weights the numbers belong to, and whether the training went to its end."""
-    last, epochs = source.log[-1]["epoch"], source.run.config.train.epochs
-    weights = {"last": "last", "best": "best", "ema": "averaged"}[source.which]
-    sentences = [f"Numbers of the {weights} weights, epoch {source.line['epoch']} of {epochs}."] if source.line else []
+    """Say which weights the numbers belong to, and whether the training went to its end."""
+    last, epochs = source.log[-1].epoch, source.run.config.train.epochs
+    weights = {"last": "last", "best": "best", "ema": "averaged"}[source.weights]
+    sentences = [f"Numbers of the {weights} weights, epoch {source.line.epoch} of {epochs}."] if source.line else []
     if last < epochs:
         sentences.append(f"The training has not gone to its end: {last} of {epochs} epochs are logged.")
     return " ".join(sentences)
 
 
-def headline(source: Source) -> list[dict[str, Any]]:
-    """The numbers at the top: metric, activity, energy against the twin, certificate, time. All come from the log or
-    the analysis; what is not known has None for a value and a note that says why.
-    """
-    task, line, analysis = source.run.config.task, source.line, source.analysis
-    spiking = source.run.config.model.backbone.activation != "relu"
-    main, *others = METRICS[task]
-    numbers = []
-    if line:
-        rest = ", ".join(f"{NAMES.get(key, key)} {format_number(line[key])}" for key in others if key in line)
-        numbers.append(
-            {
-                "key": main,
-                "label": NAMES.get(main, main),
-                "value": line[main],
-                "shown": format_number(line[main]),
-                "note": rest,
-            }
-        )
-    else:
-        note = "No epoch has been evaluated yet."
-        numbers.append({"key": main, "label": NAMES.get(main, main), "value": None, "shown": "not yet", "note": note})
-    activity = line.get("activity") if line else None
+def headline(source: Source) -> list[Number]:
+    """Return the numbers at the top: metric, activity, energy against the twin, binarity, training time."""
+    task, metrics = source.task, source.line.metrics if source.line else {}
+    (main, label), *others = [(key, task.words.get(key, key)) for key in task.metrics]
+    shown, note = "not yet", "No epoch has been evaluated yet."
+    if main in metrics:
+        shown = format_number(metrics[main])
+        note = ", ".join(f"{words} {format_number(metrics[key])}" for key, words in others if key in metrics)
+    numbers = [Number(main, label, metrics.get(main), shown, note)]
+    activity, shown = metrics.get("activity"), "none"
+    note = "There is no log of it." if task.spiking else "The network is analogue: ReLU in place of spikes."
     if activity is not None:
-        numbers.append(
-            {
-                "key": "activity",
-                "label": "Spike activity",
-                "value": activity,
-                "shown": f"{100 * activity:.1f} %",
-                "note": "of the spiking neurons fire per image",
-            }
-        )
+        shown, note = f"{100 * activity:.1f} %", "of the spiking neurons fire per image"
+    numbers += [Number("activity", "Spike activity", activity, shown, note), *analysis_headline(source)]
+    times = [(line.seconds, line.eval_seconds or 0.0) for line in source.log if line.seconds is not None]
+    if not times:
+        return [*numbers, Number("seconds", "Training time", None, "unknown", "There is no log of it.")]
+    seconds, machine = sum(map(sum, times)), source.info.machine
+    note = machine.gpu or f"{plural(machine.threads, 'thread')}, {machine.cpu}"
+    return [*numbers, Number("seconds", "Training time", seconds, format_time(seconds), note)]
+
+
+def analysis_headline(source: Source) -> list[Number]:
+    """Return energy and certificate for the headline."""
+    if source.analysis is None:
+        why = source.missing["analysis"]
+        unknown = Number("energy", "Energy", None, "unknown", why)
+        return [unknown, Number("certificate", "Binarity", None, "not checked", why)]
+    ratio = source.analysis["ratios"].get("spiking/twin") or {}
+    energy = ratio.get("operations")
+    if energy is not None:
+        shown = f"{100 * energy:.1f} %"
+        note = f"of the analogue twin's for operations; {100 * ratio['with_sram']:.0f} % with traffic to SRAM"
     else:
-        note = "There is no log of it." if spiking else "The network is analogue: ReLU in place of spikes."
-        numbers.append({"key": "activity", "label": "Spike activity", "value": None, "shown": "none", "note": note})
-    numbers += analysis_headline(source, analysis, spiking)
-    time = {"key": "seconds", "label": "Training time", "value": None, "shown": "unknown", "note": ""}
-    if any("seconds" in row for row in source.log):
-        seconds = sum(row.get("seconds", 0.0) + row.get("eval_seconds", 0.0) for row in source.log)
-        machine = source.info.get("machine", {})
-        threads, cpu = plural(machine.get("threads", 0), "thread"), machine.get("cpu", "unknown CPU")
-        time |= {"value": seconds, "shown": format_time(seconds), "note": machine.get("gpu") or f"{threads}, {cpu}"}
-    else:
-        time["note"] = "There is no log of it."
-    return [*numbers, time]
+        energy = source.analysis["networks"]["twin"]["total_pj"]
+        shown = format_energy(energy)
+        note = "for the operations of an image; this network is the analogue twin itself"
+    verdict, why = certificate_verdict(source.analysis)
+    return [Number("energy", "Energy", energy, shown, note), Number("certificate", "Binarity", None, verdict, why)]
 
 
-def analysis_headline(source: Source, analysis: dict[str, Any] | None, spiking: bool) -> list[dict[str, Any]]:
-    """Energy and certificate for the headline."""
-    energy = {"key": "energy", "label": "Energy", "value": None, "shown": "unknown", "note": ""}
-    certificate = {"key": "certificate", "label": "Binarity", "value": None, "shown": "not checked", "note": ""}
-    if analysis is None:
-        energy["note"] = certificate["note"] = source.missing["analysis"]
-        return [energy, certificate]
-    ratio = analysis["ratios"].get("spiking/twin")
-    if ratio is not None and ratio["operations"] is not None:
-        energy |= {"value": ratio["operations"], "shown": f"{100 * ratio['operations']:.1f} %"}
-        energy["note"] = f"of the analogue twin's for operations; {100 * ratio['with_sram']:.0f} % with traffic to SRAM"
-    else:
-        twin = analysis["networks"]["twin"]["total_pj"]
-        energy |= {"value": twin, "shown": format_energy(twin)}
-        energy["note"] = "for the operations of an image; this network is the analogue twin itself"
-    verdict, note = certificate_verdict(analysis)
-    return [energy, certificate | {"shown": verdict, "note": note}]
-
-
-def certificate_verdict(analysis: Mapping[str, Any]) -> tuple[str, str]:
-    """A word or two, and a sentence with what is behind them."""
-    certificate = analysis["certificate"]
-    if "spiking" not in analysis["networks"]:
-        return "analogue", "It has no spike layer."
-    if certificate["violations"]:
-        number = len(certificate["violations"])
-        return "not binary", f"{plural(number, 'layer sees', 'layers see')} other values than 0 and 1."
-    layers, exceptions = plural(certificate["num_binary"], "layer"), len(certificate["exceptions"])
-    if exceptions <= 1:  # the stem, which is always allowed to see pixels
-        return "binary", f"{layers}, all but the first, which sees pixels, saw 0 and 1 only."
-    return f"binary, {exceptions} exceptions", f"{layers} saw 0 and 1 only; {exceptions} are real-valued by design."
-
-
-def analysis_view(analysis: Mapping[str, Any]) -> dict[str, Any]:
-    """Networks side by side, layers with their energy, and the certificate, in an analysis as it is stored."""
-    networks = analysis["networks"]
-    most = max(network["total_sram_pj"] for network in networks.values()) or 1.0
-    own = "spiking" if "spiking" in networks else "twin"
-    rows = [
-        dict(network)
-        | {
-            "name": NAMES[name],
-            "style": "warm-0" if "twin" in name else "quiet" if name == "binary" else "cold-0",
-            "operations_share": network["total_pj"] / most,
-            "memory_share": network["memory_sram_pj"] / most,
-            "to_first": network["total_pj"] / networks[own]["total_pj"] if networks[own]["total_pj"] else None,
-        }
-        for name, network in networks.items()
+def sections(source: Source) -> list[Section]:
+    """Return the sections of a run: those of its task stand behind the curves."""
+    own = source.task.sections(source.line.evaluation if source.line else None, source.found)
+    return [
+        curves_section(source),
+        *(section._replace(why=section.why or source.missing.get("evaluation", "")) for section in own),
+        layers_section(source),
+        networks_section(source),
+        certificate_section(source),
+        dynamics_section(source),
+        recipe_section(source),
+        origin_section(source),
     ]
-    layers = analysis["layers"]
-    names = short_names(layer["name"] for layer in layers)
-    highest = max((energy for layer in layers for energy in layer["energy_pj"].values()), default=0.0) or 1.0
-    return {
-        "num_images": analysis["num_images"],
-        "costs": analysis["costs"],
-        "networks": rows,
-        "own": NAMES[own],
-        "layers": [
-            dict(layer)
-            | {
-                "name": names[layer["name"]],
-                "bars": [
-                    {
-                        "name": NAMES[key],
-                        "style": style,
-                        "energy": layer["energy_pj"][key],
-                        "share": layer["energy_pj"][key] / highest,
-                    }
-                    for key, style in (("spiking", "cold-0"), ("twin", "warm-0"))
-                    if key in layer["energy_pj"]
-                ],
-            }
-            for layer in layers
-        ],
-        "first_layer": analysis["first_layer"],
-        "certificate": dict(analysis["certificate"])
-        | dict(zip(("verdict", "note"), certificate_verdict(analysis), strict=True)),
-    }
 
 
-def changed_settings(config: Recipe) -> list[dict[str, str]]:
-    """The keys of a recipe whose values are not the defaults, with both values and what the key means."""
+def curves_section(source: Source) -> Section:
+    """Return the curves of the log, and the log in numbers."""
+    task, log = source.task, source.log
+    losses = dict.fromkeys(name for line in log for name in line.losses)
+    columns = {"loss": [line.loss for line in log]}
+    columns |= {name: [line.losses.get(name) for line in log] for name in losses}
+    columns |= {name: [line.metrics.get(name) for line in log] for name in (*task.metrics, "activity")}
+    columns |= {"seconds": [line.seconds for line in log]}
+    columns = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    rows = [
+        [Cell(str(line.epoch)), *map(number, values)]
+        for line, values in zip(log, zip(*columns.values(), strict=True), strict=True)
+    ]
+    table = Table("Log", ("epoch", *columns), rows, sortable=False)
+    charts = Charts(curves.draw_curves(log, task.metrics, task.score))
+    return Section("curves", "Curves", "Curves", [charts, Details("The log in numbers", [table])])
+
+
+def layers_section(source: Source) -> Section:
+    """Return activity and energy of each layer."""
+    rates = source.line.evaluation.activity_per_layer if source.line and source.line.evaluation else {}
+    if rates:
+        names, highest = curves.short_names(list(rates)), max(rates.values()) or 1.0
+        bars = [(names[layer], [Bar(rate / highest)], [f"{100 * rate:.1f} %"]) for layer, rate in rates.items()]
+        parts: list[Any] = [
+            "Share of each spike layer's neurons that fire per image, in the order of the network.",
+            Bars(bars),
+            Details("Thresholds and regulariser of each layer in numbers", [layer_table(source.line, rates)]),
+        ]
+    elif source.task.spiking:
+        parts = [Words("Left out. The log has no activity per layer.", "missing")]
+    else:
+        parts = ["The network is analogue: no layer spikes."]
+    return Section("layers", "Layers", "Activity and energy per layer", parts + layer_energy(source))
+
+
+def layer_table(line: EpochLog, rates: Mapping[str, float]) -> Table:
+    """Return activity and what else is logged of each spike layer."""
+    found = {QUANTITIES.get(name, name): values for name, values in line.layers.items()}
+    found["|v_th| \N{MULTIPLICATION SIGN} E"] = curves.effective_thresholds(line)
+    found = {name: values for name, values in found.items() if values}
+    rows = [
+        [layer, percent(rate), *(number(each.get(layer)) for each in found.values())] for layer, rate in rates.items()
+    ]
+    return Table("Spike layers", ("layer", "activity", *found), rows, code=True)
+
+
+def dynamics_section(source: Source) -> Section:
+    """Return what the spike layers did over the epochs, and their potentials around the threshold."""
+    panels, histograms = curves.draw_dynamics(source.log), curves.draw_potentials(source.log)
+    text = (
+        "With z = u / |v_th| the membrane potential u in units of the trainable threshold, a neuron fires where "
+        "z \N{GREATER-THAN OR EQUAL TO} E. A line per spike layer, coloured by depth from the first to the last."
+    )
+    explanation = (
+        "The axis goes from \N{MINUS SIGN}1 to 3 times the effective threshold, the dashed line stands at 1: what is "
+        "to its right fires. The first evaluation is grey, the last one blue; below each, the share of the neurons "
+        "that lies between 1 and 3."
+    )
+    heading = Words("Membrane potentials around the threshold", "heading")
+    parts: list[Any] = [] if source.task.spiking else ["The network is analogue: it has no thresholds."]
+    if panels:
+        parts = [text, Charts(panels), heading, explanation, Charts(histograms, small=True)]
+    if panels and not histograms:
+        parts[2:] = [Words("The log has no histograms of the potentials.", "note")]
+    return Section("dynamics", "Thresholds", "Threshold dynamics", parts, "The log has no thresholds.")
+
+
+def recipe_section(source: Source) -> Section:
+    """Return what differs from the defaults, and the whole recipe."""
+    parts: list[Any] = ["Every key has its default."]
+    rows = changed_settings(source.run.config)
+    if rows:
+        table = Table("Recipe", ("key", "value", "default", "meaning"), rows, sortable=False, code=True)
+        parts = ["What differs from the defaults; everything else is as --help has it.", table]
+    whole = Words((source.run.folder / "config.yaml").read_text(encoding="utf-8"), "code", "config.yaml")
+    return Section("recipe", "Recipe", "Recipe", [*parts, Details("The whole recipe, config.yaml", [whole])])
+
+
+def changed_settings(config: Recipe) -> list[tuple[str, str, str, str]]:
+    """Return the keys of a recipe whose values are not the defaults, with both values and the meaning of the key."""
     kind = type(config)
     defaults = flatten(kind.model_construct(data=kind.model_fields["data"].annotation.model_construct()))
     meaning = dict(_descriptions(kind))
     return [
-        {"key": key, "value": show_value(value), "default": show_value(defaults[key]), "meaning": meaning[key]}
+        (key, show_value(value), show_value(defaults.get(key, "")), meaning.get(key, ""))
         for key, value in flatten(config).items()
-        if value != defaults[key] and key != "data.classes"  # which the training fills in
+        if value != defaults.get(key) and key != "data.classes"  # which the training fills in
     ]
 
 
 def _descriptions(kind: type[BaseModel], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Key and description of every leaf of a recipe."""
+    """Yield key and description of every leaf of a recipe."""
     for name, info in kind.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             yield from _descriptions(info.annotation, f"{prefix}{name}.")
@@ -287,224 +222,93 @@ def _descriptions(kind: type[BaseModel], prefix: str = "") -> Iterable[tuple[str
             yield prefix + name, info.description or ""
 
 
-def curves(log: Sequence[Mapping[str, Any]], task: str) -> list[Chart | None]:
-    """Losses, metric, activity, thresholds, learning rate and speed over the epochs."""
-    terms = [key for key in dict.fromkeys(key for line in log for key in line) if key.startswith("loss/")]
-    losses = [Line("total", points_of(log, "loss"), "strong")]
-    losses += [
-        Line(key.removeprefix("loss/"), points_of(log, key), f"tone-{index % 8}") for index, key in enumerate(terms)
+def origin_section(source: Source) -> Section:
+    """Return what it takes to make the run again: command, versions, machine, checksums."""
+    info, again = source.info, compare_with_log(source)
+    facts = [(name, str(value or "none")) for name, value in (info.versions | info.machine.model_dump()).items()]
+    weights: Any = "The run has no weights and no checksums."
+    logged, here = info.sha256, source.run.checksums()
+    if logged or here:
+        rows = [(name, logged.get(name) or here[name], _state(name, logged, here)) for name in sorted(logged | here)]
+        weights = Table("Weights", ("file", "SHA-256", "state"), rows, sortable=False, code=True)
+    parts = [
+        *([again] if again else []),
+        Words("Command", "heading"),
+        Words(info.command, "code", "Command"),
+        Words("Versions and machine", "heading"),
+        Table("Versions and machine", ("what", "version or kind"), facts, sortable=False),
+        Words("Weights", "heading"),
+        weights,
     ]
-    keys = METRICS[task]
-    metrics = [Line(key, points_of(log, key), f"tone-{index}") for index, key in enumerate(keys)]
-    averaged = [{"epoch": line["epoch"]} | line["ema"] for line in log if line.get("ema")]
-    metrics += [Line(f"{keys[0]}, averaged weights", points_of(averaged, keys[0]), "tone-3 dash-1")] if averaged else []
-    activity = layer_lines(log, lambda line: line.get("activity_per_layer"), scale=100)
-    activity.append(Line("whole network", [(x, 100 * y) for x, y in points_of(log, "activity")], "strong"))
-    return [
-        draw_chart("Training loss", losses, "mean over the epoch", may_be_logarithmic=True),
-        draw_chart("Accuracy" if task == "classification" else "Average precision", metrics, "share, 0 to 1"),
-        draw_chart("Spike activity", activity, "neurons that fire, %"),
-        draw_chart("Effective threshold", layer_lines(log, effective_threshold), "|v_th| \N{MULTIPLICATION SIGN} E"),
-        draw_chart("Learning rate", [Line("learning rate", points_of(log, "lr"))], "at the beginning of the epoch"),
-        draw_chart(
-            "Training speed", [Line("images per second", points_of(log, "images_per_second"))], "images per second"
-        ),
-    ]
-
-
-def dynamics(log: Sequence[Mapping[str, Any]]) -> list[Chart | None]:
-    """Threshold, extremum and regulariser of each spike layer over the epochs."""
-    return [
-        draw_chart("Threshold v_th", layer_lines(log, lambda line: line.get("v_th")), "v_th, membrane potential"),
-        draw_chart("Hoyer extremum E", layer_lines(log, lambda line: line.get("extremum")), "E, 0 to 1"),
-        draw_chart(
-            "Hoyer regulariser H", layer_lines(log, lambda line: line.get("hoyer_per_layer")), "H, epoch's mean"
-        ),
-    ]
-
-
-def points_of(log: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(epoch, value) of a key where a line has it; -1 stands for undefined and is left out."""
-    return [(line["epoch"], float(line[key])) for line in log if line.get(key) is not None and line[key] != -1]
-
-
-def effective_threshold(line: Mapping[str, Any]) -> dict[str, float]:
-    """|v_th| * E per layer, that is the membrane potential from which on it fires."""
-    extremum = line.get("extremum") or {}
-    return {name: abs(value) * extremum[name] for name, value in (line.get("v_th") or {}).items() if name in extremum}
-
-
-def layer_lines(log: Sequence[Mapping[str, Any]], of: LayerValues, scale: float = 1.0) -> list[Line]:
-    """A line per layer of what `of` gives for each line of the log, in the order of the network."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for line in log:
-        for name, value in (of(line) or {}).items():
-            found.setdefault(name, []).append((line["epoch"], scale * value))
-    last = max(1, len(found) - 1)
-    return [
-        Line(name, found[layer], depth=index / last) for index, (layer, name) in enumerate(short_names(found).items())
-    ]
-
-
-def log_table(log: Sequence[Mapping[str, Any]], task: str) -> dict[str, Any]:
-    """The scalars of the log, a row per epoch."""
-    terms = [key for key in dict.fromkeys(key for line in log for key in line) if key.startswith("loss/")]
-    keys = ["loss", *terms, *METRICS[task], "activity", "seconds"]
-    keys = [key for key in keys if any(line.get(key) is not None for line in log)]
-    rows = [[line["epoch"], *(line.get(key) for key in keys)] for line in log]
-    return {"columns": ["epoch", *(key.removeprefix("loss/") for key in keys)], "rows": rows}
-
-
-def class_table(line: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """AP per class, the highest first, classes without boxes at the end."""
-    rows = [{"name": name} | dict(values) for name, values in line["per_class"].items()]
-    return sorted(rows, key=lambda row: -row["AP"])
-
-
-def precision_recall_view(found: Mapping[str, PrecisionRecall]) -> dict[str, Any] | None:
-    """A chart of precision over recall and a table; of more than eight classes the four best and worst have colours."""
-    with_boxes = {name: curve for name, curve in found.items() if curve.num_boxes}
-    values = {name: average_precision(curve, "area") for name, curve in with_boxes.items()}
-    order = sorted(values, key=lambda name: -values[name])
-    coloured = order if len(order) <= 8 else order[:4] + order[-4:]
-    lines = [Line(name, _outline(with_boxes[name]), "quiet") for name in order if name not in coloured]
-    lines += [
-        Line(f"{name} {values[name]:.3f}", _outline(with_boxes[name]), f"tone-{index}")
-        for index, name in enumerate(coloured)
-    ]
-    rows = [
-        {
-            "name": name,
-            "AP": values[name],
-            "num_boxes": with_boxes[name].num_boxes,
-            "num_detections": len(with_boxes[name].scores),
-            "recall": float(with_boxes[name].recall[-1]) if len(with_boxes[name].scores) else 0.0,
-        }
-        for name in order
-    ]
-    chart = draw_chart("Classes", lines, "precision, highest from here on", "recall", limits=(0.0, 1.0))
-    return {"chart": chart, "rows": rows, "num_quiet": len(order) - len(coloured)} if chart else None
-
-
-def _outline(curve: PrecisionRecall) -> Points:
-    """The corners of precision (highest at this recall or above) over recall, down to 0 where the recall ends."""
-    if not len(curve.scores):
-        return [(0.0, 0.0)]
-    recall, precision = curve.recall, curve.envelope
-    corners = [(0.0, float(precision[0]))]
-    for index in np.flatnonzero(np.diff(precision) != 0).tolist():  # the last point before each fall
-        corners += [
-            (float(recall[index]), float(precision[index])),
-            (float(recall[index]), float(precision[index + 1])),
-        ]
-    return [*corners, (float(recall[-1]), float(precision[-1])), (float(recall[-1]), 0.0)]
-
-
-def confusion_view(confusion: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
-    """Share of right answers per class, the lowest first, and the ten most frequent mistakes."""
-    totals = confusion.sum(1)
-    rows = [
-        {"name": name, "share": float(confusion[index, index]) / int(totals[index]), "num_images": int(totals[index])}
-        for index, name in enumerate(class_names)
-        if totals[index]
-    ]
-    wrong = confusion.clone().fill_diagonal_(0).flatten()
-    pairs = []
-    for place in wrong.argsort(descending=True, stable=True)[:10].tolist():
-        truth, answer = divmod(place, len(class_names))
-        if wrong[place]:
-            pairs.append(
-                {
-                    "truth": class_names[truth],
-                    "answer": class_names[answer],
-                    "num": int(wrong[place]),
-                    "share": int(wrong[place]) / int(totals[truth]),
-                }
-            )
-    return {"rows": sorted(rows, key=lambda row: row["share"]), "pairs": pairs}
-
-
-def activity_rows(line: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Activity, v_th, extremum, effective threshold and H of each spike layer."""
-    rates = line["activity_per_layer"]
-    thresholds = effective_threshold(line)
-    highest = max(rates.values()) or 1.0
-    return [
-        {
-            "name": name,
-            "layer": layer,
-            "activity": rates[layer],
-            "share": rates[layer] / highest,
-            "v_th": (line.get("v_th") or {}).get(layer),
-            "extremum": (line.get("extremum") or {}).get(layer),
-            "threshold": thresholds.get(layer),
-            "H": (line.get("hoyer_per_layer") or {}).get(layer),
-        }
-        for layer, name in short_names(rates).items()
-    ]
+    return Section("origin", "Reproduce", "How to reproduce it", parts)
 
 
 def compare_with_log(source: Source) -> str | None:
-    """A sentence that says whether the evaluation gave the logged numbers again; None without one."""
-    if source.evaluation is None or source.line is None:
+    """Say whether the evaluation gave the logged numbers again; None without one."""
+    if source.found is None or source.line is None:
         return None
-    keys = [key for key in METRICS[source.run.config.task] if key in source.evaluation.metrics]
-    now, then = source.evaluation.metrics, source.line
+    now, then = source.found.evaluation.metrics, source.line.metrics
+    keys = [key for key in source.task.metrics if key in now and key in then]
     if all(now[key] == then[key] for key in keys):
         return f"Evaluated again for this page: {', '.join(keys)} equal to the log in every digit."
     parts = [f"{key} {now[key]:.4f} (log: {then[key]:.4f})" for key in keys]
     return f"Evaluated again for this page, not equal to the log: {', '.join(parts)}."
 
 
-def weights_view(source: Source) -> list[dict[str, str]]:
-    """SHA-256 of each weights file, and whether the file is here and the same."""
-    logged, here = source.info.get("sha256", {}), source.run.checksums()
-    rows = []
-    for name in sorted(logged.keys() | here.keys()):
-        if name not in here:
-            state = "not in the folder"
-        elif name not in logged:
-            state = "not in run.json"
-        else:
-            state = "in the folder, equal" if here[name] == logged[name] else "in the folder, but another file"
-        rows.append({"name": name, "sha256": logged.get(name) or here[name], "state": state})
-    return rows
+def _state(name: str, logged: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """Say whether a weights file is in the folder, and the same as in run.json."""
+    if name not in here:
+        return "not in the folder"
+    if name not in logged:
+        return "not in run.json"
+    return "in the folder, equal" if here[name] == logged[name] else "in the folder, but another file"
+
+
+def number(value: float | None) -> Cell:
+    """Return a number of any size with four digits; nothing for None."""
+    return Cell("") if value is None else Cell(f"{value:.4g}", value)
+
+
+# Several runs
 
 
 def compare(sources: Sequence[Source], runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several runs side by side: the headline with gaps to the first run, curves on top of each other, settings."""
-    task = sources[0].run.config.task
-    metrics = [key for key in METRICS[task] if any(source.line and key in source.line for source in sources)]
+    """Return several runs side by side: the headline with gaps to the first run, curves on each other, settings."""
+    task, names = sources[0].task, [run["name"] for run in runs]
+    logged = [source.line.metrics if source.line else {} for source in sources]
+    metrics = [key for key in task.metrics if any(key in line for line in logged)]
     rows = []
-    for source, run in zip(sources, runs, strict=True):
-        cells = []
-        for key in metrics:
-            value = source.line.get(key) if source.line else None
-            first = sources[0].line.get(key) if sources[0].line else None
-            gap = None if value is None or first is None or source is sources[0] else value - first
-            cells.append({"key": key, "value": value, "gap": gap})
-        numbers = {number["key"]: number for number in run["headline"]}
-        rows.append({"run": run, "metrics": cells, "numbers": numbers, "epoch": run["epoch"]})
-    charts = []
-    for title, key, scale, label in [
-        *((NAMES.get(key, key), key, 1, "share, 0 to 1") for key in metrics[:2]),
-        ("Training loss", "loss", 1, "mean over the epoch"),
-        ("Spike activity", "activity", 100, "neurons that fire, %"),
-    ]:
-        lines = [
-            Line(run["name"], [(x, scale * y) for x, y in points_of(source.log, key)], run["style"])
-            for source, run in zip(sources, runs, strict=True)
-        ]
-        charts.append(draw_chart(title, lines, label, may_be_logarithmic=key == "loss"))
+    for run, line in zip(runs, logged, strict=True):
+        first = {} if run is runs[0] else logged[0]
+        gaps = {key: line[key] - first[key] for key in metrics if key in line and key in first}
+        cells = [{"key": key, "value": line.get(key), "gap": gaps.get(key)} for key in metrics]
+        rows.append({"run": run, "metrics": cells, "numbers": {item.key: item for item in run["headline"]}})
     settings = [flatten(source.run.config) for source in sources]
-    differences = [
-        {"key": key, "values": [show_value(setting[key]) for setting in settings]}
-        for key in settings[0]
-        if any(setting[key] != settings[0][key] for setting in settings)
-    ]
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    differences = [(key, *(show_value(setting.get(key, "")) for setting in settings)) for key in keys]
+    differences = [row for row in differences if len(set(row[1:])) > 1]
+    table = Table("Differences of the recipes", ("key", *names), differences, sortable=False, code=True)
     return {
-        "metrics": [NAMES.get(key, key) for key in metrics],
+        "metrics": [task.words.get(key, key) for key in metrics],
         "rows": rows,
-        "charts": [chart for chart in charts if chart],
-        "differences": differences,
+        "charts": Charts(overlays(sources, names, metrics[:2])),
+        "differences": table if differences else None,
     }
+
+
+def overlays(sources: Sequence[Source], names: Sequence[str], metrics: Sequence[str]) -> list[Any]:
+    """Return the curves of several runs on each other: metrics, loss, activity."""
+    words = sources[0].task.words
+    quantities: list[tuple[str, str, Any]] = [
+        (words.get(key, key), "on the evaluation images", lambda line, key=key: curves.metric_of(line.evaluation, key))
+        for key in metrics
+    ]
+    quantities.append(("Training loss", "mean over the epoch", lambda line: line.loss))
+    quantities.append(("Spike activity", "neurons that fire, %", curves.activity_of))
+    analogue = [name for name, source in zip(names, sources, strict=True) if not source.task.spiking]
+    charts = []
+    for title, label, value in quantities:
+        runs = {name: curves.points_of(source.log, value) for name, source in zip(names, sources, strict=True)}
+        options = {"may_be_logarithmic": title == "Training loss"}
+        charts.append(curves.draw_overlay(title, label, runs, analogue, **options))
+    return [chart for chart in charts if chart is not None]

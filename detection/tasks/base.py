@@ -1,28 +1,43 @@
-"""What a task is: the one place where kinds of training differ."""
+"""The contract of a task: the one place where kinds of training differ."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from backbones import record_activity, record_potentials, spike_activity, sum_activity
+from backbones import (
+    Backbone,
+    find_neuron,
+    names,
+    neurons,
+    record_activity,
+    record_potentials,
+    spike_activity,
+    sum_activity,
+)
+from backbones.networks.base import find_family
 from detection.config import Recipe
 from detection.records import Evaluation
 from detection.runs import Run
+from detection.sections import Examination, Section
+from detection.text import nearest, plural
 from detection.training.trainer import Batches
 
 if TYPE_CHECKING:
+    from detection.data.report import DataReport
     from detection.tasks.predictions import AnyPrediction
 
 Split = Literal["train", "val"]
+FAMILIES = {"resnet": "ResNet", "vgg": "VGG", "mobilenetv": "MobileNetV"}  # as their papers spell them
 
 
 class Dataset(Protocol):
@@ -42,30 +57,35 @@ class Dataset(Protocol):
         """Return these images alone."""
 
 
-class Deployable:
+class Deployable(NamedTuple):
     """The part of a network that goes into a file, and what it takes and gives.
 
-    Args:
+    Attributes:
         network: images (N, 3, H, W), RGB in [0, 1], as the file will be given them -> a tensor or a tuple of them.
         outputs: what each of them means, by the name that it has in the file.
-        size: height and width of the images, by the recipe.
-        stride: of the last feature map, in pixels: the least height and width.
         meaning: of the images, in words.
         keep: parts of names of layers that stay in floating point over spikes too.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        outputs: Mapping[str, str],
-        *,
-        size: tuple[int, int],
-        stride: int,
-        meaning: str,
-        keep: tuple[str, ...] = (),
-    ) -> None:
-        self.network, self.outputs, self.size, self.stride = network, dict(outputs), size, stride
-        self.meaning, self.keep = meaning, keep
+    network: nn.Module
+    outputs: Mapping[str, str]
+    meaning: str
+    keep: tuple[str, ...] = ()
+
+
+class SpikingPart(NamedTuple):
+    """The part of a network that NIR can say.
+
+    Attributes:
+        network: images (N, 3, H, W) normalised -> a tensor, or tensors by name.
+        backbone: the one in `network`; its stem may become the caller's to run.
+        mean, std: that images in [0, 1] are normalised by.
+    """
+
+    network: nn.Module
+    backbone: Backbone
+    mean: Sequence[float]
+    std: Sequence[float]
 
 
 class Task(ABC):
@@ -83,6 +103,7 @@ class Task(ABC):
         metrics: the metrics of a page about a run, the first ones being `headline`'s first.
         best_by: the metric whose highest value decides which weights are kept as "best".
         words: metrics in words, where their names are none.
+        score: what `metrics` are called together.
         num_calibration: images that 8-bit thresholds are set on by default.
     """
 
@@ -91,6 +112,7 @@ class Task(ABC):
     metrics: ClassVar[tuple[str, ...]]
     best_by: ClassVar[str]
     words: ClassVar[Mapping[str, str]] = {}
+    score: ClassVar[str] = "Metrics"
     num_calibration: ClassVar[int] = 64
 
     def __init__(self, config: Recipe) -> None:
@@ -101,10 +123,57 @@ class Task(ABC):
         """Value of `task` in its recipes."""
         return self.config.task
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The metrics that stand in a line about a run, that of the best weights first."""
+        return tuple(dict.fromkeys((self.best_by, *self.headline)))
+
     def with_classes(self, classes: Sequence[str]) -> Self:
         """Return the task of the recipe with the class names filled in."""
         data = self.config.data.model_copy(update={"classes": list(classes)})
         return type(self)(self.config.model_copy(update={"data": data}))
+
+    @property
+    def spiking(self) -> bool:
+        """Whether the network of the recipe spikes."""
+        return find_neuron(self.config.model.backbone.activation).spiking
+
+    def describe(self) -> str:
+        """Return the network in words, such as "ResNet18 \N{MULTIPLICATION SIGN}0.5, spiking"."""
+        backbone = self.config.model.backbone
+        name = re.sub("^(resnet|vgg|mobilenetv)", lambda family: FAMILIES[family[0]], backbone.name)
+        width = "" if backbone.width == 1 else f" \N{MULTIPLICATION SIGN}{backbone.width:g}"
+        return f"{name}{width}, {find_neuron(backbone.activation).words}"
+
+    def describe_data(self) -> str:
+        """Return the data in words, such as "voc data in data/bccd, 3 classes"."""
+        data = self.config.data
+        classes = f", {plural(len(data.classes), 'class', 'classes')}" if data.classes else ""
+        return f"{data.format} data in {data.root}{classes}"
+
+    def check_names(self, source: str | Path | None = None) -> None:
+        """Raise ValueError if the recipe names something that is not registered.
+
+        Args:
+            source: of the recipe, for the message.
+        """
+        found = [
+            f"{key}: unknown {name!r}{nearest(name, known)}" for key, name, known in self.named() if name not in known
+        ]
+        if found:
+            raise ValueError(f"{source}: {'; '.join(found)}" if source else "; ".join(found))
+
+    def named(self) -> Iterator[tuple[str, str, list[str]]]:
+        """Yield (key, name, registered names) for each name in the recipe: the backbone, its neuron, their options."""
+        settings = self.config.model.backbone
+        yield "model.backbone.name", settings.name, names()
+        yield "model.backbone.activation", settings.activation, list(neurons())
+        if settings.name in names():
+            options = {
+                *find_family(settings.name)[1],
+                *(each for neuron in neurons().values() for each in neuron.options),
+            }
+            yield from (("model.backbone.options", option, sorted(options)) for option in settings.options)
 
     # Data
 
@@ -132,6 +201,18 @@ class Task(ABC):
     def facts(self, dataset: Dataset) -> dict[str, Any]:
         """Return what run.json should have of the data."""
         return {}
+
+    def data_report(self, dataset: Dataset) -> DataReport | None:
+        """Return the counts of a split's objects; None: its images have none."""
+        return None
+
+    def shared_images(self, train: Dataset, val: Dataset) -> tuple[str, ...]:
+        """Return the paths of images that are in both splits, as far as the task can tell."""
+        return ()
+
+    def example(self) -> Any:
+        """Return one image of noise, of the size that the recipe's network sees in evaluation, as a batch for it."""
+        raise self.refusal("has no example of an image")
 
     # Training
 
@@ -163,7 +244,7 @@ class Task(ABC):
         """Return the distance between two networks' class predictions, shape ()."""
         raise self.refusal("learns from no teacher (distillation.teacher)")
 
-    def finish(self, model: nn.Module, dataset: Dataset, run: Run) -> None:
+    def finish(self, model: nn.Module, dataset: Dataset, run: Run) -> None:  # noqa: B027, not every task has any
         """Leave pictures of the trained network on evaluation images in the run folder."""
 
     # Evaluation
@@ -188,6 +269,29 @@ class Task(ABC):
             save: folder for files about the predictions; it is made if need be.
         """
 
+    def sections(self, logged: Evaluation | None, found: Examination | None) -> list[Section]:
+        """Return the sections that this task alone has on a page about a run, in their order.
+
+        Args:
+            logged: what the log has of the weights; None before the first evaluation.
+            found: what `examine` gave; None where the run could not be evaluated.
+        """
+        return []
+
+    def examine(
+        self, model: nn.Module, dataset: Dataset, batches: Iterable[Any], accelerator: Accelerator, num_images: int
+    ) -> Examination:
+        """Return an evaluation of a network, and what a page shows of it beside the log.
+
+        Args:
+            model: the network, in evaluation mode.
+            dataset: the evaluation images.
+            batches: of `evaluation_batches`.
+            accelerator: of the run.
+            num_images: best and worst images to show, so many each.
+        """
+        return Examination(self.evaluate(model, batches, dataset, accelerator))
+
     def analogue_parts(self, model: nn.Module) -> dict[str, str]:
         """Return the parts of the network that are meant to see real values, as `backbones.certify` takes them."""
         return {}
@@ -204,16 +308,33 @@ class Task(ABC):
         """Return a picture as the network takes one, in [0, 1]: for `spike_maps`."""
         raise self.refusal("has no predictions of single images")
 
-    def attach(self, run: Run) -> None:
+    def attach(self, run: Run) -> None:  # noqa: B027, not every task needs more
         """Take from a run what predictions need beside its recipe."""
 
     def describe_labels(self, run: Run) -> dict[str, Any]:
         """Return what a file of predictions says of the labels."""
         return {"classes": list(self.config.data.classes)}
 
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the images that `deployable` takes, by the recipe."""
+        raise self.refusal("cannot be exported")
+
+    def backbone_of(self, model: nn.Module) -> Backbone:
+        """Return the backbone in the network."""
+        raise self.refusal("cannot be exported")
+
     def deployable(self, model: nn.Module) -> Deployable:
         """Return the part of the network that goes into a file."""
         raise self.refusal("cannot be exported")
+
+    def spiking_part(self, model: nn.Module) -> SpikingPart:
+        """Return the part of the network over normalised images that consists of layers with weights and spikes.
+
+        Args:
+            model: the network; it may be changed.
+        """
+        raise self.refusal("cannot be exported to NIR")
 
     def calibration_images(self, model: nn.Module, number: int) -> Tensor:
         """Return training images without augmentation, as `deployable` takes them: drawn at random, always the same."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from backbones import Backbone
 from detection.data import SeededItems, TrainingBatches, TrainingLoader, evaluation_batches, loader_options
 from detection.data.image_batches import FolderImages, MemoryBatches, evaluation_transform
-from detection.data.images import ImageFiles, Images, read_image_split
+from detection.data.images import ImageFiles, Images, image_format_names, read_image_split
 from detection.data.pictures import pixels_of
 from detection.models import build_classifier
 from detection.records import Evaluation
+from detection.sections import Examination, Section, Table, Words, count, percent
 from detection.tasks import register_task
-from detection.tasks.base import Deployable, Split, Task, record_spikes
+from detection.tasks.base import Deployable, SpikingPart, Split, Task, record_spikes
 from detection.tasks.predictions import ClassPrediction
 from detection.tasks.recipes import ClassificationRecipe
 from detection.training.distillation import softened_distance
@@ -39,12 +41,17 @@ class ClassificationTask(Task):
     headline = ("top1", "top5")
     metrics = ("top1", "top5")
     best_by = "top1"
+    score = "Accuracy"
     words = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}  # noqa: RUF012
     num_calibration = 256
 
     def __init__(self, config: ClassificationRecipe) -> None:
         super().__init__(config)
         self._may_download = False
+
+    def named(self) -> Iterator[tuple[str, str, list[str]]]:
+        yield from super().named()
+        yield "data.format", self.config.data.format, image_format_names()
 
     def download(self) -> None:
         """Fetch CIFAR when it is read."""
@@ -77,6 +84,9 @@ class ClassificationTask(Task):
         batches = evaluation_batches(len(dataset), batch_size, share)
         items = FolderImages(dataset, data, train=False)
         return DataLoader(items, batch_sampler=batches, **loader_options(data.workers))
+
+    def example(self) -> Tensor:
+        return torch.rand(1, 3, self.config.data.size, self.config.data.size)
 
     # Training
 
@@ -120,6 +130,12 @@ class ClassificationTask(Task):
         """
         if save is not None:
             raise ValueError(f"--save {save}: a classifier has no boxes to save")
+        return self._evaluate(model, batches, accelerator)
+
+    def _evaluate(
+        self, model: nn.Module, batches: Iterable[Any], accelerator: Accelerator, confusion: Tensor | None = None
+    ) -> Evaluation:
+        """Return the evaluation; `confusion` (K, K), images by true class (row) and answer (column), is added to."""
         counts = []
         with record_spikes(model) as spikes:
             for images, labels in batches:
@@ -127,12 +143,32 @@ class ClassificationTask(Task):
                 with accelerator.autocast():
                     logits = model(images)
                 counts.append(torch.stack(_count(logits.float(), labels)))
+                if confusion is not None:
+                    confusion += _count_answers(logits.float(), labels).cpu()
         # Batch b is the b // n-th of process b % n: summed in their order, for the same digits with any number of them.
         shares = gather_object([torch.stack(counts).tolist() if counts else []])
         in_order = [count for row in itertools.zip_longest(*shares) for count in row if count is not None]
         number, top1, top5, loss = (sum(column) for column in zip(*in_order, strict=True))
         metrics = {"top1": top1 / number, "top5": top5 / number, "val_loss": loss / number}
         return Evaluation(metrics=metrics, **spikes())
+
+    def sections(self, logged: Evaluation | None, found: Examination | None) -> list[Section]:
+        parts = [] if found is None else found.parts["classes"]
+        return [Section("classes", "Classes", "Accuracy per class and confusions", parts)]
+
+    @torch.no_grad()
+    def examine(
+        self,
+        model: nn.Module,
+        dataset: Images | ImageFiles,
+        batches: Iterable[Any],
+        accelerator: Accelerator,
+        num_images: int,
+    ) -> Examination:
+        classes = self.config.data.classes
+        confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+        evaluation = self._evaluate(model, batches, accelerator, confusion)
+        return Examination(evaluation, {"classes": confusion_parts(confusion, classes)})
 
     # Predictions and files
 
@@ -163,15 +199,21 @@ class ClassificationTask(Task):
         image = ImageOps.fit(Image.fromarray(pixels), (data.size, data.size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return self.config.data.size, self.config.data.size
+
+    def backbone_of(self, model: nn.Module) -> Backbone:
+        return model.backbone
+
     def deployable(self, model: nn.Module) -> Deployable:
-        size = self.config.data.size
-        return Deployable(
-            model,
-            {"logits": "(N, K) float32, in the order of classes"},
-            size=(size, size),
-            stride=model.backbone.feature_info[-1].stride,
-            meaning="RGB in [0, 1], normalised inside",
-        )
+        outputs = {"logits": "(N, K) float32, in the order of classes"}
+        return Deployable(model, outputs, meaning="RGB in [0, 1], normalised inside")
+
+    def spiking_part(self, model: nn.Module) -> SpikingPart:
+        """Return all but the normalisation."""
+        model.normalise = nn.Identity()
+        return SpikingPart(model, model.backbone, self.config.model.mean, self.config.model.std)
 
     def calibration_images(self, model: nn.Module, number: int) -> Tensor:
         dataset = self.read("train")
@@ -195,3 +237,41 @@ def _count(logits: Tensor, labels: Tensor) -> list[Tensor]:
         best.sum().double(),
         loss,
     ]
+
+
+def _count_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """Images of a batch by true class (row) and answer (column), the answer being the one that counts for top-1.
+
+    argmax would choose another one of equals, as a silent network's logits are.
+    """
+    number = logits.shape[1]
+    answers = logits.topk(min(5, number)).indices[:, 0]
+    return torch.bincount(labels * number + answers, minlength=number**2).view(number, number)
+
+
+def confusion_parts(confusion: Tensor, classes: Sequence[str]) -> list[Any]:
+    """Return the share of right answers per class, the lowest first, and the ten most frequent mistakes.
+
+    Args:
+        confusion: (K, K) images by true class (row) and answer (column).
+        classes: names of the K classes.
+    """
+    totals = confusion.sum(1).tolist()
+    shares = {index: int(confusion[index, index]) / totals[index] for index in range(len(classes)) if totals[index]}
+    rows = [
+        (classes[index], percent(share, bar=True), count(totals[index]))
+        for index, share in sorted(shares.items(), key=lambda item: item[1])
+    ]
+    parts: list[Any] = [Table("Accuracy per class", ("class", "right answers", "images"), rows)]
+    wrong = confusion.clone().fill_diagonal_(0).flatten()
+    pairs = []
+    for place in wrong.argsort(descending=True, stable=True)[:10].tolist():
+        truth, answer = divmod(place, len(classes))
+        number = int(wrong[place])
+        if number:
+            pairs.append((classes[truth], classes[answer], count(number), percent(number / totals[truth])))
+    if pairs:
+        columns = ("true class", "answer", "images", "share of the class")
+        title = "Most frequent mistakes"
+        parts += [Words(title, "heading"), Table(title, columns, pairs)]
+    return parts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,23 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from detection.curves import plot_precision_recall
+from backbones import Backbone
 from detection.data import DetectionDataset, build_loader, build_transform, read_split
 from detection.data.download import download
+from detection.data.formats import format_names
 from detection.data.pictures import pixels_of, unit
-from detection.draw import plot_predictions
+from detection.data.report import DataReport, report, shared_images
 from detection.evaluation import CocoEvaluator, import_backend, mean_average_precision, precision_recall
 from detection.files import write_whole
 from detection.models import build_detector
-from detection.models.dense import DensePredictions, DetectorOf, resize_and_pad
+from detection.models.dense import DensePredictions, DetectorOf, EnteringSpikes, resize_and_pad
 from detection.models.inference import check_unit_interval, pad_for, padded_size, thresholds
 from detection.records import Evaluation
 from detection.runs import Run
+from detection.sections import Examination, Section
 from detection.tasks import register_task
-from detection.tasks.base import Deployable, Split, Task, record_spikes
-from detection.tasks.predictions import Prediction
+from detection.tasks.base import Deployable, SpikingPart, Split, Task, record_spikes
+from detection.tasks.predictions import Prediction, read_category_ids
 from detection.tasks.recipes import DetectionRecipe
 from detection.training.distillation import detection_distance
 
@@ -37,6 +39,7 @@ NUM_PICTURES = 12
 PADDED = 32  # torchvision pads images to multiples of so many pixels
 # Their outputs are scores and boxes, where 8 bits would show: they stay in floating point, over spikes too.
 PREDICTION_LAYERS = ("cls_logits", "bbox_reg", "bbox_ctrness", "module_list")
+NAMES = {"retinanet": "RetinaNet", "fasterrcnn": "Faster R-CNN", "fcos": "FCOS", "ssd": "SSD"}
 OUTPUTS = {
     "cls_logits": "(N, A, K + 1) float32: for each anchor, finest level first, background and classes",
     "bbox_regression": "(N, A, 4) float32: offsets from the anchors as torchvision encodes them",
@@ -53,12 +56,27 @@ class DetectionTask(Task):
     headline = ("AP50", "AP")
     metrics = ("AP50", "AP", "AP75")
     best_by = "AP"
+    score = "Average precision"
+    words = {"AP50_11point": "VOC AP50 (11 points)", "AP50_area": "VOC AP50 (area)"}  # noqa: RUF012
     num_calibration = 64
 
     def __init__(self, config: DetectionRecipe) -> None:
         super().__init__(config)
         self.category_ids = tuple(range(1, len(config.data.classes) + 1))
         self.category_source: Path | None = None
+
+    def named(self) -> Iterator[tuple[str, str, list[str]]]:
+        yield from super().named()
+        yield "data.format", self.config.data.format, format_names()
+
+    def describe(self) -> str:
+        model = self.config.model
+        spiking = [part for part in ("neck", "head") if getattr(model, part).spiking]
+        too = f", {' and '.join(spiking)} too" if spiking else ""
+        return f"{NAMES[model.detector]}, {super().describe()}{too}"
+
+    def describe_data(self) -> str:
+        return super().describe_data().replace("synthetic data", "drawn scenes")
 
     def download(self) -> None:
         """Fetch VOC or COCO."""
@@ -92,6 +110,17 @@ class DetectionTask(Task):
 
     def facts(self, dataset: DetectionDataset) -> dict[str, Any]:
         return {"category_ids": list(dataset.annotations.category_ids)}
+
+    def data_report(self, dataset: DetectionDataset) -> DataReport:
+        return report(dataset.annotations)
+
+    def shared_images(self, train: DetectionDataset, val: DetectionDataset) -> tuple[str, ...]:
+        return shared_images(train.annotations, val.annotations)
+
+    def example(self) -> list[Tensor]:
+        """Return noise as large as images get: the shorter side min_size, the longer one max_size."""
+        config = self.config.model
+        return [torch.rand(3, min(config.min_size[-1], config.max_size), config.max_size)]
 
     # Training
 
@@ -134,15 +163,17 @@ class DetectionTask(Task):
     @torch.no_grad()
     def finish(self, model: nn.Module, dataset: DetectionDataset, run: Run) -> None:
         """Leave predictions.png, a contact sheet of the first images with predicted and true boxes."""
+        from detection.draw import draw_predictions  # which brings matplotlib, slow to import
+        from detection.figures import save_png
+
         samples = [dataset[index] for index in range(min(NUM_PICTURES, len(dataset)))]
         device = next(model.parameters()).device
         model.eval()
         with torch.compiler.set_stance("force_eager"):
             predictions = [_to_cpu(model([image.to(device)])[0]) for image, _ in samples]
         images, targets = zip(*samples, strict=True)
-        plot_predictions(
-            list(images), predictions, list(targets), dataset.annotations.categories, run.folder / "predictions.png"
-        )
+        sheet = draw_predictions(images, predictions, targets, dataset.annotations.categories)
+        save_png(sheet, run.folder / "predictions.png")
 
     # Evaluation
 
@@ -161,6 +192,21 @@ class DetectionTask(Task):
         "voc" has the mean over the classes of VOC's average precision at IoU 0.5, "AP50_11point" and "AP50_area".
         `save` gets predictions.json (COCO results), metrics.json (what is returned) and precision_recall.png.
         """
+        evaluation, evaluator, curves = self._evaluate(model, batches, dataset, accelerator)
+        if save is not None and accelerator.is_main_process:
+            save.mkdir(parents=True, exist_ok=True)
+            evaluator.save_results(save / "predictions.json")
+            write_whole(save / "metrics.json", (json.dumps(evaluation.to_json(), indent=2) + "\n").encode())
+            from detection.curves import draw_precision_recall
+            from detection.figures import save_png
+
+            save_png(draw_precision_recall(curves), save / "precision_recall.png")
+        return evaluation
+
+    def _evaluate(
+        self, model: nn.Module, batches: Iterable[Any], dataset: DetectionDataset, accelerator: Accelerator
+    ) -> tuple[Evaluation, CocoEvaluator, dict[str, Any]]:
+        """Return also all detections, in the evaluator, and precision over recall by class."""
         ground_truth, category_ids = dataset.ground_truth(), dataset.annotations.category_ids
         evaluator = CocoEvaluator(ground_truth, category_ids, self.config.evaluation.backend)
         device = next(model.parameters()).device
@@ -178,13 +224,27 @@ class DetectionTask(Task):
             "AP50_area": mean_average_precision(curves, "area"),
         }
         tables = {"per_class": evaluator.per_class(), "voc": voc}
-        evaluation = Evaluation(metrics=metrics, tables=tables, **spikes())
-        if save is not None and accelerator.is_main_process:
-            save.mkdir(parents=True, exist_ok=True)
-            evaluator.save_results(save / "predictions.json")
-            write_whole(save / "metrics.json", (json.dumps(evaluation.to_json(), indent=2) + "\n").encode())
-            plot_precision_recall(curves, save / "precision_recall.png")
-        return evaluation
+        return Evaluation(metrics=metrics, tables=tables, **spikes()), evaluator, curves
+
+    def sections(self, logged: Evaluation | None, found: Examination | None) -> list[Section]:
+        from detection.tasks.detection_page import class_sections
+
+        return class_sections(logged, None if found is None else found.parts)
+
+    @torch.no_grad()
+    def examine(
+        self,
+        model: nn.Module,
+        dataset: DetectionDataset,
+        batches: Iterable[Any],
+        accelerator: Accelerator,
+        num_images: int,
+    ) -> Examination:
+        evaluation, evaluator, curves = self._evaluate(model, batches, dataset, accelerator)
+        from detection.tasks.detection_page import image_parts, precision_parts
+
+        images = image_parts(model, dataset, evaluator.results, num_images)
+        return Examination(evaluation, {"precision": precision_parts(curves), "images": images})
 
     def analogue_parts(self, model: nn.Module) -> dict[str, str]:
         """None in an SSD; else the head, unless head.spiking, and the pyramid's output convolutions and extra maps.
@@ -287,22 +347,32 @@ class DetectionTask(Task):
             "categories": [{"id": category_id, "name": name} for category_id, name in pairs],
         }
 
-    def deployable(self, model: nn.Module) -> Deployable:
+    @property
+    def input_size(self) -> tuple[int, int]:
         config = self.config.model
-        dense = DensePredictions(model)
         if config.detector == "ssd":
-            size = (config.max_size, config.max_size)
-        else:
-            size = tuple(math.ceil(side / PADDED) * PADDED for side in (max(config.min_size), config.max_size))
+            return config.max_size, config.max_size
+        height, width = (math.ceil(side / PADDED) * PADDED for side in (max(config.min_size), config.max_size))
+        return height, width
+
+    def backbone_of(self, model: nn.Module) -> Backbone:
+        return model.backbone.body
+
+    def deployable(self, model: nn.Module) -> Deployable:
+        config, dense = self.config.model, DensePredictions(model)
         return Deployable(
             dense,
             {name: OUTPUTS[name] for name in dense.outputs},
-            size=size,
-            stride=model.backbone.body.feature_info[-1].stride,
             meaning=f"RGB in [0, 1], normalised inside; resized (shorter side {list(config.min_size)}, longer at most "
             f"{config.max_size}) and padded at the right and below with the mean colour {list(config.mean)} to "
             f"multiples of {PADDED}, which detection.exporters.OnnxDetector does",
             keep=PREDICTION_LAYERS,
+        )
+
+    def spiking_part(self, model: nn.Module) -> SpikingPart:
+        """Return the backbone up to the spikes that enter the neck."""
+        return SpikingPart(
+            EnteringSpikes(model.backbone), model.backbone.body, self.config.model.mean, self.config.model.std
         )
 
     def calibration_images(self, model: nn.Module, number: int) -> Tensor:
@@ -312,28 +382,6 @@ class DetectionTask(Task):
 
     def model_around(self, run: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Any], Any]:
         return DetectorOf(self.build_model(), run)
-
-
-def read_category_ids(run: Run) -> tuple[tuple[int, ...], Path | None]:
-    """Return COCO's category of label 1, 2, ..., K, and the file that says so.
-
-    That is run.json. Runs of earlier versions have them there not yet, and other ones than 1..K only if they are on
-    COCO files: then their annotation file says it. Where that is gone, or has other classes by now, it is 1..K and no
-    file.
-    """
-    recorded, config = run.info().category_ids, run.config
-    if recorded is not None:
-        return tuple(recorded), run.folder / "run.json"
-    classes = config.data.classes
-    numbers = tuple(range(1, len(classes) + 1))
-    if config.data.format != "coco":
-        return numbers, None
-    path = config.data.root / config.data.val[0]
-    try:
-        id_of = {item["name"]: int(item["id"]) for item in json.loads(path.read_text("utf-8"))["categories"]}
-        return tuple(id_of[name] for name in classes), path
-    except (OSError, ValueError, KeyError, TypeError):
-        return numbers, None
 
 
 def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

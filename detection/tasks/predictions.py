@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from detection.draw import draw_classes, draw_detections
+from detection.runs import Run
 
 
 @dataclass(frozen=True, eq=False)
 class AnyPrediction:
-    """What a network makes of one image.
+    """The answer of a network to one image.
 
     Attributes:
         image: (H, W, 3) uint8 RGB, upright, whole: the network may have seen a part of it.
@@ -44,7 +45,7 @@ class AnyPrediction:
 
 @dataclass(frozen=True, eq=False)
 class Prediction(AnyPrediction):
-    """What a detector finds in one image, highest score first.
+    """The boxes that a detector finds in one image, highest score first.
 
     Attributes:
         boxes: (N, 4) float32 x1 y1 x2 y2 in pixels of `image`.
@@ -79,6 +80,8 @@ class Prediction(AnyPrediction):
     def draw(self) -> Image.Image:
         """Return the image with its boxes, see `draw.draw_detections`."""
         found = {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
+        from detection.draw import draw_detections
+
         return Image.fromarray(draw_detections(self.image, found, self.class_names))
 
     def __len__(self) -> int:
@@ -91,7 +94,7 @@ class Prediction(AnyPrediction):
 
 @dataclass(frozen=True, eq=False)
 class ClassPrediction(AnyPrediction):
-    """What a classifier makes of one image.
+    """The class probabilities of one image.
 
     Attributes:
         probabilities: (K,) float32, they add up to 1; number k belongs to class_names[k].
@@ -110,7 +113,31 @@ class ClassPrediction(AnyPrediction):
 
     def draw(self) -> Image.Image:
         """Return the image with its five likeliest classes in the corner, sized as a detector's."""
+        from detection.draw import draw_classes
+
         return Image.fromarray(draw_classes(self.image, self.top()))
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {probability:.3f}" for name, probability in self.top())
+
+
+def read_category_ids(run: Run) -> tuple[tuple[int, ...], Path | None]:
+    """Return COCO's category of label 1, 2, ..., K, and the file that says so.
+
+    That is run.json. Runs of earlier versions have them there not yet, and other ones than 1..K only if they are on
+    COCO files: then their annotation file says it. Where that is gone, or has other classes by now, it is 1..K and no
+    file.
+    """
+    recorded, config = run.info().category_ids, run.config
+    if recorded is not None:
+        return tuple(recorded), run.folder / "run.json"
+    classes = config.data.classes
+    numbers = tuple(range(1, len(classes) + 1))
+    if config.data.format != "coco":
+        return numbers, None
+    path = config.data.root / config.data.val[0]
+    try:
+        id_of = {item["name"]: int(item["id"]) for item in json.loads(path.read_text("utf-8"))["categories"]}
+        return tuple(id_of[name] for name in classes), path
+    except (OSError, ValueError, KeyError, TypeError):
+        return numbers, None

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from detection.config.registry import register_recipe
 from detection.config.schema import Classifier, Data, Evaluation, ImageData, Model, Recipe
 
+DEFAULT_TASK = "detection"  # of files that name none
+
 
 @register_recipe
 class DetectionRecipe(Recipe):

@@ -17,7 +17,6 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 
 from detection.config import Recipe, flatten, require_same
-from detection.curves import plot_curves, plot_dynamics
 from detection.files import require_writable
 from detection.records import EpochLog, Evaluation
 from detection.runs import Run, RunInfo, Weights, describe_environment
@@ -90,8 +89,9 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
         FileExistsError: there is something in it already.
         FileNotFoundError: with `resume`, there is no run.
         ImportError: TensorBoard is missing.
-        ValueError: with `resume`, the run has another recipe.
+        ValueError: the recipe names something that is not registered, or with `resume`, the run has another recipe.
     """
+    task_of(config).check_names()
     if resume:
         require_same(flatten(Run.open(folder).config), config, str(folder))
     else:
@@ -199,10 +199,14 @@ def fit(trainer: Trainer, info: RunInfo, *, resume: bool) -> EpochLog:
 
 def leave_pictures(run: Run) -> None:
     """Draw the curves of a run's log into its folder."""
-    history = [line.to_json() for line in run.history()]
-    plot_curves(history, run.folder / "curves.png")
-    if "v_th" in history[-1]:
-        plot_dynamics(history, run.folder / "dynamics.png")
+    from detection.curves import draw_curves, draw_dynamics, draw_potentials  # which bring matplotlib, slow to import
+    from detection.figures import save_png
+
+    task, history = task_of(run.config), run.history()
+    save_png(draw_curves(history, task.metrics, task.score), run.folder / "curves.png")
+    dynamics = draw_dynamics(history)
+    if dynamics:
+        save_png(dynamics + draw_potentials(history), run.folder / "dynamics.png")
 
 
 def tell_dropped(**splits: Dataset) -> None:
@@ -229,7 +233,7 @@ def load_model(run: Run, weights: Weights = "last") -> nn.Module:
 
 
 def load_for_evaluation(run: Run, weights: Weights = "last") -> tuple[nn.Module, Accelerator]:
-    """Return the network of a saved run as its own evaluation had it, on the device and with the precision of its recipe.
+    """Return the network of a saved run as its own evaluation had it, on the device and in the precision of its recipe.
 
     Raises:
         FileNotFoundError: the run has no such weights.

@@ -22,7 +22,7 @@ VERSION = 2  # of the checkpoint's keys; 1, without a version in it, was that of
 
 @dataclass
 class Progress:
-    """How far a training is.
+    """The place that a training has come to.
 
     Attributes:
         epoch: the one under way, from 1; one more than there are when all are done.
@@ -45,17 +45,17 @@ class Progress:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def count(self, name: str, value: Tensor) -> None:
-        """Adds a value of this step to a sum."""
+        """Add a value of this step to a sum."""
         self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     def next_epoch(self) -> None:
-        """Goes on to the beginning of the next epoch."""
+        """Go on to the beginning of the next epoch."""
         self.epoch, self.step, self.seconds, self.num_images, self.sums = self.epoch + 1, 0, 0.0, 0, {}
 
 
 @dataclass
 class ProcessState:
-    """What each process of a training has of its own.
+    """The part of the state that each process of a training has for itself.
 
     Attributes:
         random: `random_states`.
@@ -112,15 +112,18 @@ class Checkpoint:
         if not path.is_file():
             return None
         tensors, tree = read_tensors(path)
-        if not tree:
-            raise ValueError(f"{path}: not the checkpoint of a training")
-        content = _unpack(json.loads(tree), tensors)
-        version = content.pop("version", 1) if isinstance(content, dict) else None
+        try:
+            content = _unpack(json.loads(tree), tensors)
+            version = content.pop("version", 1)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ValueError(f"{path}: not the checkpoint of a training") from None
         if version != VERSION:
             raise ValueError(
                 f"{path}: a checkpoint of version {version}, this program reads version {VERSION}; finish that "
                 "training with the version that began it (its run.json), or start a new one"
             )
+        if content.keys() != {entry.name for entry in fields(cls)}:
+            raise ValueError(f"{path}: not the checkpoint of a training; it has the keys {', '.join(content)}")
         return cls(**content)
 
 
@@ -139,7 +142,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Sets what `random_states` gave."""
+    """Set what `random_states` gave."""
     random.setstate(states["python"])
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

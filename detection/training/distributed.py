@@ -21,7 +21,7 @@ def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
 
 @torch.no_grad()
 def share_buffers(model: nn.Module) -> None:
-    """Gives every process the main one's running averages, which are saved: since the last step each has its own."""
+    """Give every process the main one's running averages, which are saved: since the last step each has its own."""
     for buffer in model.buffers():
         buffer.copy_(broadcast(buffer))
 

@@ -36,7 +36,7 @@ class StopSignals:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Signals are noted while the context is open; in the main thread only, as Python allows no others."""
+        """Note signals while the context is open; in the main thread only, as Python allows no others."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -66,7 +66,7 @@ class StopSignals:
 
 
 class SaveClock:
-    """When the next state is due.
+    """The clock of the next state.
 
     Args:
         minutes: between saves; 0: never by time.

@@ -47,7 +47,7 @@ class Batches(Protocol):
 
 
 class Goal(Protocol):
-    """What a task tells the trainer.
+    """The part of a task that the trainer asks.
 
     Attributes:
         best_by: the metric whose highest value decides which weights are kept as "best".

@@ -3,48 +3,31 @@
 
     s = 1/n * number of i in 1..n with z >= 2 E i / (n + 1)
 
-is the method's spike for n = 1, and approaches the ramp clip(z / 2E, 0, 1) for large n.
+is the method's spike for n = 1, and approaches the ramp clip(z / 2E, 0, 1) for large n. It is the neuron `graded` of
+n + 1 levels:
 
     python results/c2_cifar10_vgg11_levels/train.py configs/cifar10_vgg11.yaml --levels 3 --out runs/levels3
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-import backbones.hoyer
-from detection.checkpoint import command_line
-from detection.classification import train_classifier
-from detection.cli import parse_recipe, recipe_parser, run_tool
-from detection.config import ClassificationConfig
+from detection.cli.common import parse_recipe, recipe_parser, run_verb
+from detection.config import set_values
+from detection.runs import command_line
+from detection.tasks.run import train_run
 
 
-def staircase(num_levels: int):
-    """`backbones.hoyer.spike` with `num_levels` steps."""
-
-    def spike(z: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
-        steps = [(z >= threshold * (2 * i / (num_levels + 1))).to(z.dtype) for i in range(1, num_levels + 1)]
-        hard = sum(steps) / num_levels
-        if not (torch.is_grad_enabled() and z.requires_grad):
-            return hard
-        g = 0.5 * F.hardtanh(z, 0.0, 2.0)
-        return hard + (g - g.detach())
-
-    return spike
-
-
-def main() -> None:
-    parser = recipe_parser(__doc__)
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Train with spikes of so many steps."""
+    parser = recipe_parser(__doc__, prog)
     parser.add_argument("--levels", type=int, required=True, help="n")
     parser.add_argument("--out", required=True, help="folder of the new run")
-    config, options = parse_recipe(parser, sys.argv[1:], ClassificationConfig)
-    backbones.hoyer.spike = staircase(options.levels)
-    train_classifier(config, options.out, command_line())
+    config, options = parse_recipe(parser, arguments)
+    graded = {"model.backbone.activation": "graded", "model.backbone.levels": options.levels + 1}
+    train_run(set_values(config, graded), options.out, command_line())
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_verb(main)

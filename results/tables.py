@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Writes every table of measured numbers from the logs: results/README.md, and marked parts of two other pages.
+"""Write every table of measured numbers from the logs: results/README.md, and marked parts of two other pages.
 
 With --check nothing is written: the status is 1, and the files are named, if they say something else than the logs.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from backbones import zoo
-from detection.checkpoint import Run
-from detection.cli import run_tool
-from detection.config import FREE_KEYS, Recipe, flatten
-from detection.report import describe_network
+from detection.cli.common import make_parser, run_verb
+from detection.config import FREE_KEYS, Recipe, flatten, recipe_kinds
+from detection.records import EpochLog
+from detection.runs import Run
+from detection.tasks import task_of
 
 HEADER = """# Real runs
 
-Made from the logs by `python tools/results.py`. Metrics are those of the last epoch's weights, not of the best epoch.
+Made from the logs by `python results/tables.py`. Metrics are those of the last epoch's weights, not of the best epoch.
 The twin is the run of the same recipe with ReLU, the gap how far it is ahead, in points. Activity is the share of
 spiking neurons that fire per image on the evaluation images; energy is that of all operations, at 45 nm, in units of
-the twin's (`tools/analyze.py`). Where several runs of one recipe stand in a folder, its README compares them.
+the twin's (`hoyer-det analyze`). Where several runs of one recipe stand in a folder, its README compares them.
 """
-ZOO = """These networks come with the package: `detection.load("zoo:NAME")`, or `zoo:NAME` wherever a tool takes a run.
-Weights of convolutions and linear layers are stored in 16 bits, and measured so."""
-METRICS = {"detection": ("AP50", "AP"), "classification": ("top1", "top5")}
+ZOO = """These networks come with the package: `detection.load("zoo:NAME")`, or `zoo:NAME` wherever a command takes a
+run. Weights of convolutions and linear layers are stored in 16 bits, and measured so."""
 DATA = {"scenes": "drawn scenes", "bccd": "BCCD", "coco128": "COCO128", "cifar10": "CIFAR-10 (JPEG)"}
 # What README.md shows: one run of each kind.
 BEST = (
@@ -50,11 +49,12 @@ NETWORKS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Write the tables, or compare them."""
+    parser = make_parser(__doc__, prog)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="folder of run folders")
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     folder = options.folder
     runs = read_runs(folder)
     files = {folder / "README.md": results_page(folder, runs)}
@@ -68,7 +68,7 @@ def main() -> None:
     different = [path for path, text in files.items() if not path.is_file() or path.read_text("utf-8") != text]
     if options.check:
         for path in different:
-            print(f"{path}: says something else than the logs; python tools/results.py writes it", file=sys.stderr)
+            print(f"{path}: says something else than the logs; python results/tables.py writes it", file=sys.stderr)
         if different:
             sys.exit(1)
         return
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The finished runs in `folder`; unfinished ones are named on standard error.
+    """Return the finished runs in `folder`; unfinished ones are named on standard error.
 
     Raises:
         FileNotFoundError: there is none.
@@ -100,7 +100,7 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def twin_of(run: Run, runs: Iterable[Run]) -> Run | None:
-    """The analogue run of the same recipe, one in the same folder first; None for an analogue run."""
+    """Return the analogue run of the same recipe, one in the same folder first; None for an analogue run."""
     if run.config.model.backbone.activation == "relu":
         return None
 
@@ -114,7 +114,7 @@ def twin_of(run: Run, runs: Iterable[Run]) -> Run | None:
 
 
 def energy_ratio(run: Run) -> str:
-    """Energy of operations in units of the twin's, of the run's own analysis, or nothing."""
+    """Return the energy of operations in units of the twin's, of the run's own analysis, or nothing."""
     path = run.folder / "analysis" / "analysis.json"
     if not path.is_file():
         return ""
@@ -124,68 +124,77 @@ def energy_ratio(run: Run) -> str:
         raise ValueError(f"{path}: damaged, or no analysis ({error!r})") from None
 
 
-def last_line(run: Run) -> dict[str, Any]:
-    """The last line of a run's log.
+def headline(run: Run) -> tuple[str, ...]:
+    """Return the metrics of the run's task that stand in tables."""
+    return task_of(run.config).headline
+
+
+def last_line(run: Run) -> EpochLog:
+    """Return the last line of a run's log.
 
     Raises:
         ValueError: it has no metrics.
     """
-    log, metric = run.history(), METRICS[run.config.task][0]
-    if not log or metric not in log[-1]:
+    line, metric = run.history()[-1], headline(run)[0]
+    if metric not in line.metrics:
         raise ValueError(f"{run.folder / 'metrics.jsonl'}: its last line has no {metric}")
-    return log[-1]
+    return line
 
 
 def minutes(run: Run) -> float:
-    return sum(line["seconds"] + line.get("eval_seconds", 0.0) for line in run.history()) / 60
+    """Return how long training and evaluations took."""
+    return sum((line.seconds or 0.0) + (line.eval_seconds or 0.0) for line in run.history()) / 60
 
 
 def run_row(folder: Path, run: Run, runs: Sequence[Run]) -> list[str]:
-    """One run as the cells of its table."""
+    """Return one run as the cells of its table."""
     info, last = run.info(), last_line(run)
-    if "last.safetensors" not in info["sha256"]:
+    if "last.safetensors" not in info.sha256:
         raise ValueError(f"{run.folder / 'run.json'}: has no SHA-256 of last.safetensors")
-    first, second = METRICS[run.config.task]
-    twin, theirs, ahead = twin_of(run, runs), "", ""
+    first, second = headline(run)
+    metrics, twin, theirs, ahead = last.metrics, twin_of(run, runs), "", ""
     if twin is not None:
-        value = last_line(twin)[first]
-        theirs, ahead = link(folder, twin, f"{value:.4f}"), f"{100 * (value - last[first]):.1f}"
-    machine = info["machine"]["gpu"] or f"{info['machine']['threads']} of {info['machine']['cores']} CPU cores"
+        value = last_line(twin).metrics[first]
+        theirs, ahead = link(folder, twin, f"{value:.4f}"), f"{100 * (value - metrics[first]):.1f}"
+    machine = info.machine.gpu or f"{info.machine.threads} of {info.machine.cores} CPU cores"
     return [
         link(folder, run),
         data_name(run),
-        describe_network(run.config),
-        str(last["epoch"]),
-        f"{last[first]:.4f}",
-        f"{last[second]:.4f}",
+        task_of(run.config).describe(),
+        str(last.epoch),
+        f"{metrics[first]:.4f}",
+        f"{metrics[second]:.4f}",
         theirs,
         ahead,
-        f"{last['activity']:.4f}" if "activity" in last else "",
+        f"{metrics['activity']:.4f}" if "activity" in metrics else "",
         energy_ratio(run),
         f"{minutes(run):.0f} on {machine}",
-        f"`{info['command']}`",
-        f"`{info['sha256']['last.safetensors'][:16]}`",
+        f"`{info.command}`",
+        f"`{info.sha256['last.safetensors'][:16]}`",
     ]
 
 
 def link(folder: Path, run: Run, text: str | None = None) -> str:
-    """To the run, by its name or `text`, for a page in `folder`."""
+    """Return a link to the run, by its name or `text`, for a page in `folder`."""
     name = run.folder.relative_to(folder).as_posix()
     return f"[{text or name}]({name}/)"
 
 
 def data_name(run: Run) -> str:
+    """Return the data set in words."""
     root = run.config.data.root.name
     return DATA.get(root, root)
 
 
 def results_page(folder: Path, runs: Sequence[Run]) -> str:
-    """The whole of results/README.md."""
+    """Return the whole of results/README.md."""
     parts = [HEADER]
-    for task, (first, second) in METRICS.items():
-        rows = [run_row(folder, run, runs) for run in runs if run.config.task == task]
-        names = ["run", "data", "network", "epochs", first, second, f"twin's {first}", "gap", "activity", "energy"]
+    for task in recipe_kinds():
+        ours = [run for run in runs if run.config.task == task]
+        rows = [run_row(folder, run, runs) for run in ours]
         if rows:
+            first, second = headline(ours[0])
+            names = ["run", "data", "network", "epochs", first, second, f"twin's {first}", "gap", "activity", "energy"]
             header = [*names, "minutes", "command", "SHA-256 of the weights"]
             parts.append(f"## {task.capitalize()}\n\n{markdown(header, rows)}")
     if rows := list(zoo_rows(folder)):
@@ -193,42 +202,42 @@ def results_page(folder: Path, runs: Sequence[Run]) -> str:
         parts.append(f"## Zoo\n\n{ZOO}\n\n{markdown(header, rows)}")
     if rows := list(export_rows(folder)):
         header = ["run", "file", "metric", "file's", "run's", "difference in points"]
-        title = "## Exported files\n\nAccuracy of ONNX files in ONNX Runtime, by `tools/export.py RUN ... --evaluate`."
+        title = "## Exported files\n\nAccuracy of ONNX files in ONNX Runtime, by `hoyer-det export RUN ... --evaluate`."
         parts.append(f"{title}\n\n{markdown(header, rows)}")
     return "\n".join(parts)
 
 
 def zoo_rows(folder: Path) -> Iterable[list[str]]:
-    """A row for each entry of the zoo that was trained by one of these runs."""
+    """Yield a row for each entry of the zoo that was trained by one of these runs."""
     for name in zoo.names():
         run = Run.open(f"{zoo.PREFIX}{name}")
         info, (line,) = run.info(), run.history()
-        trained = folder.parent / info.get("trained_in", "none")
+        trained = folder.parent / (info.trained_in or "none")
         if not trained.is_dir():
             continue
-        metric, weights, source = METRICS[run.config.task][0], run.folder / "last.safetensors", Run.open(trained)
+        metric, weights, source = headline(run)[0], run.folder / "last.safetensors", Run.open(trained)
         yield [
             f"`zoo:{name}`",
             data_name(run),
-            describe_network(run.config),
+            task_of(run.config).describe(),
             metric,
-            f"{line[metric]:.4f}",
-            f"{last_line(source)[metric]:.4f}",
+            f"{line.metrics[metric]:.4f}",
+            f"{last_line(source).metrics[metric]:.4f}",
             link(folder, source),
             f"{weights.stat().st_size / 1e6:.1f}",
-            f"`{info['sha256'][weights.name][:16]}`",
+            f"`{info.sha256[weights.name][:16]}`",
         ]
 
 
 def export_rows(folder: Path) -> Iterable[list[str]]:
-    """A row for each exported file that was evaluated."""
+    """Yield a row for each exported file that was evaluated."""
     for path in sorted(folder.rglob("export/*.json")):
-        described = json.loads(path.read_text("utf-8"))
-        metric = METRICS[described["task"]][0]
+        described, run = json.loads(path.read_text("utf-8")), Run.open(path.parent.parent)
+        metric = headline(run)[0]
         found, logged = (described["evaluation"][key][metric] for key in ("file", "run"))
         kind = "8 bits, analogue layers too" if described["analogue_int8"] else "8 bits where spikes come in"
         yield [
-            link(folder, Run.open(path.parent.parent)),
+            link(folder, run),
             f"[{kind if described['int8'] else 'float'}]({path.relative_to(folder).as_posix()})",
             metric,
             f"{found:.4f}",
@@ -238,18 +247,17 @@ def export_rows(folder: Path) -> Iterable[list[str]]:
 
 
 def best_table(folder: Path, runs: Sequence[Run]) -> str:
-    """The rows of README.md's table of what has been measured."""
+    """Return README.md's table of what has been measured."""
     rows, found = [], {run.folder.relative_to(folder).as_posix(): run for run in runs}
     for name, run in ((name, found[name]) for name in BEST if name in found):
-        metric = METRICS[run.config.task][0]
-        last, twin = last_line(run), twin_of(run, runs)
+        metric, metrics, twin = headline(run)[0], last_line(run).metrics, twin_of(run, runs)
         rows.append(
             [
                 f"[{data_name(run)}, {metric}](results/{name}/)",
-                describe_network(run.config),
-                f"{last[metric]:.3f}",
-                "" if twin is None else f"{last_line(twin)[metric]:.3f}",
-                f"{last['activity']:.1%}".replace("%", " %"),
+                task_of(run.config).describe(),
+                f"{metrics[metric]:.3f}",
+                "" if twin is None else f"{last_line(twin).metrics[metric]:.3f}",
+                f"{metrics['activity']:.1%}".replace("%", " %"),
                 energy_ratio(run),
             ]
         )
@@ -258,19 +266,20 @@ def best_table(folder: Path, runs: Sequence[Run]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def replace_parts(path: Path, parts: dict[str, Callable[[], str]]) -> str:
-    """The text of a file with each part between its two marks made anew.
+    """Return the text of a file with each part between its two marks made anew.
 
     Raises:
         ValueError: a mark is missing.
     """
     text = path.read_text("utf-8")
     for name, make in parts.items():
-        begin, end = f"<!-- {name}: made by tools/results.py -->\n", f"<!-- end of {name} -->\n"
+        begin, end = f"<!-- {name}: made by results/tables.py -->\n", f"<!-- end of {name} -->\n"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"{path}: needs the lines {begin.strip()!r} and {end.strip()!r} once")
         before, _, rest = text.partition(begin)
@@ -282,7 +291,7 @@ def replace_parts(path: Path, parts: dict[str, Callable[[], str]]) -> str:
 
 
 def read_benchmark(folder: Path, name: str) -> dict[str, Any]:
-    """A benchmark's log, see benchmarks/common.py."""
+    """Return a benchmark's log, see benchmarks/common.py."""
     path = folder / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such log; python benchmarks/run_all.py {name} makes it")
@@ -290,7 +299,7 @@ def read_benchmark(folder: Path, name: str) -> dict[str, Any]:
 
 
 def speed_tables(folder: Path) -> str:
-    """README.md's tables of inference and training, by the logs of two benchmarks."""
+    """Return README.md's tables of inference and training, by the logs of two benchmarks."""
     inference, training = read_benchmark(folder, "inference"), read_benchmark(folder, "training")
     first = [row for row in inference["rows"] if (row["batch"], row["threads"]) == (1, 1)]
     ratios = {(each["network"], each["ours"], each["other"]): each for each in training["ratios"]}
@@ -323,7 +332,7 @@ def speed_tables(folder: Path) -> str:
 
 
 def inference_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Speed of the files of each network; rows of one size of batch and number of threads."""
+    """Return the speed of the files of each network, from rows of one size of batch and number of threads."""
     speed = {(row["network"], row["form"]): row for row in rows}
     forms = {
         "onnx int8": "spiking, 8 bits",
@@ -341,12 +350,12 @@ def inference_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def cell(rows: dict[Any, dict[str, Any]], place: Any, key: str) -> str:
-    """A number of two digits after the point, or nothing where it was not measured."""
+    """Return a number of two digits after the point, or nothing where it was not measured."""
     return f"{rows[place][key]:.2f}" if place in rows else ""
 
 
 def benchmark_tables(folder: Path) -> str:
-    """The tables of benchmarks/README.md: all that four benchmarks have logged."""
+    """Return the tables of benchmarks/README.md: all that four benchmarks have logged."""
     layer, scaling = read_benchmark(folder, "spike_layer"), read_benchmark(folder, "scaling")
     training, inference = read_benchmark(folder, "training"), read_benchmark(folder, "inference")
     parts = ["### Spike layer, forward and backward\n"]
@@ -362,10 +371,15 @@ def benchmark_tables(folder: Path) -> str:
         here = [row for row in inference["rows"] if (row["batch"], row["threads"]) == (batch, threads)]
         parts.append(f"### Inference, batch {batch}, {threads} thread{'s' if threads > 1 else ''}\n")
         parts.append(f"Images per second in units of the twin's ONNX file in float.\n\n{inference_table(here)}")
-    parts.append("### Growth of a training step\n")
+    parts.append(f"### Growth of a training step\n\n{scaling_table(scaling['rows'])}")
+    return "\n".join(parts)
+
+
+def scaling_table(measured: Sequence[dict[str, Any]]) -> str:
+    """Return time and memory of both kinds of Hoyer network in units of the twin's, for each size."""
     rows = []
-    for series, value in dict.fromkeys((row["series"], row["value"]) for row in scaling["rows"]):
-        ways = {row["way"]: row for row in scaling["rows"] if (row["series"], row["value"]) == (series, value)}
+    for series, value in dict.fromkeys((row["series"], row["value"]) for row in measured):
+        ways = {row["way"]: row for row in measured if (row["series"], row["value"]) == (series, value)}
         quotients = [
             f"{ways[way][key] / ways['twin'][key]:.2f}"
             for way in ("hoyer", "hoyer low memory")
@@ -374,9 +388,8 @@ def benchmark_tables(folder: Path) -> str:
         size = f"{ways['twin']['seconds']:.3f} s, {ways['twin']['peak_bytes'] / 2**20:.0f} MiB"
         rows.append([f"{series} {value:g}", size, *quotients])
     header = ["", "twin", "Hoyer, time / twin's", "memory", "low memory, time", "memory"]
-    parts.append(markdown(header, rows))
-    return "\n".join(parts)
+    return markdown(header, rows)
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_verb(main)

@@ -1,4 +1,4 @@
-"""Which detections are right, and what is missed."""
+"""Right and wrong detections of an image, and the boxes that are missed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torchvision.ops import box_iou
 
-from detection.data import Record
+from detection.data.records import Record
 
 IOU_THRESHOLD = 0.5
 
@@ -52,7 +52,7 @@ class Match:
 
 
 def match(record: Record, detections: Iterable[Sequence[float]]) -> Match:
-    """Which detections of an image find a box, by VOC's rule as in `precision_recall`, at IoU 0.5.
+    """Match the detections of an image with its boxes, by VOC's rule as in `precision_recall`, at IoU 0.5.
 
     Args:
         record: the image and its boxes.

@@ -1,0 +1,157 @@
+"""Train variants of a recipe with several seeds, and compare them in a table and a plot.
+
+Each run goes to OUT/VARIANT_seedN. Finished runs are left as they are and an unfinished one goes on from its last saved
+state, so an interrupted comparison goes on where it stopped, and more seeds can be added later. OUT/README.md and
+OUT/ablation.png are made from the logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from detection.cli.common import make_parser
+from detection.config import FREE_KEYS, find_recipe, flatten, override, read_recipe, require_same
+from detection.records import EpochLog
+
+VARIANTS = {
+    "hoyer": [],
+    "relu": ["--model.backbone.activation", "relu"],
+    "fixed": ["--model.backbone.activation", "fixed"],
+    "no_regulariser": ["--hoyer.weight", "0"],
+    "layer_extremum": ["--model.backbone.extremum", "layer"],
+    "channel_extremum": ["--model.backbone.extremum", "channel"],
+    "norm_before_pool": ["--model.backbone.pool_first", "False"],
+}
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Train the runs that a command line names, and compare them."""
+    parser = build_parser(prog)
+    options, common = parser.parse_known_args(arguments)
+    parsed = [parse_variant(text) for text in options.variants]
+    variants = dict(parsed)
+    if len(variants) < len(parsed):
+        raise ValueError(f"--variants {' '.join(options.variants)}: a name stands there twice")
+    path = find_recipe(options.config)
+    recipe = read_recipe(path)
+    recipes = {  # all of them, before hours are spent on some
+        name: override(recipe, [*common, *overrides], prog=f"{parser.prog}, {name}")
+        for name, overrides in variants.items()
+    }
+
+    from detection.tasks import task_of
+
+    for name, each in recipes.items():
+        task_of(each).check_names(f"--variants {name}")
+    for seed in options.seeds:
+        for name, overrides in variants.items():
+            train(path, options.out / f"{name}_seed{seed}", [*common, *overrides], seed)
+    compare(options.out, variants)
+
+
+def build_parser(prog: str | None) -> argparse.ArgumentParser:
+    """Return the parser of the verb."""
+    parser = make_parser(__doc__, prog)
+    parser.add_argument("config", metavar="RECIPE", help="a YAML file, or a name of `hoyer-det recipes`")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, the table and the plot")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of every variant (default: 0)")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["hoyer", "relu", "fixed", "no_regulariser"],
+        metavar="NAME",
+        help=f"of {', '.join(VARIANTS)}, or NAME='OVERRIDES'; the first is what the others are compared with",
+    )
+    parser.epilog = (
+        "Further arguments are overrides of the recipe, for all variants, whose own overrides come after them."
+    )
+    return parser
+
+
+def parse_variant(text: str) -> tuple[str, list[str]]:
+    """Return a variant's name and its overrides.
+
+    Raises:
+        ValueError: neither a known name nor NAME=OVERRIDES.
+    """
+    name, equals, overrides = text.partition("=")
+    if not equals and name not in VARIANTS:
+        raise ValueError(f"--variants {name}: unknown (allowed: {', '.join(VARIANTS)}, or NAME='OVERRIDES')")
+    if not re.fullmatch(r"[A-Za-z0-9-]+(_[A-Za-z0-9-]+)*", name) or "_seed" in name:
+        raise ValueError(
+            f"--variants {text}: the name becomes part of a folder's (allowed: letters, digits, '-' and '_', not _seed)"
+        )
+    return name, shlex.split(overrides) if equals else VARIANTS[name]
+
+
+def train(recipe: Path, folder: Path, overrides: Sequence[str], seed: int) -> None:
+    """Train one run in a process of its own, unless it is finished already.
+
+    Raises:
+        ChildProcessError: it failed; its own message stands above.
+    """
+    if (folder / "config.yaml").is_file():
+        from detection.runs import Run
+
+        run = Run.open(folder)
+        wanted = override(read_recipe(recipe), [*overrides, "--train.seed", str(seed)])
+        # Classes are filled in from the data.
+        require_same(flatten(run.config), wanted, str(folder), free=FREE_KEYS | {"data.classes"})
+        if run.finished:
+            print(f"{folder}: finished already")
+            return
+        arguments = ["--resume", str(folder), "--data.root", str(wanted.data.root)]
+    else:
+        arguments = [str(recipe), *overrides, "--train.seed", str(seed), "--out", str(folder)]
+    print(f"{folder}: hoyer-det train {shlex.join(arguments)}", flush=True)
+    # The package of this process, wherever it lies.
+    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+    if subprocess.run([sys.executable, "-m", "detection", "train", *arguments], env=environment).returncode:
+        raise ChildProcessError(f"{folder}: this run failed, see above; the finished ones are kept")
+
+
+def compare(out: Path, variants: Mapping[str, Sequence[str]]) -> None:
+    """Write the table and the plot of all finished runs of the variants in `out`."""
+    from detection.curves import draw_comparison
+    from detection.figures import save_png
+    from detection.runs import Run, command_line
+    from detection.tasks import task_of
+
+    lines: dict[str, list[EpochLog]] = {}
+    for name in variants:
+        folders = [folder for folder in out.glob(f"{name}_seed*/") if folder.name.rpartition("_seed")[2].isdecimal()]
+        runs = [Run.open(folder) for folder in sorted(folders, key=lambda folder: int(folder.name.split("_seed")[1]))]
+        lines[name] = [run.history()[-1] for run in runs if run.finished]
+        metric = task_of(runs[0].config).headline[0]
+    values = {name: [line.metrics[metric] for line in found] for name, found in lines.items()}
+    first = next(iter(values))
+    rows = [
+        f"# Variants of one recipe\n\nMade from the logs by `{shlex.join(command_line())}`: {metric} and spike "
+        "activity of the last epoch, mean and standard deviation over the seeds.\n",
+        f"| variant | override | seeds | {metric} | minus {first} | spike activity |\n|---|---|---|---|---|---|",
+    ]
+    for name, found in values.items():
+        activity = [line.metrics["activity"] for line in lines[name] if "activity" in line.metrics]
+        changed = f"`{shlex.join(variants[name])}`" if variants[name] else "none"
+        gap = "" if name == first else f"{statistics.mean(found) - statistics.mean(values[first]):+.4f}"
+        spikes = spread(activity) if activity else "none"
+        rows.append(f"| {name} | {changed} | {len(found)} | {spread(found)} | {gap} | {spikes} |")
+    rows.append("\n![Variants](ablation.png)\n")
+    (out / "README.md").write_text("\n".join(rows), encoding="utf-8")
+    save_png(draw_comparison(values, f"{metric}, in [0, 1]"), out / "ablation.png")
+    print(f"{out / 'README.md'}, {out / 'ablation.png'}")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean, and the standard deviation where there are several values."""
+    text = f"{statistics.mean(values):.4f}"
+    return f"{text} ± {statistics.stdev(values):.4f}" if len(values) > 1 else text

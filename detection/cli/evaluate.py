@@ -1,0 +1,66 @@
+"""Evaluate a saved run again, beside its log: accuracy, or COCO's 12 numbers, VOC's AP50 and AP per class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from detection.cli.common import check_run, saved_run_parser, table_console
+
+if TYPE_CHECKING:
+    from detection.records import Evaluation
+    from detection.tasks.base import Task
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Evaluate the run of a command line and print a table of its numbers, now and logged."""
+    parser = saved_run_parser(__doc__, prog)
+    parser.add_argument(
+        "--save",
+        metavar="FOLDER",
+        help="detectors: new folder for predictions.json (COCO results), metrics.json and pictures",
+    )
+    options = parser.parse_args(arguments)
+    check_run(options.run)
+
+    from accelerate import PartialState
+    from rich.table import Table
+
+    from detection.api import evaluate
+    from detection.runs import Run
+    from detection.tasks import task_of
+
+    found = evaluate(options.run, options.weights, data_root=options.data_root, save=options.save)
+    if not PartialState().is_main_process:  # of several, one tells
+        return
+    task, logged = task_of(Run.open(options.run).config), found.logged
+    before = logged.metrics
+    title = f"{options.run}, {options.weights} weights"
+    table = Table("metric", "now", f"logged in epoch {logged.epoch}", title=title)
+    for key, value in found.metrics.items():
+        table.add_row(key, shown(value), shown(before.get(key)))
+    logged_rows = dict(rows(task, logged.evaluation)) if logged.evaluation else {}
+    for name, value in rows(task, found.evaluation):
+        table.add_row(name, shown(value), shown(logged_rows.get(name)))
+    table_console().print(table)
+    different = ", ".join(found.different)
+    print(f"not equal to the log: {different}" if different else "equal to the log in every digit")
+
+
+def rows(task: Task, evaluation: Evaluation) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of an evaluation's tables by name: single ones, then the first metric of each class."""
+    for table in sorted(
+        evaluation.tables.values(), key=lambda table: any(isinstance(row, dict) for row in table.values())
+    ):
+        for name, value in table.items():
+            if isinstance(value, dict):
+                yield f"{task.best_by} {name}", value[task.best_by]
+            else:
+                yield task.words.get(name, name), value
+
+
+def shown(value: float | None) -> str:
+    """Return four digits; COCO's -1, of what has no objects, in words; nothing for a number that is not there."""
+    if value is None:
+        return ""
+    return "no objects" if value == -1 else f"{value:.4f}"

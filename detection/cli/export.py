@@ -1,0 +1,83 @@
+"""Write a saved run as a file for other programs: ONNX (floating point or integers), torch.export or NIR, checked.
+
+Beside the file lies NAME.json, which says what it takes and gives, and how well it agreed with PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from detection.cli.common import check_run, saved_run_parser, table_console
+
+FORMATS = ("onnx", "torch", "nir")
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Export the run of a command line and print how well the file agrees."""
+    parser = saved_run_parser(__doc__, prog)
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
+    parser.add_argument(
+        "--int8", action="store_true", help="int8 weights and integer thresholds wherever a layer sees spikes"
+    )
+    parser.add_argument(
+        "--analogue-int8",
+        action="store_true",
+        help="with --int8: 8 bits for analogue convolutions too, but the first and those of prediction",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="new file (default: model.onnx, ... in the run folder, of zoo:NAME in runs/zoo/NAME)",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        metavar="N",
+        help="with --int8: training images to set thresholds on (64 for a detector, 256 for a classifier)",
+    )
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="measure an ONNX file's accuracy on the evaluation images, beside what the run has logged",
+    )
+    parser.add_argument("--height", type=int, help="of the images, with --width: that size only (default: free)")
+    parser.add_argument("--width", type=int)
+    options = parser.parse_args(arguments)
+    if not options.int8 and options.calibration is not None:
+        parser.error("--calibration belongs to --int8, which sets its thresholds on images")
+    if not (options.int8 or options.evaluate) and options.data_root is not None:
+        parser.error("--data.root belongs to --int8 and --evaluate, which need images")
+    check_run(options.run)
+
+    from detection.exporters import export_run
+
+    path, description = export_run(
+        options.run,
+        options.format,
+        options.out,
+        weights=options.weights,
+        int8=options.int8,
+        analogue=options.analogue_int8,
+        data_root=options.data_root,
+        num_calibration=options.calibration,
+        height=options.height,
+        width=options.width,
+        evaluate=options.evaluate,
+    )
+    parity = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in description["parity"].items())
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, beside it {path.name}.json")
+    print(f"agrees with PyTorch: {parity}")
+    if options.evaluate:
+        print_evaluation(str(path), **description["evaluation"])
+
+
+def print_evaluation(title: str, file: dict[str, float], run: dict[str, float]) -> None:
+    """Print the metrics of a file beside those that its run has logged."""
+    from rich.table import Table
+
+    table = Table("metric", "file", "logged by the run", title=title)
+    for key, value in file.items():
+        table.add_row(key, f"{value:.4f}", f"{run[key]:.4f}")
+    table_console().print(table)

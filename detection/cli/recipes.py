@@ -1,0 +1,63 @@
+"""List the recipes that come with the package, show one, or copy one into a folder to change it there."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from detection.cli.common import make_parser, table_console
+from detection.config import find_recipe, read_recipe, recipe_names
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """List, show or copy recipes, as a command line says."""
+    parser = make_parser(__doc__, prog)
+    actions = parser.add_subparsers(dest="action", metavar="{list,show,copy}")
+    actions.add_parser("list", help="a table of all recipes (also without any argument)")
+    actions.add_parser("show", help="the text of a recipe").add_argument("name", metavar="NAME")
+    copying = actions.add_parser("copy", help="a copy of a recipe")
+    copying.add_argument("name", metavar="NAME")
+    copying.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path(), help="default: this one")
+    options = parser.parse_args(arguments)
+    if options.action == "show":
+        print(find_recipe(options.name).read_text(encoding="utf-8"), end="")
+    elif options.action == "copy":
+        print(copy(options.name, options.folder))
+    else:
+        print_table()
+
+
+def print_table() -> None:
+    """Print a row per recipe: its name, its task and the first sentence of its comment."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("name", "task", "recipe", title="hoyer-det train NAME")
+    for name in recipe_names():
+        path = find_recipe(name)
+        table.add_row(name, read_recipe(path).task, escape(first_sentence(path.read_text(encoding="utf-8"))))
+    table_console().print(table)
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of the comment that a recipe begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("# ") and line[2] != " ", text.splitlines())
+    comment = " ".join(line[2:].strip() for line in lines)
+    return comment.partition(". ")[0].removesuffix(".")
+
+
+def copy(name: str, folder: Path) -> Path:
+    """Copy a recipe into a folder, which is made if need be, and return the new file.
+
+    Raises:
+        FileExistsError: there is one of that name already.
+        FileNotFoundError: there is no such recipe.
+    """
+    source = find_recipe(name)
+    target = folder / source.name
+    if target.exists():
+        raise FileExistsError(f"{target} exists already; name another folder, or remove it first")
+    folder.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(source.read_bytes())
+    return target

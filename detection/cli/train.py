@@ -1,0 +1,40 @@
+"""Train by a recipe and leave a run folder: config, log, weights, curves, pictures.
+
+The recipe says what is trained: a detector, or a classifier, such as to pretrain a detector's backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from detection.cli.common import parse_recipe, recipe_parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Train as a command line says, print the last epoch's metrics and the files of the run folder."""
+    parser = recipe_parser(__doc__, prog)
+    parser.usage = "%(prog)s RECIPE [options] [--section.key VALUE ...]\n       %(prog)s --resume RUN [options]"
+    parser.add_argument("--out", help="folder of the new run (default: runs/NAME of the recipe)")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted, as if it had not been")
+    parser.add_argument("--download", action="store_true", help="fetch VOC, COCO or CIFAR first, if missing")
+    config, options = parse_recipe(parser, arguments)
+    folder = Path(options.resume or options.out or Path("runs") / options.config.stem)
+
+    from accelerate import PartialState
+
+    from detection.runs import Run, command_line
+    from detection.tasks import task_of
+    from detection.tasks.run import train_run
+
+    if options.resume and Run.open(folder).finished:
+        print(f"{folder}: finished already, nothing to go on with")
+        return
+    task = task_of(config)
+    task.check_names(options.config)
+    line = train_run(config, folder, command_line(), download=options.download, resume=bool(options.resume))
+    if not PartialState().is_main_process:  # of several, one tells
+        return
+    numbers = [f"{key} {line.metrics[key]:.4f}" for key in (*task.shown, "activity") if key in line.metrics]
+    print(f"{'  '.join(numbers)}  run folder: {folder}")
+    print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")

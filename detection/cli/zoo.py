@@ -1,0 +1,233 @@
+"""List the networks of the zoo, or add a trained run to it: as "zoo:NAME" it then comes with the package.
+
+`add` stores the weights of convolutions and linear layers in 16 bits and everything else as it is, evaluates what it
+has stored, and logs these numbers. The entry is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from detection.cli.common import add_saved_run_options, check_run, make_parser, table_console
+from detection.config import Recipe, save_config
+from detection.files import require_writable
+from detection.records import EpochLog, RunInfo, Weights
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor, nn
+
+    from detection.runs import Run
+
+MAX_BYTES = 10_000_000  # an entry lies in the repository and in every installation
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """List the zoo or add an entry, as a command line says."""
+    parser = make_parser(__doc__, prog)
+    actions = parser.add_subparsers(dest="action", metavar="{list,add}")
+    actions.add_parser("list", help="a table of all entries (also without any argument)")
+    adding = actions.add_parser("add", help="makes an entry of a run")
+    adding.add_argument("run", help="folder of a finished run")
+    adding.add_argument("name", help="of the new entry: a to z, 0 to 9 and _")
+    add_saved_run_options(adding)
+    adding.add_argument(
+        "--trained-in",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the repository that keeps the training's log; its run.json must have these weights' SHA-256",
+    )
+    options = parser.parse_args(arguments)
+    if options.action == "add":
+        add(options.run, options.name, options.weights, options.data_root, options.trained_in)
+    else:
+        table_console().print(table())
+
+
+def table() -> Table:
+    """Return a row per entry."""
+    from rich.table import Table
+
+    from backbones import zoo
+    from detection.runs import Run
+    from detection.tasks import task_of
+
+    columns = ("name", "task", "network", "data", "metric", "activity", "MB", "SHA-256")
+    listed = Table(*columns, title="zoo")
+    for name in zoo.names():
+        run = Run.open(f"{zoo.PREFIX}{name}")
+        (line,), model, task = run.history(), run.config.model, task_of(run.config)
+        network = f"{model.backbone.name} x{model.backbone.width:g}"
+        detector = getattr(model, "detector", None)
+        metrics = ", ".join(f"{key} {line.metrics[key]:.4f}" for key in task.shown)
+        activity = f"{line.metrics['activity']:.4f}" if "activity" in line.metrics else "none"
+        size = (run.folder / "last.safetensors").stat().st_size / 1e6
+        digest = run.info().sha256["last.safetensors"][:16]
+        network = f"{detector}, {network}" if detector else network
+        listed.add_row(name, task.name, network, run.config.data.root.name, metrics, activity, f"{size:.1f}", digest)
+    return listed
+
+
+def add(
+    folder: str, name: str, weights: Weights, data_root: Path | None = None, trained_in: Path | None = None
+) -> None:
+    """Make the entry NAME of a run and say what the shorter weights have changed.
+
+    Raises:
+        FileExistsError: the name is taken.
+        FileNotFoundError: no such run, weights, log or data.
+        ValueError: the name is not allowed, the run is not finished, its weights are not those that it or `trained_in`
+            says, or do not fit into `MAX_BYTES` or 16 bits.
+    """
+    from backbones import tensors_to_bytes, zoo
+    from detection.runs import Run, describe_environment
+    from detection.tasks import task_of
+    from detection.tasks.run import load_model, read_evaluation_data
+
+    if not zoo.NAME.fullmatch(name):
+        raise ValueError(f"name {name!r}: not allowed for an entry of the zoo (allowed: a to z, 0 to 9 and _)")
+    entry = zoo.FOLDER / name
+    if entry.exists():
+        raise FileExistsError(f"{zoo.PREFIX}{name} exists already; choose another name, or remove {entry} first")
+    require_writable(zoo.FOLDER)
+    check_run(folder)
+    run = Run.open(folder, data_root)
+    origin = read_origin(run, weights, trained_in)
+    task = task_of(run.config)
+    before = run.logged(weights, task.best_by)
+    model = load_model(run, weights)
+    content = tensors_to_bytes(shorten(model))
+    if len(content) > MAX_BYTES:
+        raise ValueError(
+            f"{folder}: its weights take {len(content) / 1e6:.1f} MB in the zoo (allowed: {MAX_BYTES / 1e6:g} MB)"
+        )
+    here = describe_environment([])
+    facts = {
+        "versions": here.versions,
+        "machine": here.machine,
+        "backbone": run.config.model.backbone.model_dump(exclude={"weights"}),
+        "sha256": {"last.safetensors": hashlib.sha256(content).hexdigest()},
+        **task.facts(read_evaluation_data(run)),
+    }
+    line = store(entry, run, content, origin.model_copy(update=facts), stored_line(before, model))
+    print_changes(f"{zoo.PREFIX}{name}", before, line, task.shown)
+    print(f"{zoo.PREFIX}{name}: {len(content) / 1e6:.1f} MB, {entry}")
+
+
+def stored_line(line: EpochLog, model: nn.Module) -> EpochLog:
+    """Return the log line of an entry but its evaluation: one epoch's times would pass for those of the training."""
+    from backbones import logged_state
+
+    left_out = {"ema": None, "seconds": None, "images_per_second": None, "eval_seconds": None}
+    return line.model_copy(update=left_out | {"layers": line.layers | logged_state(model)})
+
+
+def store(entry: Path, run: Run, content: bytes, info: RunInfo, line: EpochLog) -> EpochLog:
+    """Write the files of an entry, evaluate what is stored, and return the line with that evaluation."""
+    from detection.runs import Run
+    from detection.tasks.run import evaluate_run
+
+    part = entry.with_name(f".{entry.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a call that was killed
+    try:
+        part.mkdir()
+        save_config(without_places(Run.open(run.folder).config), part / "config.yaml")
+        (part / "last.safetensors").write_bytes(content)
+        stored = Run(part, run.config)
+        stored.write_info(info)
+        stored.log(line)
+        evaluation, _ = evaluate_run(part, data_root=run.config.data.root)
+        stored.forget_after(0)
+        line = line.model_copy(update={"evaluation": evaluation})
+        stored.log(line)
+        os.replace(part, entry)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return line
+
+
+def print_changes(title: str, before: EpochLog, after: EpochLog, keys: Sequence[str]) -> None:
+    """Print the metrics of the training beside those of what is stored."""
+    from rich.table import Table
+
+    changes = Table("metric", "trained", "stored", "change", title=title)
+    old, new = before.metrics, after.metrics
+    for key in (*keys, "activity"):
+        if key in new and key in old:  # older logs have no activity
+            changes.add_row(key, f"{old[key]:.4f}", f"{new[key]:.4f}", f"{new[key] - old[key]:+.4f}")
+    table_console().print(changes)
+
+
+def read_origin(run: Run, weights: Weights, trained_in: Path | None) -> RunInfo:
+    """Return how the weights were trained and the checksum that they had then, for run.json.
+
+    Raises:
+        FileNotFoundError: no such weights, or no run.json.
+        ValueError: the weights are not those of a finished training, or `trained_in` is not relative.
+    """
+    from detection.runs import Run
+
+    if trained_in is not None and trained_in.is_absolute():
+        raise ValueError(
+            f"--trained-in {trained_in}: expected a folder relative to the repository, such as results/NAME"
+        )
+    file = f"{weights}.safetensors"
+    here = run.checksums()
+    if file not in here:
+        raise FileNotFoundError(f"{run.folder / file}: no such weights file")
+    sources = [run] if trained_in is None else [run, Run.open(trained_in)]
+    for source in sources:
+        logged = source.info().sha256.get(file)
+        if logged is None:
+            raise ValueError(f"{source.folder / 'run.json'}: no SHA-256 of {file}; the training has to be finished")
+        if logged != here[file]:
+            raise ValueError(
+                f"{run.folder / file}: its SHA-256 is {here[file][:16]}..., {source.folder / 'run.json'} has "
+                f"{logged[:16]}...; these are not the weights of that training"
+            )
+    info = sources[-1].info()
+    return RunInfo(
+        command=info.command,
+        resumed=info.resumed,
+        trained_in=None if trained_in is None else trained_in.as_posix(),
+        trained_weights=file,
+        trained_sha256=here[file],
+    )
+
+
+def shorten(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of `model`, weights of convolutions and linear layers in float16.
+
+    Thresholds, extremum and BatchNorm stay as they are: a threshold that moves flips spikes.
+
+    Raises:
+        ValueError: a weight is too large for 16 bits.
+    """
+    from torch import nn
+
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            half = module.weight.detach().half()
+            if not half.isfinite().all():
+                raise ValueError(f"{name}.weight: up to {module.weight.abs().max():g}, too large for 16 bits (65504)")
+            state[f"{name}.weight"] = half
+    return state
+
+
+def without_places(config: Recipe) -> Recipe:
+    """Return the recipe with data/NAME and runs/NAME in the place of absolute paths, which are one machine's."""
+    config = config.model_copy(deep=True)
+    backbone, distillation = config.model.backbone, config.distillation
+    if config.data.root.is_absolute():
+        config.data.root = Path("data") / config.data.root.name
+    if backbone.weights and Path(backbone.weights).is_absolute():
+        backbone.weights = str(Path("runs") / Path(backbone.weights).name)
+    if distillation.teacher and distillation.teacher.is_absolute():
+        distillation.teacher = Path("runs") / distillation.teacher.name
+    return config

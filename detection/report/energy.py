@@ -1,0 +1,152 @@
+"""The sections of an analysis: energy per layer, networks side by side, the binarity certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from detection.curves import short_names
+from detection.report.source import Source
+from detection.report.words import format_count, format_energy
+from detection.sections import Bar, Bars, Cell, Details, Section, Table, Words, percent
+from detection.text import plural
+
+# The networks of an analysis in words, and the colours of their bars.
+NETWORKS = {
+    "spiking": ("spiking", "cold-0"),
+    "spiking_int8": ("spiking, 8-bit weights", "cold-0"),
+    "twin": ("analogue twin", "warm-0"),
+    "twin_int8": ("8-bit twin", "warm-0"),
+    "binary": ("binary network", "quiet"),
+}
+
+
+def layer_energy(source: Source) -> list[Any]:
+    """Return the energy of each layer with weights, as bars and in numbers."""
+    if source.analysis is None:
+        return [Words(f"Energy per layer is left out. {source.missing['analysis']}", "missing")]
+    analysis, layers = source.analysis, source.analysis["layers"]
+    networks = [name for name in ("spiking", "twin") if name in analysis["networks"]]
+    names = short_names([layer["name"] for layer in layers])
+    highest = max((energy for layer in layers for energy in layer["energy_pj"].values()), default=0.0) or 1.0
+    swatch = '<span class="keyword"><span class="swatch fill {}"></span>&nbsp;{}</span>'
+    legend = Markup(", ").join(Markup(swatch).format(NETWORKS[name][1], NETWORKS[name][0]) for name in networks)
+    bars = [
+        (
+            names[layer["name"]],
+            [Bar(layer["energy_pj"][name] / highest, NETWORKS[name][1]) for name in networks],
+            [format_energy(layer["energy_pj"][name]) for name in networks],
+        )
+        for layer in layers
+    ]
+    return [
+        Words("Energy of the operations of each convolution and linear layer", "heading"),
+        Markup(f"Per image, mean over {analysis['num_images']:d} evaluation images, memory traffic left aside. ")
+        + legend
+        + ".",
+        Bars(bars),
+        Details("Operations of each layer in numbers", [operations_table(analysis, networks, names)]),
+    ]
+
+
+def operations_table(analysis: Mapping[str, Any], networks: list[str], names: Mapping[str, str]) -> Table:
+    """Return input, operations and energy of each layer with weights."""
+    columns = ("layer", "kind", "input", "input activity", "exact MACs", "synaptic operations", "comparisons")
+    rows = [
+        (
+            names[layer["name"]],
+            layer["kind"],
+            layer["input"] or "never ran",
+            Cell("") if layer["input_activity"] is None else percent(layer["input_activity"]),
+            *(
+                Cell("") if layer[key] is None else Cell(format_count(layer[key]), layer[key])
+                for key in ("exact_macs", "num_synops", "comparisons")
+            ),
+            *(joule(layer["energy_pj"][name]) for name in networks),
+        )
+        for layer in analysis["layers"]
+    ]
+    return Table("Operations per layer", (*columns, *(NETWORKS[name][0] for name in networks)), rows, code=True)
+
+
+def networks_section(source: Source) -> Section:
+    """Return the section with the energy of the run's network beside others of the same topology."""
+    place = ("networks", "Networks", "Networks side by side")
+    if source.analysis is None:
+        return Section(*place, [], source.missing["analysis"])
+    analysis, networks = source.analysis, source.analysis["networks"]
+    most = max(network["total_sram_pj"] for network in networks.values()) or 1.0
+    own = networks["spiking" if "spiking" in networks else "twin"]["total_pj"]
+    bars = [
+        (
+            NETWORKS[name][0],
+            [Bar(network["total_pj"] / most, NETWORKS[name][1], network["memory_sram_pj"] / most)],
+            [format_energy(network["total_sram_pj"])],
+        )
+        for name, network in networks.items()
+    ]
+    rows = [
+        (
+            NETWORKS[name][0],
+            *(Cell(format_count(network[key]), network[key]) for key in ("macs", "acs", "comparisons")),
+            joule(network["total_pj"]),
+            Cell(f"{network['total_pj'] / own:.3g}\N{MULTIPLICATION SIGN}" if own else ""),
+            *(Cell(format_count(network[key]), network[key]) for key in ("weight_bits", "activation_bits")),
+            *(joule(network[key]) for key in ("total_sram_pj", "total_dram_pj")),
+        )
+        for name, network in networks.items()
+    ]
+    columns = ("network", "MACs", "ACs", "comparisons", "operations", "ratio", "weights, bits", "activations, bits")
+    text = (
+        "The energy of one image in the network of this run and in networks of the same topology: the analogue twin "
+        "(ReLU), both with 8-bit numbers, and a binary network that does not skip zeros. Mean over "
+        f"{analysis['num_images']} evaluation images; prices: {analysis['costs']['name']}."
+    )
+    note = (
+        "Full colour: operations. Pale: memory traffic, if all of it goes to SRAM. The number is their sum. In the "
+        'table, "ratio" is the energy of the operations in units of the first row\'s.'
+    )
+    table = Table("Networks side by side", (*columns, "with SRAM", "with DRAM"), rows, sortable=False, lead=True)
+    return Section(*place, [text, Bars(bars), Words(note, "note"), table])
+
+
+def certificate_section(source: Source) -> Section:
+    """Return the section that says whether what the layers saw was binary."""
+    place = ("certificate", "Certificate", "Binarity certificate")
+    if source.analysis is None:
+        return Section(*place, [], source.missing["analysis"])
+    certificate = source.analysis["certificate"]
+    verdict, note = certificate_verdict(source.analysis)
+    look = "good" if certificate["binary"] else "bad" if source.task.spiking else ""
+    images = source.analysis["num_images"]
+    parts: list[Any] = [
+        Markup('<strong class="{}">{}.</strong> {} ').format(look, verdict.capitalize(), note)
+        + f"The inputs of every convolution and linear layer were looked at on {images} evaluation images."
+    ]
+    titles = {"violations": "Violations", "exceptions": "Exceptions, real-valued by design"}
+    for key, title in titles.items():
+        if certificate[key]:
+            rows = [(row["layer"], row["reason"]) for row in certificate[key]]
+            parts.append(Table(title, (title, "why"), rows, sortable=False, code=True))
+    return Section(*place, parts)
+
+
+def certificate_verdict(analysis: Mapping[str, Any]) -> tuple[str, str]:
+    """Return a word or two, and a sentence with what is behind them."""
+    certificate = analysis["certificate"]
+    if "spiking" not in analysis["networks"]:
+        return "analogue", "It has no spike layer."
+    if certificate["violations"]:
+        number = len(certificate["violations"])
+        return "not binary", f"{plural(number, 'layer sees', 'layers see')} other values than 0 and 1."
+    layers, exceptions = plural(certificate["num_binary"], "layer"), len(certificate["exceptions"])
+    if exceptions <= 1:  # the stem, which is always allowed to see pixels
+        return "binary", f"{layers}, all but the first, which sees pixels, saw 0 and 1 only."
+    return f"binary, {exceptions} exceptions", f"{layers} saw 0 and 1 only; {exceptions} are real-valued by design."
+
+
+def joule(picojoule: float) -> Cell:
+    """Return an energy."""
+    return Cell(format_energy(picojoule), picojoule)

@@ -1,0 +1,245 @@
+"""Readers of VOC folders and COCO files: what they take, what they leave out, and the sentence about it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fake_data import HEIGHT, WIDTH, coco_content, sentence, voc_object, write_coco, write_image, write_voc
+
+from detection.data import read_coco, read_voc
+
+# --- VOC ------------------------------------------------------------------------------------------------------------
+
+
+def test_voc_boxes_labels_and_difficult(tmp_path):
+    objects = [voc_object("dog", (1, 1, 40, 30)), voc_object("cat", (5, 6, 9, 8), difficult=1)]
+    found = read_voc(write_voc(tmp_path, {"one": objects, "two": []}), ["VOC/train"])
+    assert found.categories == ("cat", "dog") and found.category_ids == (1, 2) and found.dropped == ()
+    one, two = found.records
+    assert one.boxes.dtype == np.float32 and one.labels.dtype == np.int64
+    assert one.boxes.tolist() == [[0, 0, 40, 30], [4, 5, 9, 8]]
+    assert one.labels.tolist() == [2, 1] and one.ignore.tolist() == [False, True] and one.area.tolist() == [1200, 15]
+    assert (two.boxes.shape, two.labels.shape, two.image_id) == ((0, 4), (0,), 2)
+
+
+def test_voc_joins_splits_with_stable_ids(tmp_path):
+    write_voc(tmp_path, {"b": [voc_object()], "gone": [], "a": []}, "VOC2007/train")
+    write_voc(tmp_path, {"b": [voc_object()]}, "VOC2012/train")
+    (tmp_path / "VOC2007/JPEGImages/gone.jpg").unlink()
+    found = read_voc(tmp_path, ["VOC2007/train", "VOC2012/train", "VOC2007/train"])
+    assert [(r.image_id, r.path.parent.parent.name, r.path.stem) for r in found.records] == [
+        (1, "VOC2007", "b"),
+        (3, "VOC2007", "a"),
+        (4, "VOC2012", "b"),
+    ]
+    sentence(found, "gone.jpg: no such image")
+    assert "train.txt: a is listed already" in sentence(found, "a is listed already")
+
+
+def test_voc_zero_area_boxes_are_named(tmp_path):
+    objects = [voc_object(), voc_object("cat", (7, 3, 7, 9)), voc_object("cat", (7, 9, 8, 4))]
+    found = read_voc(write_voc(tmp_path, {"one": objects}), ["VOC/train"])
+    assert len(found.records[0].boxes) == 1 and len(found.dropped) == 2
+    sentence(found, "one.xml", "object 2 (cat)", "[7, 3, 7, 9]", "no area")
+    sentence(found, "one.xml", "object 3 (cat)", "[7, 9, 8, 4]", "no area")
+
+
+def test_voc_boxes_off_the_image(tmp_path):
+    objects = [
+        voc_object("cat", (0, 0, 41, 31)),
+        voc_object("cat", (-3, 5, 10, 20)),
+        voc_object("cat", (50, 5, 60, 20)),
+    ]
+    found = read_voc(write_voc(tmp_path, {"one": objects}), ["VOC/train"])
+    assert found.records[0].boxes.tolist() == [[0, 0, 40, 30], [0, 4, 10, 20]]
+    assert len(found.dropped) == 2
+    assert sentence(found, "one.xml", "object 2", "[-3, 5, 10, 20]", "40x30").endswith("clipped")
+    assert sentence(found, "one.xml", "object 3", "lies outside of the 40x30 image").endswith("left out")
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf", "twelve", "", None])
+def test_voc_bad_coordinate_costs_only_its_box(tmp_path, bad):
+    objects = [voc_object(), voc_object("cat", (bad, 2, 9, 9))]
+    found = read_voc(write_voc(tmp_path, {"one": objects}), ["VOC/train"])
+    assert len(found.records[0].boxes) == 1
+    sentence(found, "one.xml", "object 2 (cat)", "not four finite numbers")
+
+
+def test_voc_bad_files_cost_only_their_image(tmp_path):
+    write_voc(tmp_path, {"good": [voc_object()], "broken": "<annotation><obj", "noxml": [], "noimage": []})
+    (tmp_path / "VOC/Annotations/noxml.xml").unlink()
+    (tmp_path / "VOC/JPEGImages/noimage.jpg").unlink()
+    found = read_voc(tmp_path, ["VOC/train"])
+    assert [r.path.stem for r in found.records] == ["good"] and len(found.dropped) == 3
+    sentence(found, "broken.xml", "not an XML file")
+    sentence(found, "noxml.xml", "no such file")
+    sentence(found, "noimage.jpg", "no such image")
+
+
+def test_voc_finds_images_under_other_names(tmp_path):
+    text = "<annotation><filename>{}</filename>" + voc_object() + "</annotation>"
+    write_voc(tmp_path, {"one": text.format("other.png"), "two": text.format("missing.jpg")})
+    folder = tmp_path / "VOC/JPEGImages"
+    (folder / "one.jpg").unlink()
+    (folder / "two.jpg").rename(folder / "two.jpeg")
+    write_image(folder / "other.png", 20, 10)
+    found = read_voc(tmp_path, ["VOC/train"])
+    assert [r.path.name for r in found.records] == ["other.png", "two.jpeg"]
+    # Neither XML has a size: the headers have.
+    assert [(r.width, r.height) for r in found.records] == [(20, 10), (WIDTH, HEIGHT)]
+
+
+def test_voc_size_zero_is_read_from_the_image(tmp_path):
+    write_voc(tmp_path, {"one": [voc_object()], "two": []}, size=(0, 0))
+    (tmp_path / "VOC/JPEGImages/two.jpg").write_bytes(b"no image")
+    found = read_voc(tmp_path, ["VOC/train"])
+    assert [(r.width, r.height) for r in found.records] == [(WIDTH, HEIGHT)]
+    sentence(found, "two.xml", "no image size")
+
+
+def test_voc_given_classes_set_the_order_and_the_limits(tmp_path):
+    objects = [voc_object("dog"), voc_object("cat"), voc_object("cow")]
+    root = write_voc(tmp_path, {"one": objects})
+    found = read_voc(root, ["VOC/train"], ["dog", "cat"])
+    assert found.categories == ("dog", "cat") and found.records[0].labels.tolist() == [1, 2]
+    assert "allowed: dog, cat" in sentence(found, "one.xml", "object 3", "'cow'")
+    with pytest.raises(ValueError, match="'dog' is given twice"):
+        read_voc(root, ["VOC/train"], ["dog", "dog"])
+    assert read_voc(root, ["VOC/train"], ["dog", "zebra"]).categories == ("dog", "zebra")  # none in this split
+    for misspelt in ("cats", "Cow"):
+        with pytest.raises(ValueError, match=f"no object of class '{misspelt}'; did you mean '{misspelt.lower()[:3]}'"):
+            read_voc(root, ["VOC/train"], ["dog", misspelt])
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [
+        ("", "the folder with the VOC data"),
+        ("VOC/JPEGImages", "the images of split 'VOC/train'"),
+        ("VOC/Annotations", "the XML files of split 'VOC/train'"),
+        ("VOC/ImageSets/Main/train.txt", "the image names of split 'VOC/train'"),
+    ],
+)
+def test_voc_missing_paths(tmp_path, missing, expected):
+    root = write_voc(tmp_path / "data", {"one": [voc_object()]})
+    (root / missing).rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError) as caught:
+        read_voc(root, ["VOC/train"])
+    assert str(root / missing) in str(caught.value) and expected in str(caught.value)
+
+
+def test_voc_nothing_to_train_on(tmp_path):
+    root = write_voc(tmp_path, {"one": [voc_object("cat", (3, 3, 3, 3))], "two": [voc_object(difficult=1)]})
+    with pytest.raises(ValueError, match=r"none of its 2 usable images.*1 left out.*the first: .*one\.xml"):
+        read_voc(root, ["VOC/train"])
+    with pytest.raises(ValueError, match="nothing was left out"):
+        read_voc(write_voc(tmp_path, {"three": []}, "VOC/empty"), ["VOC/empty"])
+
+
+# --- COCO -----------------------------------------------------------------------------------------------------------
+
+
+def test_coco_sparse_ids_crowd_and_empty_images(tmp_path):
+    content = coco_content([(1.5, 2, 10, 8), (0, 0, 40, 30)])
+    content["annotations"][1] |= {"category_id": 5, "iscrowd": 1, "segmentation": {"counts": [1], "size": [1, 1]}}
+    found = read_coco(*write_coco(tmp_path, content))
+    assert found.categories == ("cat", "dog") and found.category_ids == (18, 5) and found.dropped == ()
+    one, two = found.records
+    assert (one.image_id, two.image_id, len(two.boxes)) == (7, 3, 0)
+    assert one.boxes.tolist() == [[1.5, 2, 11.5, 10], [0, 0, 40, 30]]
+    assert one.labels.tolist() == [1, 2] and one.ignore.tolist() == [False, True] and one.area.tolist() == [33.25] * 2
+
+
+def test_coco_area_and_crowd_may_be_missing(tmp_path):
+    content = coco_content()
+    del content["annotations"][0]["area"], content["annotations"][0]["iscrowd"]
+    record = read_coco(*write_coco(tmp_path, content)).records[0]
+    assert record.area.tolist() == [80] and record.ignore.tolist() == [False]
+
+
+def test_coco_classes_select_and_order(tmp_path):
+    content = coco_content([(1, 2, 10, 8)] * 4)
+    content["annotations"][0]["category_id"] = 5
+    files = write_coco(tmp_path, content)
+    found = read_coco(*files, ["dog"])
+    assert found.category_ids == (5,) and found.records[0].labels.tolist() == [1]
+    assert found.dropped == (sentence(found, "instances.json", "3 objects of category 'cat'", "dog"),)
+    assert read_coco(*files, ["dog", "cat"]).records[0].labels.tolist() == [1, 2, 2, 2]
+    with pytest.raises(ValueError, match=r"instances\.json: no class 'dgo'; did you mean 'dog'\? \(allowed: cat, dog"):
+        read_coco(*files, ["dgo"])
+
+
+def test_coco_boxes_off_the_image(tmp_path):
+    boxes = [(1, 2, 3, 4), (-0.5, 2, 10, 8), (35, 2, 10, 8), (45, 2, 3, 3), (1, 1, 0, 5), (5, 5, -2, 3)]
+    found = read_coco(*write_coco(tmp_path, coco_content(boxes)))
+    assert found.records[0].boxes.tolist() == [[1, 2, 4, 6], [0, 2, 9.5, 10], [35, 2, 40, 10]]
+    assert len(found.dropped) == 4
+    sentence(found, "instances.json", "annotation 13 of a.png", "[35, 2, 10, 8]", "clipped")
+    sentence(found, "annotation 14 of a.png", "lies outside")
+    sentence(found, "annotation 15 of a.png", "no area")
+    sentence(found, "annotation 16 of a.png", "no area")
+
+
+def test_box_that_vanishes_in_float32_is_left_out(tmp_path):
+    found = read_coco(*write_coco(tmp_path, coco_content([(1, 2, 3, 4), (30, 2, 1e-9, 5)])))
+    assert len(found.records[0].boxes) == 1 and len(found.dropped) == 1
+
+
+@pytest.mark.parametrize(
+    "box", [[float("nan"), 1, 2, 3], [1, 2, float("inf"), 3], [1, 2, 3], "1234", None, ["a", 1, 2, 3]]
+)
+def test_coco_bad_box_costs_only_itself(tmp_path, box):
+    content = coco_content([(1, 2, 3, 4), (1, 2, 3, 4)])
+    content["annotations"][1]["bbox"] = box
+    found = read_coco(*write_coco(tmp_path, content))
+    assert len(found.records[0].boxes) == 1
+    sentence(found, "instances.json", "annotation 12 of a.png", "not four finite numbers")
+
+
+def test_coco_bad_entries_are_left_out(tmp_path):
+    content = coco_content([(1, 2, 3, 4)] * 6)
+    notes = content["annotations"]
+    notes[1]["id"] = 11
+    notes[2]["image_id"] = 99
+    notes[3]["category_id"] = 6
+    del notes[4]["bbox"]
+    notes[5] = "text"
+    content["images"] += [
+        {"id": 7, "file_name": "b.png", "width": WIDTH, "height": HEIGHT},
+        {"id": 8, "file_name": "gone.png", "width": WIDTH, "height": HEIGHT},
+        {"id": 9, "file_name": "b.png", "width": 0, "height": HEIGHT},
+        {"id": 10, "file_name": "b.png", "width": WIDTH},
+        {"id": "ten", "file_name": "b.png", "width": WIDTH, "height": HEIGHT},
+    ]
+    found = read_coco(*write_coco(tmp_path, content))
+    assert [r.image_id for r in found.records] == [7, 3] and len(found.records[0].boxes) == 1
+    assert len(found.dropped) == 10 and all(str(tmp_path) in text for text in found.dropped)
+    sentence(found, "annotation 11 occurs a second time")
+    sentence(found, "annotation 13 belongs to image 99")
+    sentence(found, "annotation 14 has category 6 (allowed: 18, 5)")
+    sentence(found, "annotation at position 4 has no 'bbox'")
+    sentence(found, "annotation at position 5 is str")
+    sentence(found, "image id 7 of b.png is taken already")
+    sentence(found, "gone.png: no such file")
+    sentence(found, "image 9 (b.png)", "0x30")
+    sentence(found, "image at position 5 has no 'height'")
+    sentence(found, "image at position 6 has 'id' 'ten', expected int")
+
+
+def test_coco_bad_files(tmp_path):
+    for text, problem in (
+        ("<xml/>", "not a JSON file"),
+        ("[]", "no list 'images'"),
+        ('{"images": [], "annotations": []}', "no list 'categories'"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "category at position 0 has no 'name'"),
+    ):
+        with pytest.raises(ValueError, match=problem) as caught:
+            read_coco(*write_coco(tmp_path, text))
+        assert "instances.json" in str(caught.value)
+    file, images = write_coco(tmp_path, coco_content())
+    with pytest.raises(FileNotFoundError, match=r"other\.json: no such file; expected a COCO instances JSON file"):
+        read_coco(tmp_path / "other.json", images)
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; expected the images of instances\.json"):
+        read_coco(file, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"instances\.json: none of its 2 usable images.*no area"):
+        read_coco(*write_coco(tmp_path, coco_content([(1, 1, 0, 0)])))

@@ -1,0 +1,121 @@
+"""Weights of backbones: bit-equal from every source, and what does not fit is named and changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_backbones import (
+    WIDTH,
+    assert_equal_state,
+    classifier,
+    images,
+    one_of_each_family,
+    snapshot,
+    with_statistics,
+)
+from torch import Tensor
+
+from backbones import Classifier, create, load_weights
+
+
+def trained(name: str) -> Classifier:
+    """A classifier whose running averages differ from a new one's."""
+    return with_statistics(classifier(name, "cifar", seed=3))
+
+
+@one_of_each_family
+def test_weights_load_bit_equal_from_every_source(name, tmp_path):
+    model = trained(name)
+    expected = snapshot(model.backbone)
+    assert any(key.endswith(".extremum") and value.item() < 1 for key, value in expected.items())
+    detector = {f"backbone.body.{key}": value for key, value in expected.items()}
+    detector |= {"backbone.fpn.weight": torch.ones(3), "head.weight": torch.ones(2)}
+    save_file(expected, tmp_path / "backbone.safetensors")
+    save_file(model.state_dict(), tmp_path / "classifier.safetensors")
+    sources = {
+        "backbone": expected,
+        "classifier": model.state_dict(),
+        "detector": detector,
+        "file": tmp_path / "backbone.safetensors",
+        "name of a file": str(tmp_path / "classifier.safetensors"),
+    }
+    for source in sources.values():
+        torch.manual_seed(5)
+        backbone = create(name, stem="cifar", width=WIDTH, weights=source)
+        assert_equal_state(backbone.state_dict(), expected)
+    x = images("cifar")
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(backbone.eval()(x)["c5"], model.backbone(x)["c5"])
+
+
+def test_loaded_weights_are_copies():
+    state = trained("vgg11").backbone.state_dict()
+    backbone = create("vgg11", stem="cifar", width=WIDTH, weights=state)
+    before = {key: value.clone() for key, value in state.items()}
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.zero_()
+    assert_equal_state(state, before)
+
+
+# The second convolution of a VGG11, 8 -> 16 channels at WIDTH
+KEY = "stages.1.1.weight"
+
+
+def without_key(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key != KEY}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_key, rf"'{KEY}' is missing"),
+        (lambda state: state | {"stages.1.1.bias": torch.ones(16)}, r"'stages\.1\.1\.bias' is unknown"),
+        (lambda state: state | {KEY: torch.ones(2, 3)}, rf"'{KEY}' has the shape \(2, 3\), .* \(16, 8, 3, 3\)"),
+        (lambda state: without_key(state) | {"extra": torch.ones(1)}, rf"'{KEY}' is missing \(and 1 more\)"),
+        (lambda state: {}, r"'stages\.0\.0\.weight' is missing"),
+    ],
+    ids=["missing", "unknown", "shape", "two", "empty"],
+)
+@pytest.mark.parametrize("prefix", ["", "backbone.", "backbone.body."])
+def test_weights_that_do_not_fit_are_named_and_change_nothing(damage, message, prefix, tmp_path):
+    state = damage(snapshot(trained("vgg11").backbone))
+    state = {prefix + key: value for key, value in state.items()}
+    save_file(state, tmp_path / "damaged.safetensors")
+    backbone = classifier("vgg11", "cifar").backbone
+    before = snapshot(backbone)
+    with pytest.raises(ValueError, match="state dict.*" + message):
+        load_weights(backbone, state)
+    with pytest.raises(ValueError, match=r"damaged\.safetensors.*" + message):
+        load_weights(backbone, tmp_path / "damaged.safetensors")
+    assert_equal_state(backbone.state_dict(), before)
+
+
+def test_weights_of_another_stem_width_extremum_or_activation_do_not_fit():
+    spiking = create("resnet18", stem="cifar", width=WIDTH).state_dict()
+    for options, key in (
+        ({"stem": "imagenet"}, r"stem\.2\.weight"),
+        ({"width": 0.25}, r"stem\.0\.weight"),
+        ({"extremum": "channel"}, "extremum"),
+        ({"activation": "relu"}, "v_th"),
+    ):
+        with pytest.raises(ValueError, match=rf"{key}'"):
+            create("resnet18", **({"stem": "cifar", "width": WIDTH} | options), weights=spiking)
+
+
+def test_weights_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
+        create("vgg11", stem="cifar", width=WIDTH, weights=tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights at all, but more than eight bytes"], ids=["empty", "text"])
+def test_weights_file_that_is_not_safetensors(content, tmp_path):
+    path = tmp_path / "text.safetensors"
+    path.write_bytes(content)
+    backbone = classifier("vgg11", "cifar").backbone
+    before = snapshot(backbone)
+    with pytest.raises(ValueError, match=r"text\.safetensors: damaged weights file"):
+        load_weights(backbone, path)
+    assert_equal_state(backbone.state_dict(), before)

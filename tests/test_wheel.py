@@ -1,0 +1,133 @@
+"""The wheel: what is in it, and that its command works where there is no source tree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from PIL import Image
+from setuptools import find_packages
+
+import detection
+from backbones import zoo
+from detection.runs import Run
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy of the sources, once."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("backbones", "detection", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(folder / "out"), str(folder)], check=True, capture_output=True)
+    (built,) = (folder / "out").iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def command(wheel, tmp_path_factory) -> list[str]:
+    """`hoyer-det` of an environment with the wheel and this one's dependencies, but not its source tree.
+
+    A .pth file names the folder of the dependencies. The .pth files in that folder, one of which may name the source
+    tree, are not followed from there.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    install = ["--python", str(folder), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True)
+    (packages,) = folder.glob("lib/*/site-packages")
+    (packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    return [str(folder / "bin" / "hoyer-det")]
+
+
+@pytest.fixture
+def run(command, tmp_path):
+    """run(arguments...) -> the finished `hoyer-det`, in an empty folder."""
+
+    def call(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        done = subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return done
+
+    return call
+
+
+def test_every_package_is_listed():
+    found = {*find_packages(str(ROOT), include=["backbones*", "detection*"]), "detection.recipes"}
+    assert sorted(found) == PROJECT["tool"]["setuptools"]["packages"]
+
+
+def test_version_is_that_of_the_package(wheel):
+    assert wheel.name == f"hoyer_det-{detection.__version__}-py3-none-any.whl"
+
+
+def test_every_file_is_in_it(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        recipes = {f"detection/recipes/{path.name}": path for path in (ROOT / "configs").glob("*.yaml")}
+        assert len(recipes) > 15
+        files = dict(recipes)
+        for folder in ("backbones", "detection"):
+            for path in (ROOT / folder).rglob("*"):
+                if path.is_file() and "__pycache__" not in path.parts and not path.parent.name.startswith("."):
+                    files[path.relative_to(ROOT).as_posix()] = path
+        assert names == files.keys()
+        kept = [name for name in names if "/zoo/" in name or "/recipes/" in name or "/templates/" in name]
+        assert len(kept) >= 4 * len(zoo.names()) + len(recipes) + 2
+        for name in kept:
+            assert archive.read(name) == files[name].read_bytes()
+
+
+def test_the_environment_has_no_source_tree(command):
+    code = "import sys, backbones, detection; print(backbones.__file__, detection.__file__, *sys.path, sep='\\n')"
+    python = Path(command[0]).with_name("python")
+    done = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, check=True, cwd=python.parent)
+    modules, places = done.stdout.splitlines()[:2], done.stdout.splitlines()[2:]
+    assert all(Path(module).is_relative_to(python.parents[1]) for module in modules)
+    assert str(ROOT) not in places
+
+
+def test_recipes_and_zoo_without_the_sources(run):
+    listed = run("recipes").stdout
+    assert "scenes_retinanet_resnet18" in listed and "voc_ssd300_vgg16" in listed
+    text = (ROOT / "configs" / "cifar10_vgg11.yaml").read_text()
+    assert run("recipes", "show", "cifar10_vgg11").stdout == text
+    error = run("train", "scenes_retinanet", status=2).stderr
+    assert "scenes_retinanet: no such recipe; did you mean 'scenes_retinanet_resnet18'?" in error
+
+
+def test_trains_and_reports_without_the_sources(run, tmp_path):
+    small = ["--data.scenes.num_train", "64", "--data.scenes.num_val", "8", "--data.workers", "0"]
+    small += ["--model.backbone.width", "0.125", "--train.epochs", "1"]
+    run("train", "scenes_retinanet_resnet18", *small)
+    trained = Run.open(tmp_path / "runs" / "scenes_retinanet_resnet18")
+    assert trained.finished and trained.history()[-1].metrics["AP50"] >= 0
+    assert trained.info().command == f"hoyer-det train scenes_retinanet_resnet18 {' '.join(small)}"
+    done = run("report", "runs/scenes_retinanet_resnet18")
+    assert done.stdout.startswith("runs/scenes_retinanet_resnet18/report.html: ")
+    page = (tmp_path / "runs" / "scenes_retinanet_resnet18" / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and "hoyer-det report" in page
+
+
+def test_predicts_without_the_sources(run, tmp_path):
+    Image.new("RGB", (128, 128), (90, 120, 60)).save(tmp_path / "image.png")
+    done = run("predict", "zoo:scenes_retinanet_resnet18", "image.png")
+    assert "written to predictions/scenes_retinanet_resnet18" in done.stdout
+    folder = tmp_path / "predictions" / "scenes_retinanet_resnet18"
+    assert {path.name for path in folder.iterdir()} == {"image.png", "predictions.json", "images.json"}
