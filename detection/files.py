@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 PROBE = ".writable."  # begins the name of a file that is there for a moment, on file systems where it needs one
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replaces the file in one step or not at all: what was there stays until the new content is on the disk.
+    """Replace the file in one step or not at all: what was there stays until the new content is on the disk.
+
+    Raises:
+        OSError: it cannot be written; the message says that nothing was lost.
+    """
+    with atomic_writer(path) as file:
+        file.write(content)
+
+
+def write_list(path: Path, rows: Iterable[Any]) -> None:
+    """Write a JSON list row by row, so that it need not be in memory at once; in one step or not at all."""
+    with atomic_writer(path) as file:
+        file.write(b"[")
+        for number, row in enumerate(rows):
+            file.write(b",\n" * bool(number) + json.dumps(row).encode())
+        file.write(b"]\n")
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of `path` when the context closes without an error.
 
     Raises:
         OSError: it cannot be written; the message says that nothing was lost.
@@ -19,13 +42,15 @@ def write_whole(path: Path, content: bytes) -> None:
     part = path.with_name(f"{path.name}.part")
     try:
         with part.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise OSError(f"{path}: not written ({error.strerror}); what was there before is still there") from error
     with contextlib.suppress(OSError):  # some file systems know no flushing of folders
         folder = os.open(path.parent, os.O_RDONLY)

@@ -75,11 +75,13 @@ class EpochLog(Record):
         seconds: spent on the steps; an entry of the zoo has none, as it is one epoch of many.
         images_per_second: of all processes together.
         layers: {quantity: {spike layer: value}}: "hoyer_per_layer" (H as it enters the loss), and what the layers
-            themselves log at the end of the epoch, such as "v_th" and "extremum".
+            themselves log at the end of the epoch, such as "v_th" and "extremum"; "hoyer_share_of_potential" and
+            "hoyer_share_of_threshold" are the regulariser's shares in the gradients of the epoch's last step.
         evaluation: None where the epoch was not evaluated.
         ema: the evaluation of the averaged weights, where there are any.
         eval_seconds: spent on both.
         silent: spike layers that did not fire.
+        warnings: what the trainer warned of after the epoch, by kind, see `detection.training.collapse`.
     """
 
     epoch: int = Field(ge=1)
@@ -94,6 +96,7 @@ class EpochLog(Record):
     ema: Evaluation | None = None
     eval_seconds: float | None = None
     silent: list[str] = []
+    warnings: dict[str, str] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -101,7 +104,7 @@ class EpochLog(Record):
         """Sort the keys of a line of the file; what is neither the training's nor a layer's is the evaluation's."""
         if not isinstance(line, dict) or "losses" in line:
             return line
-        own = ("epoch", "step", "lr", "loss", "seconds", "images_per_second", "eval_seconds", "silent")
+        own = ("epoch", "step", "lr", "loss", "seconds", "images_per_second", "eval_seconds", "silent", "warnings")
         found: dict[str, Any] = {key: line[key] for key in own if key in line}
         rest = {key: value for key, value in line.items() if key not in own}
         found["losses"] = {key.removeprefix(LOSS): rest.pop(key) for key in list(rest) if key.startswith(LOSS)}
@@ -137,7 +140,8 @@ class EpochLog(Record):
             line["ema"] = self.ema.to_json()
         if self.eval_seconds is not None:
             line["eval_seconds"] = self.eval_seconds
-        return line | ({"silent": self.silent} if self.silent else {})
+        said = {"silent": self.silent, "warnings": self.warnings}
+        return line | {key: value for key, value in said.items() if value}
 
 
 class Machine(Record):
@@ -165,6 +169,7 @@ class RunInfo(Record):
         command: that started it.
         versions: of python and the packages.
         machine: that it ran on.
+        precision: of the training, "no" for float32; what `train.precision: auto` stood for.
         resumed: commands that went on with it.
         category_ids: COCO's category of label 1, 2, ..., K, a detector's.
         sha256: of each weights file by name; there once the training has ended.
@@ -178,6 +183,7 @@ class RunInfo(Record):
     command: str = "unknown"
     versions: dict[str, str] = {}
     machine: Machine = Machine()
+    precision: str | None = None
     resumed: list[str] = []
     backbone: dict[str, Any] | None = None
     category_ids: list[int] | None = None

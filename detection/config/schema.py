@@ -33,8 +33,23 @@ class Backbone(Section):
     )
     extremum: Literal["layer", "channel"] = Field("layer", description="scope of the Hoyer extremum")
     momentum: float = Field(0.1, gt=0, le=1, description="weight of a batch in the extremum's running average")
+    threshold: Literal["layer", "channel"] = Field("layer", description="scope of the trainable threshold v_th")
+    window: tuple[float, float] = Field(
+        (0.0, 2.0), description="ends of the surrogate gradient's window, in thresholds v_th; it contains 0 to 1"
+    )
     levels: int = Field(4, ge=2, le=16, description="values that a spike of the activation graded can take")
     pool_first: bool = Field(True, description="max-pool before BatchNorm, as published; false: after it")
+    shortcut: Literal["spiking", "real"] = Field(
+        "spiking",
+        description="resnet: where the stream changes its shape; spiking, as published; real: average pool, channels "
+        "repeated, no spikes",
+    )
+    norm_first: bool = Field(False, description="resnet: BatchNorm in front of the spike of every basic block")
+    head: Literal["linear", "normalised", "pooled"] = Field(
+        "linear",
+        description="vgg, as a classifier: linear, as published; normalised: BatchNorm in the hidden layers; pooled: "
+        "global average pool and one linear layer",
+    )
     options: dict[str, bool | int | float | str] = Field(
         {}, description="further options of a backbone or activation that was registered from elsewhere"
     )
@@ -42,7 +57,7 @@ class Backbone(Section):
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `backbones.create`, name and weights left out."""
-        keys = ("activation", "stem", "width", "pool_first", "extremum", "momentum", "levels")
+        keys = [key for key in type(self).model_fields if key not in ("name", "weights", "options")]
         return {key: getattr(self, key) for key in keys} | self.options
 
 
@@ -201,12 +216,13 @@ class Hoyer(Section):
     """The Hoyer regulariser: weight * sum over spike layers of H."""
 
     weight: float = Field(0.0, ge=0, description="weight of the term; it belongs to the reduction")
-    reduction: Literal["sum", "mean"] = Field(
-        "mean",
-        description="sum: H as in the paper, grows with resolution and with the batch of each process (1e-8 belongs "
-        "to 128 images of 32x32); "
-        "mean: H / number of neurons, in (0, 1], carries over between sizes",
+    reduction: Literal["sum", "mean", "network"] = Field(
+        "network",
+        description="network: H of all layers / neurons of all layers, in (0, 1], carries over between sizes and pulls "
+        "every neuron alike; sum: H as in the paper, grows with resolution and with the batch of each process (1e-8 "
+        "belongs to 128 images of 32x32); mean: H of each layer / its own neurons, pulls those of small layers harder",
     )
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs over which the weight rises from 0, linearly")
     sync: bool = Field(
         False,
         description="several processes: extremum and H over the images of all of them, as if one process had them; "
@@ -217,10 +233,19 @@ class Hoyer(Section):
 class Optimizer(Section):
     """Optimiser and learning-rate schedule."""
 
-    name: Literal["adamw", "adam", "sgd"] = Field(
-        "adamw", description="adamw; adam with AMSGrad and the decay in its gradient; or sgd with momentum 0.9"
+    name: Literal["adamw", "adam", "sgd", "muon"] = Field(
+        "adamw",
+        description="adamw; adam with AMSGrad and the decay in its gradient; sgd with momentum 0.9; or muon for the "
+        "hidden convolutions and adamw for the rest",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    muon_lr: float = Field(0.02, gt=0, description="muon: peak learning rate of the hidden convolutions")
+    muon_decay: float = Field(0.0, ge=0, description="muon: weight decay of the hidden convolutions, times muon_lr")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="muon: share of the momentum that stays in a step")
+    muon_newton_steps: int = Field(3, gt=0, le=10, description="muon: Newton-Schulz steps of an orthogonalisation")
+    muon_interval: int = Field(
+        1, gt=0, description="muon: optimiser steps between two orthogonalisations of a weight; more: less time"
+    )
     weight_decay: float = Field(1e-4, ge=0, description="only on tensors of two or more dimensions, so not on v_th")
     schedule: Literal["cosine", "step"] = Field("cosine", description="cosine to zero, or steps at `milestones`")
     milestones: list[Fraction] = Field([0.6, 0.8, 0.9], description="step: fractions of the run where lr falls")
@@ -253,7 +278,9 @@ class Train(Section):
     batch_size: int = Field(8, gt=0, description="images per batch and process")
     accumulate: int = Field(1, gt=0, description="batches whose mean gradient makes one optimiser step")
     eval_every: int = Field(1, gt=0, description="epochs between evaluations; the last epoch is always evaluated")
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision; no: float32")
+    precision: Literal["no", "bf16", "fp16", "auto"] = Field(
+        "no", description="mixed precision; no: float32; auto: bf16 where the processor or GPU multiplies it natively"
+    )
     compile: bool = Field(False, description="torch.compile the backbone")
     low_memory: bool = Field(
         False,
@@ -307,8 +334,14 @@ class ImageAugment(Section):
     """Training augmentation of a classifier."""
 
     hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    flip: Literal["random", "alternating"] = Field(
+        "random", description="in memory: alternating: half of the images in odd epochs, the others in even ones"
+    )
     padding: int = Field(4, ge=0, description="in memory: black pixels around the image, of which a window is cut")
     cutout: int = Field(0, ge=0, description="in memory: side of a black square at a random place; 0: none")
+    erase: float = Field(0.0, ge=0, le=1, description="in memory: probability that a random rectangle is blackened")
+    randaugment: int = Field(0, ge=0, le=10, description="in memory: changes of colour and shape per image; 0: none")
+    randaugment_magnitude: int = Field(9, ge=0, le=30, description="in memory: how strong those are")
     min_area: float = Field(
         0.08, gt=0, le=1, description="not in memory: least share of the image in the random resized crop"
     )

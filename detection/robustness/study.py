@@ -29,19 +29,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from detection.checkpoint import Run, Weights, describe_environment
+from detection.classification import evaluate_classifier, validation_batches
+from detection.plots import plot_robustness
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import functional as F
 
 from backbones import HoyerSpike
-from detection.checkpoint import Run, Weights, describe_environment
-from detection.classification import evaluate_classifier, validation_batches
 from detection.config import ClassificationConfig, Recipe
 from detection.data import DetectionDataset, build_datasets, loader_options
 from detection.data.images import MemoryBatches
 from detection.files import require_writable, write_whole
-from detection.plots import plot_robustness
 from detection.tasks import evaluate_detector, evaluation_loader, load_for_evaluation
 
 SPIKE_KINDS = ("membrane", "threshold")

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -84,6 +83,8 @@ class Task(ABC):
         best_by: the metric whose highest value decides which weights are kept as "best".
         words: metrics in words, where their names are none.
         num_calibration: images that 8-bit thresholds are set on by default.
+        prediction_layers: parts of names of the layers whose outputs are predictions: they stay in floating point in
+            8-bit files, and Muon leaves them to AdamW.
     """
 
     recipe: ClassVar[type[Recipe]]
@@ -92,6 +93,7 @@ class Task(ABC):
     best_by: ClassVar[str]
     words: ClassVar[Mapping[str, str]] = {}
     num_calibration: ClassVar[int] = 64
+    prediction_layers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Recipe) -> None:
         self.config = config
@@ -146,6 +148,10 @@ class Task(ABC):
     def describe_batch(self, batch: Any) -> str:
         """Say which images a batch has, for an error."""
         return ""
+
+    def is_at_chance(self, metrics: Mapping[str, float]) -> bool:
+        """Return whether an evaluation is no better than guessing."""
+        return False
 
     def learn_from(self, teacher: Task) -> None:
         """Raise ValueError unless networks of the other task's recipe can teach networks of this one's."""
@@ -249,10 +255,3 @@ def record_spikes(model: nn.Module) -> Iterator[Callable[[], dict[str, Any]]]:
 
     with record_activity(model) as activity, record_potentials(model) as potentials:
         yield found
-
-
-def autocast_of(config: Recipe, device: torch.device) -> torch.autocast:
-    """Return the precision of a run's training and evaluation, for passes without an accelerator."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
-    usable = dtype is not None and not (dtype == torch.float16 and device.type == "cpu")
-    return torch.autocast(device.type, dtype if usable else None, enabled=usable)

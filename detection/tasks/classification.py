@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,10 @@ class ClassificationTask(Task):
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         images, labels = batch
         return {"classification": F.cross_entropy(model(images), labels, label_smoothing=self.config.label_smoothing)}
+
+    def is_at_chance(self, metrics: Mapping[str, float]) -> bool:
+        """Up to half as much again as the share of one class."""
+        return metrics["top1"] < 1.5 / len(self.config.data.classes)
 
     def learn_from(self, teacher: Task) -> None:
         """Any classifier of these classes will do: each normalises its images by itself."""

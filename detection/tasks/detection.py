@@ -20,7 +20,7 @@ from detection.data import DetectionDataset, build_loader, build_transform, read
 from detection.data.download import download
 from detection.data.pictures import pixels_of, unit
 from detection.draw import plot_predictions
-from detection.evaluation import CocoEvaluator, import_backend, mean_average_precision, precision_recall
+from detection.evaluation import CocoEvaluator, Detections, import_backend, mean_average_precision, precision_recall
 from detection.files import write_whole
 from detection.models import build_detector
 from detection.models.dense import DensePredictions, DetectorOf, resize_and_pad
@@ -54,6 +54,7 @@ class DetectionTask(Task):
     metrics = ("AP50", "AP", "AP75")
     best_by = "AP"
     num_calibration = 64
+    prediction_layers = PREDICTION_LAYERS
 
     def __init__(self, config: DetectionRecipe) -> None:
         super().__init__(config)
@@ -170,9 +171,9 @@ class DetectionTask(Task):
                     predictions = model([image.to(device) for image in images])
                 evaluator.update([target["image_id"] for target in targets], [_to_cpu(each) for each in predictions])
         # VOC ranks equal scores in order of arrival, which must not depend on the number of processes.
-        evaluator.results = sorted(gather_object(evaluator.results), key=lambda row: row["image_id"])
+        evaluator.detections = Detections.join(gather_object([evaluator.detections])).sorted_by_image()
         metrics = evaluator.compute()
-        curves = precision_recall(ground_truth, evaluator.results, category_ids)
+        curves = precision_recall(ground_truth, evaluator.detections, category_ids)
         voc = {
             "AP50_11point": mean_average_precision(curves, "11-point"),
             "AP50_area": mean_average_precision(curves, "area"),

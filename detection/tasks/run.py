@@ -26,6 +26,7 @@ from detection.tasks.base import Dataset, Task
 from detection.training import checkpoint
 from detection.training.distillation import learn_from
 from detection.training.distributed import is_broken_connection, synchronise
+from detection.training.precision import choose_precision
 from detection.training.trainer import Losses, Trainer
 
 
@@ -73,7 +74,8 @@ def train_run(
         run=run,
         accelerator=accelerator,
     )
-    info = describe_environment(command).model_copy(update=task.facts(train))
+    facts = {"precision": choose_precision(config.train.precision), **task.facts(train)}
+    info = describe_environment(command).model_copy(update=facts)
     line = fit(trainer, info, resume=resume)
     if main:
         leave_pictures(run)
@@ -109,7 +111,7 @@ def make_accelerator(config: Recipe, folder: str | Path | None = None) -> Accele
     # accelerate keeps the first precision for the whole process, in which runs of others may follow.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
-        mixed_precision=train.precision,
+        mixed_precision=choose_precision(train.precision),
         log_with="tensorboard" if train.tensorboard and folder else None,
         project_dir=folder if train.tensorboard else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=train.timeout_minutes))],

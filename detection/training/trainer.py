@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from backbones import hoyer_penalties, logged_state, recompute_activations, spike_layers
 from detection.config import Recipe, flatten, require_same
-from detection.records import EpochLog, Evaluation
+from detection.records import EpochLog, Evaluation, Values
 from detection.runs import Run
 from detection.training import checkpoint
 from detection.training.checkpoint import Checkpoint, ProcessState, random_states, set_random_states
+from detection.training.collapse import ask_gradient_shares, take_gradient_shares, warnings_of
 from detection.training.display import LineClock, progress_bar, resume_command, silent_layers, summary
 from detection.training.distributed import any_process, share_buffers
 from detection.training.optim import average_weights, build_optimizer, build_schedule
@@ -52,10 +53,15 @@ class Goal(Protocol):
     Attributes:
         best_by: the metric whose highest value decides which weights are kept as "best".
         headline: the metrics that stand in the lines on the screen.
+        prediction_layers: parts of names of the layers whose outputs are predictions.
     """
 
     best_by: str
     headline: Sequence[str]
+    prediction_layers: Sequence[str]
+
+    def is_at_chance(self, metrics: Values) -> bool:
+        """Return whether an evaluation is no better than guessing."""
 
     def describe_batch(self, batch: Any) -> str:
         """Say which images a batch has, for an error; empty if that is not known."""
@@ -98,7 +104,7 @@ class Trainer:
         self.batches, self.losses, self._evaluate, self.goal = batches, losses, evaluate, goal
         self.config, self.run, self.accelerator = config, run, accelerator
         self.num_steps = math.ceil(len(batches) / config.train.accumulate)
-        optimizer = build_optimizer(model, config.optimizer)
+        optimizer = build_optimizer(model, config.optimizer, goal.prediction_layers)
         self.schedule = build_schedule(optimizer, config.optimizer, self.num_steps * config.train.epochs)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = average_weights(self.network, config.train.ema_decay)
@@ -166,6 +172,8 @@ class Trainer:
         started = time.perf_counter() - progress.seconds
         for step in range(progress.step + 1, self.num_steps + 1):
             num_parts = min(accumulate, len(self.batches) - (step - 1) * accumulate)
+            if step == self.num_steps and not self.config.train.compile:
+                ask_gradient_shares(self.network)
             loss = self.step(source, num_parts, f"epoch {progress.epoch}, step {step}")
             progress.step, progress.seconds = step, time.perf_counter() - started
             self.bar.advance(self.task)
@@ -212,11 +220,18 @@ class Trainer:
             penalties = hoyer_penalties(self.network, hoyer.reduction)
             if penalties:
                 each = (num_parts if hoyer.reduction == "sum" else 1) * torch.stack(list(penalties.values()))
-                losses["hoyer"] = hoyer.weight * each.sum()
+                losses["hoyer"] = self.hoyer_weight() * each.sum()
                 self.progress.count("layers", each / num_parts)
             self.accelerator.backward(torch.stack(list(losses.values())).sum() / num_parts)
         self.progress.num_images += len(batch[0])
         return batch, {name: value.detach() / num_parts for name, value in losses.items()}
+
+    def hoyer_weight(self) -> float:
+        """Return the weight of the regulariser in the step under way, which rises over `hoyer.warmup_epochs`."""
+        hoyer, progress = self.config.hoyer, self.progress
+        if not hoyer.warmup_epochs:
+            return hoyer.weight
+        return hoyer.weight * min(1.0, (progress.epoch - 1 + progress.step / self.num_steps) / hoyer.warmup_epochs)
 
     def check_finite(
         self, loss: Tensor, norm: Tensor, losses: dict[str, Tensor], batches: Sequence[Any], where: str
@@ -254,7 +269,7 @@ class Trainer:
             losses={name.removeprefix("loss/"): value.item() for name, value in means.items()},
             seconds=round(progress.seconds, 3),
             images_per_second=round(progress.num_images * num_processes / progress.seconds, 3),
-            layers=layers | logged_state(self.network),
+            layers=layers | logged_state(self.network) | take_gradient_shares(self.network),
         )
 
     def evaluate(self, line: EpochLog) -> None:
@@ -289,10 +304,17 @@ class Trainer:
                 self.run.save(self.average.module, "ema")
             if better:
                 self.run.save(self.network, "best")
+            history = self.run.history() if (self.run.folder / "metrics.jsonl").is_file() else []
+            warmup = max(self.config.hoyer.warmup_epochs, self.config.optimizer.warmup_steps / self.num_steps)
+            line.warnings = warnings_of([*history, line], self.goal.is_at_chance, warmup)
             self.run.log(line)
             if line.silent:
                 silent = ", ".join(line.silent)
                 print(f"warning: spike layers silent in epoch {line.epoch}: {silent}", file=sys.stderr)
+            known = {kind for before in history[-1:] for kind in before.warnings}
+            for kind, sentence in line.warnings.items():
+                if kind not in known:
+                    print(f"warning: epoch {line.epoch}: {sentence}", file=sys.stderr)
         scalars = {key: value for key, value in line.to_json().items() if isinstance(value, float)}
         self.accelerator.log(scalars, step=line.epoch)
         self.console.print(summary(line, self.config.train.epochs, self.goal.best_by, self.goal.headline))
