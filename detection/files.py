@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -58,6 +59,17 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
             os.fsync(folder)  # the new name, too
         finally:
             os.close(folder)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8 or UTF-16, with or without a byte order mark, or else in Latin-1."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
 
 
 def require_writable(folder: Path) -> None:

@@ -9,8 +9,9 @@ from detection.data.batches import (
 )
 from detection.data.coco import read_coco
 from detection.data.formats import build_datasets, read_split, register_format
+from detection.data.image_files import load_image
 from detection.data.loaders import build_loader, loader_options, start_worker
-from detection.data.records import Annotations, DetectionDataset, Record, load_image
+from detection.data.records import Annotations, DetectionDataset, Record
 from detection.data.synthetic import draw_scene, draw_scenes
 from detection.data.transforms import build_transform
 from detection.data.voc import read_voc

@@ -12,8 +12,8 @@ from torchvision.transforms import v2
 
 from detection.config.schema import ImageAugment, ImageData
 from detection.data.batches import TrainingBatches, derive_seed, evaluation_batches, take_share
+from detection.data.image_files import load_image
 from detection.data.images import ImageFiles, Images
-from detection.data.records import load_image
 
 
 class MemoryBatches:
