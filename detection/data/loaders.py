@@ -37,7 +37,9 @@ def build_loader(
         batches = evaluation_batches(len(dataset), batch_size, share)
         return DataLoader(dataset, batch_sampler=batches, collate_fn=_collate, **loader_options(workers))
     ratios = [record.width / record.height for record in dataset.annotations.records] if aspect_groups else None
-    sampler = TrainingBatches(len(dataset), batch_size, seed=seed, share=share, ratios=ratios, num_groups=aspect_groups)
+    sampler = TrainingBatches(
+        len(dataset), batch_size, seed=seed, share=share, ratios=ratios, num_groups=aspect_groups, drop_single=True
+    )
     return TrainingLoader(SeededItems(dataset), batch_sampler=sampler, collate_fn=_collate, **loader_options(workers))
 
 

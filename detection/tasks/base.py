@@ -169,7 +169,7 @@ class Task(ABC):
         """Return the distance between two networks' class predictions, shape ()."""
         raise self.refusal("learns from no teacher (distillation.teacher)")
 
-    def finish(self, model: nn.Module, dataset: Dataset, run: Run) -> None:
+    def finish(self, model: nn.Module, dataset: Dataset, run: Run) -> None:  # noqa: B027, nothing by default
         """Leave pictures of the trained network on evaluation images in the run folder."""
 
     # Evaluation
@@ -210,7 +210,7 @@ class Task(ABC):
         """Return a picture as the network takes one, in [0, 1]: for `spike_maps`."""
         raise self.refusal("has no predictions of single images")
 
-    def attach(self, run: Run) -> None:
+    def attach(self, run: Run) -> None:  # noqa: B027, nothing by default
         """Take from a run what predictions need beside its recipe."""
 
     def describe_labels(self, run: Run) -> dict[str, Any]:

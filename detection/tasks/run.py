@@ -231,7 +231,7 @@ def load_model(run: Run, weights: Weights = "last") -> nn.Module:
 
 
 def load_for_evaluation(run: Run, weights: Weights = "last") -> tuple[nn.Module, Accelerator]:
-    """Return the network of a saved run as its own evaluation had it, on the device and with the precision of its recipe.
+    """Return the network of a saved run as its own evaluation had it: on its device, with its precision.
 
     Raises:
         FileNotFoundError: the run has no such weights.
