@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from detection import lock
+
+PART = ".part"  # ends the name of a file that is being written
 PROBE = ".writable."  # begins the name of a file that is there for a moment, on file systems where it needs one
 
 
@@ -40,16 +43,22 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written; the message says that nothing was lost.
     """
-    part = path.with_name(f"{path.name}.part")
+    part = None
     try:
-        with part.open("wb") as file:
+        # A name of its own: two processes may write the same file, of which the last one stays, whole.
+        with tempfile.NamedTemporaryFile(
+            "wb", dir=path.parent, prefix=f".{path.name}.", suffix=PART, delete=False
+        ) as file:
+            part = Path(file.name)
             yield file
             file.flush()
             os.fsync(file.fileno())
+        part.chmod(0o666 & ~_umask())
         os.replace(part, path)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        if part is not None:
+            with contextlib.suppress(OSError):
+                part.unlink()
         if not isinstance(error, OSError):
             raise
         raise OSError(f"{path}: not written ({error.strerror}); what was there before is still there") from error
@@ -59,6 +68,18 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
             os.fsync(folder)  # the new name, too
         finally:
             os.close(folder)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes were writing into a folder; for its only writer."""
+    for path in folder.glob(f".*{PART}"):
+        path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def read_text(path: Path) -> str:
@@ -87,5 +108,5 @@ def require_writable(folder: Path) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether nothing is in a folder, but for what `require_writable` of another process has there for a moment."""
-    return all(path.name.startswith(PROBE) for path in folder.iterdir())
+    """Return whether nothing is in a folder, but for what `require_writable` and locks have there for a moment."""
+    return all(path.name.startswith((PROBE, lock.FILE)) for path in folder.iterdir())

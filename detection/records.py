@@ -162,6 +162,18 @@ class Machine(Record):
     gpu: str | None = None
 
 
+class DataFingerprint(Record):
+    """A split as it was read.
+
+    Attributes:
+        images: usable ones.
+        fingerprint: SHA-256 of names, sizes, boxes and labels, or of pixels and labels.
+    """
+
+    images: int
+    fingerprint: str
+
+
 class RunInfo(Record):
     """run.json: where a run comes from.
 
@@ -172,6 +184,7 @@ class RunInfo(Record):
         precision: of the training, "no" for float32; what `train.precision: auto` stood for.
         resumed: commands that went on with it.
         category_ids: COCO's category of label 1, 2, ..., K, a detector's.
+        data: by split, number of images and a fingerprint of what was read.
         sha256: of each weights file by name; there once the training has ended.
         backbone: arguments of `backbones.create`, of an entry of the zoo.
         trained_in: folder of the repository that has the training's log, of an entry of the zoo.
@@ -187,6 +200,7 @@ class RunInfo(Record):
     resumed: list[str] = []
     backbone: dict[str, Any] | None = None
     category_ids: list[int] | None = None
+    data: dict[str, DataFingerprint] = {}
     trained_in: str | None = None
     trained_weights: str | None = None
     trained_sha256: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,13 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of pixels, labels and classes."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        digest.update(self.labels.numpy())
+        digest.update(self.pixels.numpy())
+        return digest.hexdigest()
+
     def choose(self, indices: Sequence[int]) -> Images:
         """Return these images alone."""
         return replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
@@ -58,6 +66,13 @@ class ImageFiles:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the files' names, sizes and labels, and of the classes."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for path, label in self.files:
+            digest.update(repr((path.name, path.stat().st_size, label)).encode())
+        return digest.hexdigest()
 
     def choose(self, indices: Sequence[int]) -> ImageFiles:
         """Return these files alone."""

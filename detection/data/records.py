@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -263,6 +264,16 @@ class DetectionDataset(Dataset):
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels), "image_id": record.image_id}
         return pixels.float() / 255, target
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of images' names and sizes, boxes, labels and classes: what a run depends on."""
+        digest = hashlib.sha256(repr(self.annotations.categories).encode())
+        for record in self.annotations.records:
+            about = (record.path.name, record.path.stat().st_size, record.width, record.height, record.upright)
+            digest.update(repr(about).encode())
+            for column in (record.boxes, record.labels, record.ignore):
+                digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()
 
     def choose(self, indices: Sequence[int]) -> DetectionDataset:
         """Return these images alone."""

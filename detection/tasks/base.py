@@ -40,6 +40,9 @@ class Dataset(Protocol):
     def choose(self, indices: Sequence[int]) -> Self:
         """Return these images alone."""
 
+    def fingerprint(self) -> str:
+        """Return a hexadecimal number that is another one for other data."""
+
 
 class Deployable:
     """The part of a network that goes into a file, and what it takes and gives.

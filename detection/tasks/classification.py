@@ -15,9 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from detection.data import SeededItems, TrainingBatches, TrainingLoader, evaluation_batches, loader_options
+from detection.data import Loader, SeededItems, TrainingBatches, TrainingLoader, evaluation_batches, loader_options
 from detection.data.image_batches import FolderImages, MemoryBatches, evaluation_transform
 from detection.data.images import ImageFiles, Images, read_image_split
 from detection.data.pictures import pixels_of
@@ -76,7 +75,7 @@ class ClassificationTask(Task):
             return MemoryBatches(dataset, accelerator.device, batch_size=batch_size, share=share)
         batches = evaluation_batches(len(dataset), batch_size, share)
         items = FolderImages(dataset, data, train=False)
-        return DataLoader(items, batch_sampler=batches, **loader_options(data.workers))
+        return Loader(items, batch_sampler=batches, **loader_options(data.workers))
 
     # Training
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -44,7 +45,7 @@ def warnings_of(
             found[kind] = f"spike layer {name} fires at {rate:.2%} of its neurons ({limit}){more}"
     activity = [entry.evaluation.activity for entry in evaluated[-FALLING:]]
     if len(activity) == FALLING and None not in activity:
-        falls = all(later < earlier for earlier, later in zip(activity, activity[1:], strict=False))
+        falls = all(later < earlier for earlier, later in itertools.pairwise(activity))
         if falls and activity[-1] <= FALLEN * activity[0]:
             found["falling"] = f"spike activity falls, from {activity[0]:.2%} to {activity[-1]:.2%} in {FALLING} epochs"
     if line.epoch > warmup_epochs + 1 and is_at_chance(line.evaluation.metrics):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from backbones import hoyer_penalties, logged_state, recompute_activations, spike_layers
 from detection.config import Recipe, flatten, require_same
+from detection.data.loaders import LoaderError
 from detection.records import EpochLog, Evaluation, Values
 from detection.runs import Run
 from detection.training import checkpoint
@@ -151,8 +152,8 @@ class Trainer:
             progress.lr = self.schedule.get_last_lr()[0]
         try:
             line = self.train_epoch()
-        except RuntimeError as error:
-            if not (self.signals.received and "DataLoader worker" in str(error)):
+        except LoaderError:
+            if not self.signals.received:
                 raise
             # All processes were told to stop, the loader's too: in the middle of a step there is nothing to save.
             sentence = f"stopped together with its loader processes; go on with: {resume_command(self.run)}"
@@ -216,7 +217,7 @@ class Trainer:
         # Gradients are averaged over the processes once a step.
         with self.accelerator.no_sync(self.model) if part < num_parts else contextlib.nullcontext():
             with recompute_activations() if low_memory else contextlib.nullcontext():
-                losses = self.losses(self.model, batch)
+                losses = self.forward(batch)
             penalties = hoyer_penalties(self.network, hoyer.reduction)
             if penalties:
                 each = (num_parts if hoyer.reduction == "sum" else 1) * torch.stack(list(penalties.values()))
@@ -225,6 +226,22 @@ class Trainer:
             self.accelerator.backward(torch.stack(list(losses.values())).sum() / num_parts)
         self.progress.num_images += len(batch[0])
         return batch, {name: value.detach() / num_parts for name, value in losses.items()}
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """Return the task's losses of a batch.
+
+        Raises:
+            ValueError: a BatchNorm has a single value per channel to learn from.
+        """
+        try:
+            return self.losses(self.model, batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"a BatchNorm has one value per channel in a batch of {len(batch[0])} image(s): {error}; take a larger "
+                "train.batch_size or larger images"
+            ) from None
 
     def hoyer_weight(self) -> float:
         """Return the weight of the regulariser in the step under way, which rises over `hoyer.warmup_epochs`."""
