@@ -239,7 +239,7 @@ class Run:
 def _parse(text: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ValueError(f"{where}: damaged, no JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: damaged, expected a JSON object, got {type(value).__name__}")
