@@ -1,21 +1,28 @@
-"""The neurons that come with the package, by the names that recipes and `create` know."""
+"""The neurons that come with the package, by the names that recipes and `create` know.
+
+Options of those with a threshold: `extremum` and `threshold` ("layer" or "channel") are the scopes of the Hoyer
+extremum and of v_th, `momentum` is the weight of a batch in the extremum's running average, `window` has the ends of
+the surrogate gradient.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from .hoyer import HoyerSpike
+from .hoyer import WINDOW, HoyerSpike, Window
 from .spiking import register_neuron
 
-Extremum = Literal["layer", "channel"]
+Scope = Literal["layer", "channel"]
 
 
 @register_neuron("hoyer", words="spiking")
-def make_hoyer(channels: int, extremum: Extremum = "layer", momentum: float = 0.1) -> HoyerSpike:
+def make_hoyer(
+    channels: int, extremum: Scope = "layer", momentum: float = 0.1, threshold: Scope = "layer", window: Window = WINDOW
+) -> HoyerSpike:
     """Return the method's neuron: the Hoyer extremum, of the layer or of each channel, lowers the threshold."""
-    return HoyerSpike(channels, per_channel=_is_channel(extremum), momentum=momentum)
+    return HoyerSpike(channels, **_arguments(extremum, momentum, threshold, window))
 
 
 @register_neuron("relu", spiking=False, words="analogue twin")
@@ -25,9 +32,11 @@ def make_relu(channels: int) -> nn.ReLU:
 
 
 @register_neuron("fixed", words="spiking, threshold without extremum")
-def make_fixed(channels: int, extremum: Extremum = "layer", momentum: float = 0.1) -> HoyerSpike:
+def make_fixed(
+    channels: int, extremum: Scope = "layer", momentum: float = 0.1, threshold: Scope = "layer", window: Window = WINDOW
+) -> HoyerSpike:
     """Return the ablation: a plain trainable threshold v_th, the extremum left out."""
-    return HoyerSpike(channels, per_channel=_is_channel(extremum), momentum=momentum, fixed=True)
+    return HoyerSpike(channels, fixed=True, **_arguments(extremum, momentum, threshold, window))
 
 
 class GradedSpike(HoyerSpike):
@@ -64,12 +73,25 @@ class GradedSpike(HoyerSpike):
 
 
 @register_neuron("graded", words="graded spikes")
-def make_graded(channels: int, extremum: Extremum = "layer", momentum: float = 0.1, levels: int = 4) -> GradedSpike:
+def make_graded(
+    channels: int,
+    extremum: Scope = "layer",
+    momentum: float = 0.1,
+    threshold: Scope = "layer",
+    window: Window = WINDOW,
+    levels: int = 4,
+) -> GradedSpike:
     """Return a neuron between spike and ReLU, for controlled runs: spikes of 2 to 16 levels."""
-    return GradedSpike(channels, levels=levels, per_channel=_is_channel(extremum), momentum=momentum)
+    return GradedSpike(channels, levels=levels, **_arguments(extremum, momentum, threshold, window))
 
 
-def _is_channel(extremum: str) -> bool:
-    if extremum not in ("layer", "channel"):
-        raise ValueError(f"extremum must be 'layer' or 'channel', got {extremum!r}")
-    return extremum == "channel"
+def _arguments(extremum: Scope, momentum: float, threshold: Scope, window: Window) -> dict[str, Any]:
+    for name, value in (("extremum", extremum), ("threshold", threshold)):
+        if value not in get_args(Scope):
+            raise ValueError(f"{name} must be 'layer' or 'channel', got {value!r}")
+    return {
+        "per_channel": extremum == "channel",
+        "momentum": momentum,
+        "threshold_per_channel": threshold == "channel",
+        "window": window,
+    }

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .spiking import SpikeLayer, spike_layers
 
-Reduction = Literal["sum", "mean"]
+Reduction = Literal["sum", "mean", "network"]
+Window = tuple[float, float]
+
+WINDOW: Window = (0.0, 2.0)  # of the surrogate gradient, in units of v_th
 
 
 def moments(c: Tensor, *, per_channel: bool = False) -> tuple[Tensor, Tensor]:
@@ -65,7 +68,7 @@ def spike(z: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
 
     The surrogate gradient belongs to z alone: the threshold gets none.
     """
-    return _Spike.apply(z, threshold, fire)
+    return _Spike.apply(z, threshold, Pass(fire))
 
 
 def fire(z: Tensor, threshold: Tensor | float) -> Tensor:
@@ -73,32 +76,47 @@ def fire(z: Tensor, threshold: Tensor | float) -> Tensor:
     return (z >= threshold).to(z.dtype)
 
 
-def add_surrogate_(dz: Tensor, ds: Tensor, z: Tensor) -> Tensor:
-    """Return dz + ds * ds/dz, in place, with the surrogate gradient ds/dz = 1/2 for 0 < z < 2, else 0.
+def add_surrogate_(dz: Tensor, ds: Tensor, z: Tensor, window: Window = WINDOW) -> Tensor:
+    """Return dz + ds * ds/dz, in place, with the surrogate gradient ds/dz = 1/2 inside of the window, else 0.
 
     dz must be 0 outside of the window, as that of the regulariser is.
     """
-    return _inside_(dz.add_(ds, alpha=0.5), z, 2.0)
+    return _inside_(dz.add_(ds, alpha=0.5), z, *window)
 
 
-def _inside_(gradient: Tensor, z: Tensor, end: float) -> Tensor:
-    """The gradient where 0 < z < end, else 0; in place."""
-    return torch.ops.aten.hardtanh_backward.grad_input(gradient, z, 0.0, end, grad_input=gradient)
+def _inside_(gradient: Tensor, z: Tensor, low: float, high: float) -> Tensor:
+    """The gradient where low < z < high, else 0; in place."""
+    return torch.ops.aten.hardtanh_backward.grad_input(gradient, z, low, high, grad_input=gradient)
+
+
+class Pass(NamedTuple):
+    """What a training pass of a layer has beside its tensors.
+
+    Attributes:
+        fire: (z, threshold) -> spikes.
+        window: of the surrogate gradient.
+        share: times the gradient of H goes to u and v_th: the number of processes over which H is taken.
+        shares: receives the shares of the regulariser in the layer's gradients, see `gradient_shares`; None: not asked.
+    """
+
+    fire: Callable[[Tensor, Tensor | float], Tensor]
+    window: Window = WINDOW
+    share: int = 1
+    shares: dict[str, float] | None = None
 
 
 class _Spike(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, threshold: Tensor | float, fire: Callable[[Tensor, Tensor | float], Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, z: Tensor, threshold: Tensor | float, about: Pass) -> Tensor:
         ctx.save_for_backward(z)
-        return fire(z, threshold)
+        ctx.about = about
+        return about.fire(z, threshold)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ds: Tensor) -> tuple[Tensor | None, ...]:
         (z,) = ctx.saved_tensors
-        return add_surrogate_(torch.zeros_like(z), ds, z), None, None
+        return add_surrogate_(torch.zeros_like(z), ds, z, ctx.about.window), None, None
 
 
 def sum_over_processes(*sums: Tensor) -> list[Tensor]:
@@ -127,7 +145,7 @@ class SpikesAndPenalty(torch.autograd.Function):
         dz = ds / 2                  for 0 < z < 2, the surrogate gradient, `add_surrogate_`
            + dH * 2 q (1 - z q)      for 0 < z < 1, where c = z
         du = dz / |v_th|
-        d|v_th| = -sum z dz / |v_th|
+        d|v_th| = -sum z dz / |v_th|, over the layer or over each channel
 
     Autograd would find the same through z, `spike`, `moments` and `regulariser`, but would keep u and c, too.
     """
@@ -141,27 +159,47 @@ class SpikesAndPenalty(torch.autograd.Function):
         threshold: Tensor | float,
         sum_c: Tensor,
         sum_c2: Tensor,
-        share: int,
-        fire: Callable[[Tensor, Tensor | float], Tensor],
+        about: Pass,
     ) -> tuple[Tensor, Tensor]:
-        """Return fire(z, threshold) and H, for z = u / v, v = |v_th|.
-
-        `share` times the gradient of H goes to u and v: see `HoyerSpike`, `sync`.
-        """
+        """Return fire(z, threshold) and H, for z = u / v, v = |v_th| in a shape that broadcasts to u."""
         ctx.save_for_backward(z, v, sum_c.sum(), sum_c2.sum())
-        ctx.share = share
-        return fire(z, threshold), regulariser(sum_c, sum_c2)
+        ctx.about = about
+        return about.fire(z, threshold), regulariser(sum_c, sum_c2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ds: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         z, v, sum_c, sum_c2 = ctx.saved_tensors
+        about: Pass = ctx.about
         q = sum_c / torch.where(sum_c2 > 0, sum_c2, 1.0)
         wide = z.to(sum_c.dtype)
-        dz = wide.mul(-q).add_(1.0).mul_(2 * q * dh * ctx.share)  # in place: at this size every tensor counts
-        dz = add_surrogate_(_inside_(dz, wide, 1.0), ds, wide)
-        dv = -(wide * dz).sum() / v
-        return dz.div_(v).to(z.dtype), dv.to(v.dtype), None, None, None, None, None, None
+        dz = wide.mul(-q).add_(1.0).mul_(2 * q * dh * about.share)  # in place: at this size every tensor counts
+        dz = _inside_(dz, wide, 0.0, 1.0)
+        if about.shares is not None:
+            about.shares.update(gradient_shares(dz, ds, wide, about.window))
+        dz = add_surrogate_(dz, ds, wide, about.window)
+        dv = -(wide * dz).sum_to_size(v.shape) / v
+        return dz.div_(v).to(z.dtype), dv.to(v.dtype), None, None, None, None, None
+
+
+def gradient_shares(dz: Tensor, ds: Tensor, z: Tensor, window: Window) -> dict[str, float]:
+    """Return the regulariser's shares in the gradients of a layer, in [0, 1]: "potential" and "threshold".
+
+    Absolute values are added up: over the neurons for the potential, over the thresholds for v_th, of which each has a
+    gradient from the regulariser and one from the task. 0 where there is no gradient at all.
+
+    Args:
+        dz: of the regulariser, with respect to z.
+        ds: of the task, with respect to the spikes.
+        z: normalised potential.
+        window: of the surrogate gradient.
+    """
+    task = add_surrogate_(torch.zeros_like(dz), ds, z, window)
+    found = {}
+    for name, ours, theirs in (("potential", dz, task), ("threshold", (z * dz).sum(), (z * task).sum())):
+        both = ours.abs().sum() + theirs.abs().sum()
+        found[name] = (ours.abs().sum() / both).item() if both > 0 else 0.0
+    return found
 
 
 class HoyerSpike(SpikeLayer):
@@ -179,13 +217,15 @@ class HoyerSpike(SpikeLayer):
             belongs to the whole layer.
         momentum: weight of a batch in the running average, once 1 / momentum batches have been seen.
         fixed: E = 1 at all times, that is a plain threshold v_th: the ablation without the extremum.
+        window: lower and upper end of the surrogate gradient's window, which contains (0, 1).
+        threshold_per_channel: one v_th per channel, in place of one per layer.
         sync: take the moments over the batches of all processes, so that E and H are those of one process with all
             the images. For training by `DistributedDataParallel`, which averages the gradients.
 
     Shape: (N, C, *) -> (N, C, *), also (N, C).
 
     Attributes:
-        v_th: trainable threshold, shape (), starts at 1, used as |v_th|.
+        v_th: trainable threshold, shape () or (C,), starts at 1, used as |v_th|.
         extremum: running average of E, float32, shape () or (C,); 1 before the first batch.
         num_batches_tracked: batches averaged so far, int64, shape ().
     """
@@ -199,23 +239,28 @@ class HoyerSpike(SpikeLayer):
         per_channel: bool = False,
         momentum: float = 0.1,
         fixed: bool = False,
+        window: Window = WINDOW,
+        threshold_per_channel: bool = False,
         sync: bool = False,
     ) -> None:
         super().__init__()
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1], got {momentum}")
+        if not (window[0] <= 0 and window[1] >= 1):
+            raise ValueError(f"window must contain (0, 1), got {window[0]:g} to {window[1]:g}")
         self.channels, self.per_channel, self.momentum = channels, per_channel, momentum
-        self.fixed, self.sync = fixed, sync
-        self.v_th = nn.Parameter(torch.ones(()))
+        self.fixed, self.sync, self.window = fixed, sync, tuple(window)
+        self.v_th = nn.Parameter(torch.ones(channels if threshold_per_channel else ()))
         self.register_buffer("extremum", torch.ones(channels if per_channel else ()))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
 
     def forward(self, u: Tensor) -> Tensor:
         v = self.v_th.abs().clamp_min(1e-6).to(u.dtype)  # the bound is only to keep z finite should v_th cross 0
+        v = self.broadcast(v, u)
         if not self.training:
             z = u / v
             threshold = 1.0 if self.fixed else self.broadcast(self.extremum.to(z.dtype), z)
-            return _Spike.apply(z, threshold, self.fire)
+            return _Spike.apply(z, threshold, Pass(self.fire, self.window))
         with torch.no_grad():
             z = u / v
             sum_c, sum_c2 = moments(F.hardtanh(z, 0.0, 1.0), per_channel=self.per_channel)
@@ -229,11 +274,11 @@ class HoyerSpike(SpikeLayer):
                 threshold = self.broadcast(batch_extremum.to(z.dtype), z)
         if not torch.is_grad_enabled():
             return self.fire(z, threshold)
-        share = num_processes() if self.sync else 1
+        about = Pass(self.fire, self.window, num_processes() if self.sync else 1, self.gradient_shares)
         layer = SpikesAndPenalty.apply
         if torch.compiler.is_compiling():  # else the compiler keeps the spikes as they enter the next convolution
             layer = partial(checkpoint, layer, use_reentrant=False)
-        spikes, penalty = layer(u, v, z, threshold, sum_c, sum_c2, share, self.fire)
+        spikes, penalty = layer(u, v, z, threshold, sum_c, sum_c2, about)
         self.add_penalty(penalty, neurons)
         return spikes
 
@@ -253,8 +298,8 @@ class HoyerSpike(SpikeLayer):
         return v_th if self.fixed else v_th * self.extremum.double()
 
     def logged(self) -> dict[str, float]:
-        """Return |v_th|, and the extremum's running average, its mean over the channels."""
-        return {"v_th": abs(self.v_th.item()), "extremum": self.extremum.mean().item()}
+        """Return |v_th| and the extremum's running average, means over the channels where each has its own."""
+        return {"v_th": self.v_th.abs().mean().item(), "extremum": self.extremum.mean().item()}
 
     @torch.no_grad()
     def _track(self, batch_extremum: Tensor) -> None:
@@ -274,15 +319,17 @@ def hoyer_penalties(model: nn.Module, reduction: Reduction = "sum") -> dict[str,
     Args:
         model: any module.
         reduction: "sum" is the paper's H, taken over the whole batch tensor: it grows with batch size, resolution
-            and width (a weight of 1e-8 belongs to 128 images of 32x32). "mean" is H divided by the number of
-            neurons in the tensor: a density in (0, 1], whose weight carries over between sizes.
+            and width (a weight of 1e-8 belongs to 128 images of 32x32). "network" is H divided by the neurons of all
+            layers together: its sum over the layers is a density in (0, 1], whose weight carries over between sizes
+            and which pulls every neuron alike, as the paper's does. "mean" is H divided by the layer's own neurons,
+            which pulls a neuron of a small deep layer ten to a hundred times harder than one of the first.
 
     Raises:
         ValueError: `reduction` is neither.
         RuntimeError: a layer has nothing to give: no training pass since the last call, or one without gradients.
     """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, get_args(Reduction)))}, got {reduction!r}")
     layers = {name: layer for name, layer in spike_layers(model).items() if layer.has_penalty}
     empty = [name for name, layer in layers.items() if not layer.has_pending_penalty]
     if empty:
@@ -290,11 +337,11 @@ def hoyer_penalties(model: nn.Module, reduction: Reduction = "sum") -> dict[str,
             f"no Hoyer term in spike layer {empty[0]!r} ({len(empty)} of {len(layers)} layers): "
             "call once after each forward pass in training mode with gradients enabled"
         )
-    penalties = {}
-    for name, layer in layers.items():
-        penalty, neurons = layer.take_penalty()
-        penalties[name] = penalty if reduction == "sum" else penalty / neurons
-    return penalties
+    found = {name: layer.take_penalty() for name, layer in layers.items()}
+    if reduction == "sum":
+        return {name: penalty for name, (penalty, _) in found.items()}
+    total = sum(neurons for _, neurons in found.values())
+    return {name: penalty / (neurons if reduction == "mean" else total) for name, (penalty, neurons) in found.items()}
 
 
 def hoyer_penalty(model: nn.Module, reduction: Reduction = "sum") -> Tensor:

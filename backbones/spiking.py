@@ -22,11 +22,14 @@ class SpikeLayer(nn.Module):
         levels: number of values that a spike can take; 2 are 0 and 1.
         has_penalty: whether the layer has a term in the loss.
         sync: whether statistics of a training pass are taken over the batches of all processes.
+        gradient_shares: a dict that receives, in every backward pass, which share of the layer's gradients comes from
+            its penalty; None, as a rule: not asked, since it costs time.
     """
 
     levels: int = 2
     has_penalty: bool = False
     sync: bool = False
+    gradient_shares: dict[str, float] | None = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import json
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
+from detection import lock
+
+PART = ".part"  # ends the name of a file that is being written
 PROBE = ".writable."  # begins the name of a file that is there for a moment, on file systems where it needs one
 
 
@@ -16,16 +23,44 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; the message says that nothing was lost.
     """
-    part = path.with_name(f"{path.name}.part")
+    with atomic_writer(path) as file:
+        file.write(content)
+
+
+def write_list(path: Path, rows: Iterable[Any]) -> None:
+    """Write a JSON list row by row, so that it need not be in memory at once; in one step or not at all."""
+    with atomic_writer(path) as file:
+        file.write(b"[")
+        for number, row in enumerate(rows):
+            file.write(b",\n" * bool(number) + json.dumps(row).encode())
+        file.write(b"]\n")
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of `path` when the context closes without an error.
+
+    Raises:
+        OSError: it cannot be written; the message says that nothing was lost.
+    """
+    part = None
     try:
-        with part.open("wb") as file:
-            file.write(content)
+        # A name of its own: two processes may write the same file, of which the last one stays, whole.
+        with tempfile.NamedTemporaryFile(
+            "wb", dir=path.parent, prefix=f".{path.name}.", suffix=PART, delete=False
+        ) as file:
+            part = Path(file.name)
+            yield file
             file.flush()
             os.fsync(file.fileno())
+        part.chmod(0o666 & ~_umask())
         os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
+    except BaseException as error:
+        if part is not None:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise OSError(f"{path}: not written ({error.strerror}); what was there before is still there") from error
     with contextlib.suppress(OSError):  # some file systems know no flushing of folders
         folder = os.open(path.parent, os.O_RDONLY)
@@ -33,6 +68,29 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(folder)  # the new name, too
         finally:
             os.close(folder)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes were writing into a folder; for its only writer."""
+    for path in folder.glob(f".*{PART}"):
+        path.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8 or UTF-16, with or without a byte order mark, or else in Latin-1."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
 
 
 def require_writable(folder: Path) -> None:
@@ -50,5 +108,5 @@ def require_writable(folder: Path) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether nothing is in a folder, but for what `require_writable` of another process has there for a moment."""
-    return all(path.name.startswith(PROBE) for path in folder.iterdir())
+    """Return whether nothing is in a folder, but for what `require_writable` and locks have there for a moment."""
+    return all(path.name.startswith((PROBE, lock.FILE)) for path in folder.iterdir())

@@ -15,9 +15,9 @@ from detection.data.pictures import ImageLike, read_image
 from detection.runs import Run, Weights
 from detection.spikemaps import SpikeMap, spike_maps
 from detection.tasks import task_of
-from detection.tasks.base import autocast_of
 from detection.tasks.predictions import AnyPrediction
 from detection.tasks.run import load_model
+from detection.training.precision import autocast
 
 
 class Predictor:
@@ -78,7 +78,11 @@ class Predictor:
         items = list(images) if several else [images]
         pictures = [_read(item, f"image at index {index}: " if several else "") for index, item in enumerate(items)]
         found = self.task.predict(
-            self.model, pictures, batch_size=batch_size, precision=autocast_of(self.run.config, self.device), **options
+            self.model,
+            pictures,
+            batch_size=batch_size,
+            precision=autocast(self.run.config.train.precision, self.device),
+            **options,
         )
         paths = [Path(item) if isinstance(item, (str, Path)) else None for item in items]
         named = [dataclasses.replace(each, path=path) for each, path in zip(found, paths, strict=True)]
@@ -86,7 +90,7 @@ class Predictor:
 
     def spike_maps(self, image: ImageLike) -> list[SpikeMap]:
         """Return where the network fires on what it sees of an image; empty for a network without spike layers."""
-        with autocast_of(self.run.config, self.device):
+        with autocast(self.run.config.train.precision, self.device):
             return spike_maps(self.model, self.task.prepare(self.model, read_image(image)))
 
 

@@ -81,11 +81,13 @@ class EpochLog(Record):
         seconds: spent on the steps; an entry of the zoo has none, as it is one epoch of many.
         images_per_second: of all processes together.
         layers: {quantity: {spike layer: value}}: "hoyer_per_layer" (H as it enters the loss), and what the layers
-            themselves log at the end of the epoch, such as "v_th" and "extremum".
+            themselves log at the end of the epoch, such as "v_th" and "extremum"; "hoyer_share_of_potential" and
+            "hoyer_share_of_threshold" are the regulariser's shares in the gradients of the epoch's last step.
         evaluation: None where the epoch was not evaluated.
         ema: the evaluation of the averaged weights, where there are any.
         eval_seconds: spent on both.
         silent: spike layers that did not fire.
+        warnings: what the trainer warned of after the epoch, by kind, see `detection.training.collapse`.
     """
 
     epoch: int = Field(ge=1)
@@ -100,11 +102,23 @@ class EpochLog(Record):
     ema: Evaluation | None = None
     eval_seconds: float | None = None
     silent: list[str] = []
+    warnings: dict[str, str] = {}
 
     @classmethod
     def fields_of(cls, value: dict[str, Any]) -> dict[str, Any]:
         """Return the fields of a line; its tables in front of the first metric are the layers'."""
-        own = ("epoch", "step", "lr", "loss", "seconds", "images_per_second", "eval_seconds", "silent", "ema")
+        own = (
+            "epoch",
+            "step",
+            "lr",
+            "loss",
+            "seconds",
+            "images_per_second",
+            "eval_seconds",
+            "silent",
+            "warnings",
+            "ema",
+        )
         found: dict[str, Any] = {key: value[key] for key in own if key in value}
         rest = {key: entry for key, entry in value.items() if key not in own}
         found["losses"] = {key.removeprefix(LOSS): rest.pop(key) for key in list(rest) if key.startswith(LOSS)}
@@ -136,7 +150,8 @@ class EpochLog(Record):
             line["ema"] = self.ema.to_json()
         if self.eval_seconds is not None:
             line["eval_seconds"] = self.eval_seconds
-        return line | ({"silent": self.silent} if self.silent else {})
+        said = {"silent": self.silent, "warnings": self.warnings}
+        return line | {key: value for key, value in said.items() if value}
 
 
 class Machine(Record):
@@ -157,11 +172,25 @@ class Machine(Record):
     gpu: str | None = None
 
 
+class DataFingerprint(Record):
+    """A split as it was read.
+
+    Attributes:
+        images: usable ones.
+        fingerprint: SHA-256 of names, sizes, boxes and labels, or of pixels and labels.
+    """
+
+    images: int
+    fingerprint: str
+
+
 class RunInfo(Record):
     """run.json: where a run comes from.
 
     Attributes:
         command: that started it.
+        precision: of the training, "no" for float32; what `train.precision: auto` stood for.
+        data: by split, number of images and a fingerprint of what was read.
         trained_in: folder of the repository that has the training's log, of an entry of the zoo.
         trained_weights, trained_sha256: which weights the entry was made of.
         versions: of python and the packages.
@@ -175,6 +204,8 @@ class RunInfo(Record):
     model_config = ConfigDict(extra="allow")  # facts that a task from elsewhere adds
 
     command: str = "unknown"
+    precision: str | None = None
+    data: dict[str, DataFingerprint] = {}
     trained_in: str | None = None
     trained_weights: str | None = None
     trained_sha256: str | None = None

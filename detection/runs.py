@@ -8,17 +8,18 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from backbones import read_tensors, tensors_to_bytes, zoo
 from detection.config import Recipe, read_recipe, save_config
 from detection.files import is_empty, write_whole
+from detection.lock import RunLock
 from detection.records import EpochLog, Machine, RunInfo, Weights
 
 PACKAGES = ("torch", "torchvision", "numpy", "albumentations", "pycocotools", "accelerate", "safetensors")
@@ -39,6 +40,8 @@ class Run:
 
     def __init__(self, folder: Path, config: Recipe) -> None:
         self.folder, self.config = folder, config
+        self.lock = RunLock(folder)
+        self.is_own = False  # whether this process made the folder
 
     @staticmethod
     def check_free(folder: str | Path) -> Path:
@@ -55,13 +58,22 @@ class Run:
 
     @classmethod
     def create(cls, folder: str | Path, config: Recipe, info: RunInfo) -> Run:
-        """Make a new run folder with config.yaml and run.json in it.
+        """Make a new run folder with config.yaml and run.json in it; its lock is held from then on.
 
         Raises:
+            BlockingIOError: another training is writing into it.
             FileExistsError: there is something already.
         """
-        run = cls(cls.check_free(folder), config)
+        run = cls(Path(folder), config)
+        made = not run.folder.exists()
         run.folder.mkdir(parents=True, exist_ok=True)
+        run.lock.acquire()
+        try:
+            cls.check_free(folder)  # now that no other process can write into it
+        except FileExistsError:
+            run.lock.release()
+            raise
+        run.is_own = made
         save_config(config, run.folder / "config.yaml")
         run.write_info(info)
         return run
@@ -143,8 +155,9 @@ class Run:
         return bool(self.info().sha256)
 
     def discard_if_empty(self) -> None:
-        """Remove the folder again if the training left nothing in it: one that failed at once leaves no trace."""
-        if not any((self.folder / name).exists() for name in ("metrics.jsonl", "state.safetensors")):
+        """Remove the folder again if this process made it and left nothing in it: a failure at once leaves no trace."""
+        left = any((self.folder / name).exists() for name in ("metrics.jsonl", "state.safetensors"))
+        if self.is_own and not left:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def history(self) -> list[EpochLog]:
@@ -195,6 +208,7 @@ class Run:
         """
         path = self.folder / f"{which}.safetensors"
         state, _ = read_tensors(path)
+        self._check_weights(path, state)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
@@ -202,6 +216,18 @@ class Run:
             raise ValueError(
                 f"{path} does not fit the model of its config.yaml: {what[:300]}{' ...' if len(what) > 300 else ''}"
             ) from None
+
+    def _check_weights(self, path: Path, state: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for weights that are not those of the training, or hold numbers that are not finite."""
+        logged = self.info().sha256.get(path.name) if (self.folder / "run.json").is_file() else None
+        if logged is not None and logged != hashlib.sha256(path.read_bytes()).hexdigest():
+            raise ValueError(
+                f"{path}: its SHA-256 is not the one in run.json ({logged[:16]}...): not the weights of this training; "
+                "put those back, or take the entry out of run.json to use these"
+            )
+        for name, value in state.items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"{path}: {name} has numbers that are not finite; the network would predict nothing")
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of each weights file by its name."""
@@ -212,7 +238,7 @@ class Run:
 def _parse(text: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ValueError(f"{where}: damaged, no JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where}: damaged, expected a JSON object, got {type(value).__name__}")

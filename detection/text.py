@@ -16,3 +16,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def plural(number: int, singular: str, several: str | None = None) -> str:
     """Return such as "1 layer", "2 layers"."""
     return f"{number} {singular if number == 1 else several or singular + 's'}"
+
+
+def shorten(value: object, length: int = 80) -> str:
+    """Return the repr of a value, its middle left out where it is longer."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 4]} ..."

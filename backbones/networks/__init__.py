@@ -16,6 +16,7 @@ from .base import (
     FeatureInfo,
     Normalise,
     Stem,
+    family_options,
     find_family,
     names,
     register_backbone,
@@ -32,7 +33,6 @@ def create(
     stem: Stem = "imagenet",
     width: float = 1.0,
     weights: str | Path | Mapping[str, Tensor] | None = None,
-    pool_first: bool = True,
     **options: Any,
 ) -> Backbone:
     """Return a backbone: (N, in_channels, H, W) -> {"c2": ..., ..., "c5": ...}, real-valued maps, finest first.
@@ -46,12 +46,13 @@ def create(
         width: multiplier of every channel count, rounded to multiples of 8.
         weights: "zoo:NAME", one of `zoo.names()` (`zoo.settings(NAME)` has the other arguments that it takes); a
             .safetensors file; or a state dict. Loaded strictly by `load_weights`.
-        pool_first: False: BN before the pooling (VGG, ResNet).
-        options: of the family or of the neuron: extremum="layer" or "channel", momentum=0.1, levels=4.
+        options: of the family: pool_first=False puts BN before the pooling (VGG, ResNet), shortcut="real" and
+            norm_first=True (ResNet), head="normalised" or "pooled" (VGG); of the neuron: extremum="channel",
+            momentum=0.1, threshold="channel", window=(0.0, 2.0), levels=4.
 
     Raises:
-        ValueError: an unknown name, activation, stem or option, a value that is not allowed, a width that is not
-            positive, weights that do not fit, or `pool_first` False for a network without pooling.
+        ValueError: an unknown name, activation, stem or option, a value that is not allowed, an option that this
+            family does not have, a width that is not positive, or weights that do not fit.
     """
     family, own = find_family(name)
     if stem not in ("imagenet", "cifar"):
@@ -59,18 +60,18 @@ def create(
     if not width > 0:
         raise ValueError(f"width must be positive, got {width}")
     given = {key: value for key, value in options.items() if key in own}
-    if "pool_first" in own:
-        given["pool_first"] = pool_first
-    elif not pool_first:
-        raise ValueError(f"pool_first must be True for {name}: it has no pooling")
-    spike = SpikeFactory(activation, **{key: value for key, value in options.items() if key not in own})
+    others = family_options()
+    for key in options.keys() & (others.keys() - own.keys()):
+        if options[key] != others[key]:
+            raise ValueError(f"{key} must be {others[key]!r} for {name}, which has no other, got {options[key]!r}")
+    spike = SpikeFactory(activation, **{key: value for key, value in options.items() if key not in others})
     backbone = family(name, spike, in_channels=in_channels, stem=stem, width=width, **given)
     if weights is not None:
         from ..weights import load_weights  # which knows the class of a backbone
         from ..zoo import is_entry, require_same
 
         if is_entry(weights):
-            wanted = {"name": name, "width": width, "stem": stem, "activation": activation, "pool_first": pool_first}
-            require_same(weights, wanted | {"extremum": options.get("extremum", "layer")})
+            wanted = {"name": name, "width": width, "stem": stem, "activation": activation}
+            require_same(weights, {"extremum": "layer"} | others | wanted | options)
         load_weights(backbone, weights)
     return backbone

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,17 +128,25 @@ def names() -> list[str]:
     )
 
 
-def find_family(name: str) -> tuple[type[Backbone], tuple[str, ...]]:
-    """Return the class of a registered backbone and the names of the options that it has beside `SHAPE`.
+def find_family(name: str) -> tuple[type[Backbone], dict[str, Any]]:
+    """Return the class of a registered backbone, and the options that it has beside `SHAPE` with their defaults.
 
     Raises:
         ValueError: there is none of this name.
     """
     if name not in _FAMILIES:
         raise ValueError(f"unknown backbone {name!r} (allowed: {', '.join(names())})")
-    parameters = inspect.signature(_FAMILIES[name]).parameters.values()
-    options = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.name not in SHAPE]
-    return _FAMILIES[name], tuple(options)
+    return _FAMILIES[name], _options_of(_FAMILIES[name])
+
+
+def family_options() -> dict[str, Any]:
+    """Return the options of all families with their defaults."""
+    return {option: default for family in _FAMILIES.values() for option, default in _options_of(family).items()}
+
+
+def _options_of(family: type[Backbone]) -> dict[str, Any]:
+    parameters = inspect.signature(family).parameters.values()
+    return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY and each.name not in SHAPE}
 
 
 class Normalise(nn.Module):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from ..spiking import SpikeFactory
@@ -30,17 +33,55 @@ class Shortcut(nn.Sequential):
         super().__init__(*layers, spike(channels_in), conv(channels_in, channels, 1))
 
 
-def make_shortcut(
-    channels_in: int, channels: int, stride: int, spike: SpikeFactory, *, pool_first: bool = True
-) -> nn.Module:
-    """Identity where the shape stays, else a `Shortcut`."""
-    if stride == 1 and channels_in == channels:
-        return nn.Identity()
-    return Shortcut(channels_in, channels, stride, spike, pool_first=pool_first)
+class RealShortcut(nn.Module):
+    """The residual stream in another shape, without parameters and without a spike that would cut it to one bit.
+
+    An average over 2x2 for a stride of 2, odd sizes rounded up; channels repeated one after the other, as Bi-Real
+    (arXiv:1808.00278) and ReActNet (arXiv:2003.03488) do for binary networks.
+
+    Shape: (N, C, H, W) -> (N, k C, ceil(H / stride), ceil(W / stride)).
+
+    Raises:
+        ValueError: the channels do not multiply by a whole number.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        if channels % channels_in:
+            raise ValueError(f"shortcut 'real': {channels} channels are no multiple of {channels_in}; change the width")
+        self.repeats = channels // channels_in
+        # Cells beyond the border are left out of the mean.
+        self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False) if stride == 2 else nn.Identity()
+
+    def forward(self, u: Tensor) -> Tensor:
+        u = self.pool(u)
+        return torch.cat([u] * self.repeats, dim=1) if self.repeats > 1 else u
+
+
+class BlockOptions(NamedTuple):
+    """How the blocks of a ResNet are built.
+
+    Attributes:
+        pool_first: the spiking shortcut's max-pool comes before its BN, as published.
+        shortcut: "spiking" as published, or "real", see `RealShortcut`, where the shape of the stream changes.
+        norm_first: a BN in front of the spike of a basic block, as a bottleneck has it.
+    """
+
+    pool_first: bool = True
+    shortcut: Literal["spiking", "real"] = "spiking"
+    norm_first: bool = False
+
+    def make_shortcut(self, channels_in: int, channels: int, stride: int, spike: SpikeFactory) -> nn.Module:
+        """Return the identity where the shape stays, else a `Shortcut` or `RealShortcut`."""
+        if stride == 1 and channels_in == channels:
+            return nn.Identity()
+        if self.shortcut == "real":
+            return RealShortcut(channels_in, channels, stride)
+        return Shortcut(channels_in, channels, stride, spike, pool_first=self.pool_first)
 
 
 class BasicBlock(nn.Module):
-    """shortcut(u) + BN(conv3x3(spike(u))).
+    """shortcut(u) + BN(conv3x3(spike(u))), with the option of a BN in front of the spike.
 
     Shape: (N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride)).
     """
@@ -48,12 +89,13 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(
-        self, channels_in: int, channels: int, stride: int, spike: SpikeFactory, *, pool_first: bool = True
+        self, channels_in: int, channels: int, stride: int, spike: SpikeFactory, options: BlockOptions
     ) -> None:
         super().__init__()
-        self.shortcut = make_shortcut(channels_in, channels, stride, spike, pool_first=pool_first)
+        self.shortcut = options.make_shortcut(channels_in, channels, stride, spike)
+        first = [nn.BatchNorm2d(channels_in)] if options.norm_first else []
         self.branch = nn.Sequential(
-            spike(channels_in), conv(channels_in, channels, 3, stride=stride), nn.BatchNorm2d(channels)
+            *first, spike(channels_in), conv(channels_in, channels, 3, stride=stride), nn.BatchNorm2d(channels)
         )
 
     def forward(self, u: Tensor) -> Tensor:
@@ -69,10 +111,10 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self, channels_in: int, channels: int, stride: int, spike: SpikeFactory, *, pool_first: bool = True
+        self, channels_in: int, channels: int, stride: int, spike: SpikeFactory, options: BlockOptions
     ) -> None:
         super().__init__()
-        self.shortcut = make_shortcut(channels_in, channels * self.expansion, stride, spike, pool_first=pool_first)
+        self.shortcut = options.make_shortcut(channels_in, channels * self.expansion, stride, spike)
         layers: list[nn.Module] = []
         for c_in, c_out, kernel_size, conv_stride in (
             (channels_in, channels, 1, 1),
@@ -101,6 +143,8 @@ class ResNet(Backbone):
             "cifar" is three 3x3 convolutions, BN and spike between -> max-pool -> BN (strides 2, 4, 8, 16).
         width: multiplier of all channel counts.
         pool_first: False: BN before the pooling, in the stem and in the shortcuts.
+        shortcut: "spiking" as published, or "real": a parameter-free real-valued shortcut where the shape changes.
+        norm_first: a BN in front of the spike of every basic block.
 
     Shape: (N, in_channels, H, W) -> {"c2": (N, 64 width expansion, ceil(H / stride), ...), ...}; expansion is 4
     from resnet50 on, else 1.
@@ -115,9 +159,14 @@ class ResNet(Backbone):
         stem: Stem = "imagenet",
         width: float = 1.0,
         pool_first: bool = True,
+        shortcut: Literal["spiking", "real"] = "spiking",
+        norm_first: bool = False,
     ) -> None:
         super().__init__()
+        if shortcut not in ("spiking", "real"):
+            raise ValueError(f"shortcut must be 'spiking' or 'real', got {shortcut!r}")
         self.make_spike = spike
+        options = BlockOptions(pool_first, shortcut, norm_first)
         block = BasicBlock if name in BASIC else Bottleneck
         channels_in = scale_channels(CHANNELS[0], width)
         if stem == "imagenet":
@@ -136,7 +185,7 @@ class ResNet(Backbone):
             blocks = []
             for position in range(depth):
                 block_stride = 2 if index > 0 and position == 0 else 1
-                blocks.append(block(channels_in, channels, block_stride, spike, pool_first=pool_first))
+                blocks.append(block(channels_in, channels, block_stride, spike, options))
                 channels_in = channels * block.expansion
                 stride *= block_stride
             self.stages.append(nn.Sequential(*blocks))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from ..spiking import SpikeFactory
@@ -32,6 +34,8 @@ class VGG(Backbone):
             after the last (strides 4, 8, 16, 16).
         width: multiplier of all channel counts, the head's hidden layers included.
         pool_first: False: BN before the pooling.
+        head: of a classifier: "linear" as published, "normalised" with a BN in front of the spikes of the hidden
+            layers, "pooled" with global average pooling and one linear layer, as a ResNet's.
 
     Shape: (N, in_channels, H, W) -> {"c2": (N, 128 width, H // 4, W // 4), ...}; H and W at least the last stride.
     """
@@ -45,9 +49,12 @@ class VGG(Backbone):
         stem: Stem = "imagenet",
         width: float = 1.0,
         pool_first: bool = True,
+        head: Literal["linear", "normalised", "pooled"] = "linear",
     ) -> None:
         super().__init__()
-        self.width, self._head_side = width, 2 if stem == "cifar" else 7
+        if head not in ("linear", "normalised", "pooled"):
+            raise ValueError(f"head must be 'linear', 'normalised' or 'pooled', got {head!r}")
+        self.width, self._head_side, self._head = width, 2 if stem == "cifar" else 7, head
         self.make_spike = spike
         self.stages = nn.ModuleList()
         info, channels_in, stride = [], in_channels, 1
@@ -75,24 +82,18 @@ class VGG(Backbone):
         return self.stages[0][0]
 
     def make_head(self, num_classes: int, dropout: float) -> nn.Module:
-        """Return spike -> three linear layers without bias, spikes and dropout between them.
+        """Return spike -> three linear layers without bias, spikes and dropout between them; see `head` for others.
 
         The size is pooled to 2x2 ("cifar") or 7x7 ("imagenet") before the first spike, which leaves the nominal
         input sizes 32 and 224 as they are. While training, dropout scales the spikes that it keeps by 1 / (1 - p):
         the linear layers see exactly 0/1 in evaluation only, unless dropout is 0.
         """
+        if self._head == "pooled":
+            return super().make_head(num_classes, dropout)
         side = self._head_side
         channels, hidden = self.feature_info[-1].channels, scale_channels(4096, self.width)
-        return nn.Sequential(
-            nn.AdaptiveAvgPool2d(side),
-            self.make_spike(channels),
-            nn.Flatten(),
-            nn.Dropout(dropout),
-            nn.Linear(channels * side * side, hidden, bias=False),
-            self.make_spike(hidden),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, hidden, bias=False),
-            self.make_spike(hidden),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, num_classes, bias=False),
-        )
+        layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(side), self.make_spike(channels), nn.Flatten()]
+        for inputs in (channels * side * side, hidden):
+            norm = [nn.BatchNorm1d(hidden)] if self._head == "normalised" else []
+            layers += [nn.Dropout(dropout), nn.Linear(inputs, hidden, bias=False), *norm, self.make_spike(hidden)]
+        return nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(hidden, num_classes, bias=False))

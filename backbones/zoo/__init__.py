@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent
 PREFIX = "zoo:"
 NAME = re.compile("[a-z0-9_]+")
 # In these, what the weights were trained for has to be what they are used for; the rest their shapes tell.
-KEYS = ("name", "width", "stem", "activation", "extremum", "pool_first")
+KEYS = ("name", "width", "stem", "activation", "extremum", "pool_first", "shortcut", "norm_first", "head")
 
 
 def names() -> list[str]:
@@ -64,7 +64,7 @@ def require_same(source: str | Path, wanted: Mapping[str, Any]) -> None:
     """Raise ValueError that names the first of `KEYS` in which an entry's backbone is not the wanted one."""
     trained = settings(str(source).removeprefix(PREFIX))
     for key in KEYS:
-        if trained[key] != wanted[key]:
+        if key in trained and trained[key] != wanted[key]:
             raise ValueError(
                 f"{source}: trained with {key} {trained[key]!r}, wanted is {wanted[key]!r}; "
                 f"backbones.zoo.settings() gives what it takes"

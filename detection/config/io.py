@@ -12,8 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from detection.config.registry import default_task, import_plugins, recipe_kinds
 from detection.config.schema import Recipe, Section
+from detection.config.yaml_files import read_yaml
 from detection.files import write_whole
-from detection.text import nearest
+from detection.text import nearest, shorten
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -61,7 +62,7 @@ def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
             raise ValueError(f"{source}: {error}") from None
     kinds = recipe_kinds()
     task = values.get("task", default_task())
-    if task not in kinds:
+    if not isinstance(task, str) or task not in kinds:
         raise ValueError(f"{source}: task: expected {' or '.join(kinds)}, got {task!r}")
     try:
         return kinds[task].model_validate(values)
@@ -178,12 +179,7 @@ def require_same(found: Mapping[str, Any], wanted: Recipe, source: str, *, free:
 
 
 def _read_values(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         sections = ", ".join(Recipe.model_fields)
         raise ValueError(f"{path}: expected sections {sections}, got {type(values).__name__}")
@@ -201,7 +197,7 @@ def _explain(error: ValidationError, kind: type[Section]) -> Iterator[str]:
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = item["input"]
-            yield f"{key}: {message}" + ("" if isinstance(given, dict) else f" (got {given!r})")
+            yield f"{key}: {message}" + ("" if isinstance(given, dict) else f" (got {shorten(given)})")
 
 
 def _known_keys(kind: type[Section], location: Sequence[Any]) -> list[str]:

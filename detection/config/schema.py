@@ -16,7 +16,11 @@ class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are checked on assignment too."""
 
     model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, protected_namespaces=(), hide_input_in_errors=True
+        extra="forbid",
+        validate_assignment=True,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
     )
 
 
@@ -24,7 +28,7 @@ class Backbone(Section):
     """The feature extractor, `backbones.create(name, ...)`."""
 
     name: str = Field("resnet18", description="one of `backbones.names()`: vgg11 ... resnet152, mobilenetv1")
-    width: float = Field(1.0, gt=0, description="multiplier of every channel count (rounded to multiples of 8)")
+    width: float = Field(1.0, gt=0, le=64, description="multiplier of every channel count (rounded to multiples of 8)")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="first layers: for large images, or for 32x32")
     activation: str = Field(
         "hoyer",
@@ -33,8 +37,23 @@ class Backbone(Section):
     )
     extremum: Literal["layer", "channel"] = Field("layer", description="scope of the Hoyer extremum")
     momentum: float = Field(0.1, gt=0, le=1, description="weight of a batch in the extremum's running average")
+    threshold: Literal["layer", "channel"] = Field("layer", description="scope of the trainable threshold v_th")
+    window: tuple[float, float] = Field(
+        (0.0, 2.0), description="ends of the surrogate gradient's window, in thresholds v_th; it contains 0 to 1"
+    )
     levels: int = Field(4, ge=2, le=16, description="values that a spike of the activation graded can take")
     pool_first: bool = Field(True, description="max-pool before BatchNorm, as published; false: after it")
+    shortcut: Literal["spiking", "real"] = Field(
+        "spiking",
+        description="resnet: where the stream changes its shape; spiking, as published; real: average pool, channels "
+        "repeated, no spikes",
+    )
+    norm_first: bool = Field(False, description="resnet: BatchNorm in front of the spike of every basic block")
+    head: Literal["linear", "normalised", "pooled"] = Field(
+        "linear",
+        description="vgg, as a classifier: linear, as published; normalised: BatchNorm in the hidden layers; pooled: "
+        "global average pool and one linear layer",
+    )
     options: dict[str, bool | int | float | str] = Field(
         {}, description="further options of a backbone or activation that was registered from elsewhere"
     )
@@ -42,7 +61,7 @@ class Backbone(Section):
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `backbones.create`, name and weights left out."""
-        keys = ("activation", "stem", "width", "pool_first", "extremum", "momentum", "levels")
+        keys = [key for key in type(self).model_fields if key not in ("name", "weights", "options")]
         return {key: getattr(self, key) for key in keys} | self.options
 
 
@@ -64,7 +83,7 @@ class Neck(Section):
         description="coarser maps added on top, each of half the size; None: 1 for fasterrcnn (by pooling, and no more "
         "than that), 2 for retinanet and fcos, 3 for ssd (by convolutions)",
     )
-    out_channels: int = Field(256, gt=0, description="channels of every pyramid map; ssd: of the extra maps")
+    out_channels: int = Field(256, gt=0, le=65536, description="channels of every pyramid map; ssd: of the extra maps")
     spiking: bool = Field(
         False, description="spikes in front of the pyramid's output convolutions and extra maps too (not ssd)"
     )
@@ -88,7 +107,9 @@ class Head(Section):
         description="smallest anchor side of a level in strides of that level; None: 8 for fasterrcnn, 4 for retinanet "
         "(fcos and ssd have rules of their own)",
     )
-    representation_size: int = Field(1024, gt=0, description="features of the box head's linear layers (fasterrcnn)")
+    representation_size: int = Field(
+        1024, gt=0, le=65536, description="features of the box head's linear layers (fasterrcnn)"
+    )
     num_regions: int = Field(
         512,
         gt=0,
@@ -96,7 +117,7 @@ class Head(Section):
     )
     score_threshold: float = Field(0.05, ge=0, lt=1, description="detections below it are not returned")
     nms_threshold: float = Field(0.5, gt=0, le=1, description="IoU above which the weaker of two boxes is dropped")
-    max_detections: int = Field(100, gt=0, description="detections kept per image")
+    max_detections: int = Field(100, gt=0, le=10**5, description="detections kept per image")
 
 
 class Model(Section):
@@ -111,7 +132,7 @@ class Model(Section):
     min_size: list[int] = Field(
         [800], min_length=1, description="short side in pixels; several: one is drawn per training image, last tests"
     )
-    max_size: int = Field(1333, gt=0, description="upper bound of the long side in pixels")
+    max_size: int = Field(1333, gt=0, le=16384, description="upper bound of the long side in pixels")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="RGB mean, images in [0, 1]")
     std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
 
@@ -139,10 +160,10 @@ class Model(Section):
 class Scenes(Section):
     """Drawn scenes, for `data.format: synthetic`; the same seed gives the same files."""
 
-    num_train: int = Field(600, gt=0, description="training scenes")
-    num_val: int = Field(100, gt=0, description="validation scenes")
-    size: int = Field(128, ge=32, description="side of a scene in pixels")
-    seed: int = Field(0, ge=0, description="seed of the drawing")
+    num_train: int = Field(600, gt=0, le=10**7, description="training scenes")
+    num_val: int = Field(100, gt=0, le=10**7, description="validation scenes")
+    size: int = Field(128, ge=32, le=4096, description="side of a scene in pixels")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the drawing")
 
 
 class Augment(Section):
@@ -191,7 +212,7 @@ class Data(Section):
     aspect_groups: int = Field(
         3, ge=0, description="batches hold images of similar shape: so many bins on either side of a square; 0: off"
     )
-    workers: int = Field(2, ge=0, description="loader processes")
+    workers: int = Field(2, ge=0, le=1024, description="loader processes")
     options: dict[str, bool | int | float | str] = Field(
         {}, description="further options of a format that was registered from elsewhere"
     )
@@ -201,12 +222,13 @@ class Hoyer(Section):
     """The Hoyer regulariser: weight * sum over spike layers of H."""
 
     weight: float = Field(0.0, ge=0, description="weight of the term; it belongs to the reduction")
-    reduction: Literal["sum", "mean"] = Field(
-        "mean",
-        description="sum: H as in the paper, grows with resolution and with the batch of each process (1e-8 belongs "
-        "to 128 images of 32x32); "
-        "mean: H / number of neurons, in (0, 1], carries over between sizes",
+    reduction: Literal["sum", "mean", "network"] = Field(
+        "network",
+        description="network: H of all layers / neurons of all layers, in (0, 1], carries over between sizes and pulls "
+        "every neuron alike; sum: H as in the paper, grows with resolution and with the batch of each process (1e-8 "
+        "belongs to 128 images of 32x32); mean: H of each layer / its own neurons, pulls those of small layers harder",
     )
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs over which the weight rises from 0, linearly")
     sync: bool = Field(
         False,
         description="several processes: extremum and H over the images of all of them, as if one process had them; "
@@ -217,15 +239,24 @@ class Hoyer(Section):
 class Optimizer(Section):
     """Optimiser and learning-rate schedule."""
 
-    name: Literal["adamw", "adam", "sgd"] = Field(
-        "adamw", description="adamw; adam with AMSGrad and the decay in its gradient; or sgd with momentum 0.9"
+    name: Literal["adamw", "adam", "sgd", "muon"] = Field(
+        "adamw",
+        description="adamw; adam with AMSGrad and the decay in its gradient; sgd with momentum 0.9; or muon for the "
+        "hidden convolutions and adamw for the rest",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    muon_lr: float = Field(0.02, gt=0, description="muon: peak learning rate of the hidden convolutions")
+    muon_decay: float = Field(0.0, ge=0, description="muon: weight decay of the hidden convolutions, times muon_lr")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="muon: share of the momentum that stays in a step")
+    muon_newton_steps: int = Field(3, gt=0, le=10, description="muon: Newton-Schulz steps of an orthogonalisation")
+    muon_interval: int = Field(
+        1, gt=0, description="muon: optimiser steps between two orthogonalisations of a weight; more: less time"
+    )
     weight_decay: float = Field(1e-4, ge=0, description="only on tensors of two or more dimensions, so not on v_th")
     schedule: Literal["cosine", "step"] = Field("cosine", description="cosine to zero, or steps at `milestones`")
     milestones: list[Fraction] = Field([0.6, 0.8, 0.9], description="step: fractions of the run where lr falls")
     gamma: float = Field(0.2, gt=0, le=1, description="step: factor at each milestone")
-    warmup_steps: int = Field(100, ge=0, description="optimiser steps of linear warm-up")
+    warmup_steps: int = Field(100, ge=0, le=10**8, description="optimiser steps of linear warm-up")
     clip_norm: float = Field(0.0, ge=0, description="gradients are scaled down to this norm; 0: never")
 
 
@@ -249,11 +280,13 @@ class Distillation(Section):
 class Train(Section):
     """Length and size of a run."""
 
-    epochs: int = Field(12, gt=0, description="passes over the training data")
-    batch_size: int = Field(8, gt=0, description="images per batch and process")
-    accumulate: int = Field(1, gt=0, description="batches whose mean gradient makes one optimiser step")
+    epochs: int = Field(12, gt=0, le=10**6, description="passes over the training data")
+    batch_size: int = Field(8, gt=0, le=10**6, description="images per batch and process")
+    accumulate: int = Field(1, gt=0, le=10**6, description="batches whose mean gradient makes one optimiser step")
     eval_every: int = Field(1, gt=0, description="epochs between evaluations; the last epoch is always evaluated")
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision; no: float32")
+    precision: Literal["no", "bf16", "fp16", "auto"] = Field(
+        "no", description="mixed precision; no: float32; auto: bf16 where the processor or GPU multiplies it natively"
+    )
     compile: bool = Field(False, description="torch.compile the backbone")
     low_memory: bool = Field(
         False,
@@ -274,14 +307,17 @@ class Train(Section):
         False, description="several processes: BatchNorm over the images of all of them; false: over those of each"
     )
     tensorboard: bool = Field(False, description="write TensorBoard curves too (pip install hoyer-det[tensorboard])")
-    seed: int = Field(0, ge=0, description="seed of weights, data order and augmentation")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, data order and augmentation")
     deterministic: bool = Field(
         False, description="only algorithms that give the same bits every time: slower on a GPU, an error where none is"
     )
     save_minutes: float = Field(2.0, ge=0, description="minutes between saved states, see --resume; 0: not by time")
     save_steps: int = Field(0, ge=0, description="optimiser steps between saved states; 0: not by steps")
     timeout_minutes: float = Field(
-        10.0, gt=0, description="several processes: how long one waits for the others before the training ends"
+        10.0,
+        gt=0,
+        le=10**5,
+        description="several processes: how long one waits for the others before the training ends",
     )
 
 
@@ -307,8 +343,16 @@ class ImageAugment(Section):
     """Training augmentation of a classifier."""
 
     hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
-    padding: int = Field(4, ge=0, description="in memory: black pixels around the image, of which a window is cut")
+    flip: Literal["random", "alternating"] = Field(
+        "random", description="in memory: alternating: half of the images in odd epochs, the others in even ones"
+    )
+    padding: int = Field(
+        4, ge=0, le=4096, description="in memory: black pixels around the image, of which a window is cut"
+    )
     cutout: int = Field(0, ge=0, description="in memory: side of a black square at a random place; 0: none")
+    erase: float = Field(0.0, ge=0, le=1, description="in memory: probability that a random rectangle is blackened")
+    randaugment: int = Field(0, ge=0, le=10, description="in memory: changes of colour and shape per image; 0: none")
+    randaugment_magnitude: int = Field(9, ge=0, le=30, description="in memory: how strong those are")
     min_area: float = Field(
         0.08, gt=0, le=1, description="not in memory: least share of the image in the random resized crop"
     )
@@ -323,22 +367,22 @@ class ImageData(Section):
     root: Path = Field(Path("data"), description="folder of the data set")
     train: str = Field("train", description="folder: name of the training split")
     val: str = Field("val", description="folder: name of the validation split")
-    size: int = Field(32, gt=0, description="side in pixels that the network sees")
+    size: int = Field(32, gt=0, le=4096, description="side in pixels that the network sees")
     in_memory: bool = Field(
         True,
         description="keep all pixels on the training device and augment whole batches there, for small images; false: "
         "loader processes with random resized crops, for large ones",
     )
     classes: list[str] = Field([], description="class names in label order; empty: those of the data, sorted")
-    num_train: int = Field(2000, gt=0, description="synthetic: training images")
-    num_val: int = Field(500, gt=0, description="synthetic: validation images")
+    num_train: int = Field(2000, gt=0, le=10**7, description="synthetic: training images")
+    num_val: int = Field(500, gt=0, le=10**7, description="synthetic: validation images")
     augment: ImageAugment = ImageAugment()
     verify: Literal["header", "full"] = Field(
         "header",
         description="not in memory: how images are checked before training, header and end of file, or decoded "
         "completely; what fails is left out and named",
     )
-    workers: int = Field(2, ge=0, description="loader processes, if not in memory")
+    workers: int = Field(2, ge=0, le=1024, description="loader processes, if not in memory")
     options: dict[str, bool | int | float | str] = Field(
         {}, description="further options of a format that was registered from elsewhere"
     )

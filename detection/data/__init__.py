@@ -4,12 +4,12 @@ from detection.data.batches import (
     AspectRatioBatches,
     SeededItems,
     TrainingBatches,
-    TrainingLoader,
     evaluation_batches,
 )
 from detection.data.coco import read_coco
 from detection.data.formats import build_datasets, read_split, register_format
-from detection.data.loaders import build_loader, loader_options, start_worker
+from detection.data.image_files import load_image
+from detection.data.loaders import Loader, LoaderError, TrainingLoader, build_loader, loader_options, start_worker
 from detection.data.records import (
     Annotations,
     DetectionDataset,
@@ -17,7 +17,6 @@ from detection.data.records import (
     Record,
     build_annotations,
     build_record,
-    load_image,
 )
 from detection.data.synthetic import draw_scene, draw_scenes
 from detection.data.transforms import build_transform
@@ -27,6 +26,8 @@ __all__ = [
     "Annotations",
     "AspectRatioBatches",
     "DetectionDataset",
+    "Loader",
+    "LoaderError",
     "RawObject",
     "Record",
     "SeededItems",

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, Dataset, Sampler
 
 
 def derive_seed(*numbers: int) -> int:
@@ -171,11 +171,3 @@ class SeededItems(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.dataset[index]
-
-
-class TrainingLoader(DataLoader):
-    """A DataLoader over `TrainingBatches` whose epoch can be set: the loop's contract."""
-
-    def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """See `TrainingBatches.set_epoch`."""
-        self.batch_sampler.set_epoch(epoch, first)

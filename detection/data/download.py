@@ -1,20 +1,31 @@
-"""Fetches Pascal VOC and COCO from where torchvision and the COCO site keep them."""
+"""Fetches Pascal VOC and COCO from where torchvision and the COCO site keep them, whole or not at all."""
 
 from __future__ import annotations
 
+import os
 import re
-from zipfile import BadZipFile
+import shutil
+from pathlib import Path
 
-from torchvision.datasets import VOCDetection
-from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.utils import download_url, extract_archive
+from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from detection.config.schema import Data
 
-COCO = "http://images.cocodataset.org"
+COCO = "http://images.cocodataset.org"  # its certificate is that of another host: checksums take its place
+COCO_MD5 = {
+    "zips/train2017.zip": "cced6f7f71b7629ddf16f17bbcfab6b2",
+    "zips/val2017.zip": "442b8da7639aecaf257c1dceb8ba8c80",
+    "annotations/annotations_trainval2017.zip": "f4bbac642086de4f52a3fdda2de5fa2c",
+}
+PARTS = ".download"  # folder of what is not whole yet
 
 
 def download(data: Data) -> None:
     """Put the files that `data` names under `data.root`; those that are there already are not fetched again.
+
+    Archives have to have their known checksums. What is unpacked takes its place only when all of it is there, so that
+    nothing half is taken for whole later.
 
     Raises:
         OSError: the download failed.
@@ -26,7 +37,9 @@ def download(data: Data) -> None:
             _download_voc(data)
         elif data.format == "coco":
             _download_coco(data)
-    except (OSError, RuntimeError, BadZipFile) as error:  # no network, a wrong checksum, half an archive
+    except ValueError:
+        raise
+    except Exception as error:  # no network, a wrong checksum, half an archive: libraries fail in many ways
         raise OSError(
             f"{data.root}: the download failed ({error}); fetch the archives by hand, or try again"
         ) from error
@@ -46,7 +59,8 @@ def _download_voc(data: Data) -> None:
                 "VOC2007/test)"
             )
         if not (data.root / f"VOC{match[1]}" / "ImageSets" / "Main" / f"{match[2]}.txt").is_file():
-            VOCDetection(str(data.root.parent), year=match[1], image_set=match[2], download=True)
+            archive = DATASET_YEAR_DICT[f"{match[1]}-test" if match[2] == "test" else match[1]]
+            fetch(archive["url"], archive["md5"], data.root.parent)
 
 
 def _download_coco(data: Data) -> None:
@@ -57,9 +71,35 @@ def _download_coco(data: Data) -> None:
                 f"{files[0]} with images in {images!r}: cannot be downloaded (allowed: "
                 "annotations/instances_train2017.json with train2017, the same with val2017)"
             )
-        if not (data.root / images).is_dir():
-            download_and_extract_archive(f"{COCO}/zips/{images}.zip", str(data.root), remove_finished=True)
-        if not (data.root / files[0]).is_file():
-            download_and_extract_archive(
-                f"{COCO}/annotations/annotations_trainval2017.zip", str(data.root), remove_finished=True
-            )
+        archives = {
+            f"zips/{images}.zip": data.root / images,
+            "annotations/annotations_trainval2017.zip": data.root / files[0],
+        }
+        for archive, place in archives.items():
+            if not place.exists():
+                fetch(f"{COCO}/{archive}", COCO_MD5[archive], data.root)
+
+
+def fetch(url: str, md5: str, folder: Path) -> None:
+    """Fetch an archive and unpack it into a folder, into which its own folders are merged.
+
+    An archive that an earlier call left is used if its checksum is right, else fetched again.
+    """
+    parts = folder / PARTS
+    parts.mkdir(parents=True, exist_ok=True)
+    name = url.rpartition("/")[2]
+    download_url(url, str(parts), name, md5)
+    unpacked = parts / "unpacked"
+    shutil.rmtree(unpacked, ignore_errors=True)  # of a call that was interrupted
+    extract_archive(str(parts / name), str(unpacked))
+    for entry in sorted(unpacked.iterdir()):
+        if not (folder / entry.name).exists():  # a whole folder in one step
+            os.replace(entry, folder / entry.name)
+            continue
+        # Lists of images come last: where one is, its images are.
+        files = (path for path in entry.rglob("*") if path.is_file())
+        for path in sorted(files, key=lambda path: ("ImageSets" in path.parts, path)):
+            target = folder / path.relative_to(unpacked)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    shutil.rmtree(parts)

@@ -90,7 +90,7 @@ def _coco(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
     if len(files) > 1:
         raise ValueError(f"data.{split}: {files}; data.format 'coco' takes one annotation file")
     images = data.root / (data.train_images if split == "train" else data.val_images)
-    return read_coco(data.root / files[0], images, classes, verify=data.verify)
+    return read_coco(data.root / files[0], images, classes, verify=data.verify, may_lack_classes=split == "val")
 
 
 @register_format("synthetic")

@@ -12,8 +12,8 @@ from torchvision.transforms import v2
 
 from detection.config.schema import ImageAugment, ImageData
 from detection.data.batches import TrainingBatches, derive_seed, evaluation_batches, take_share
+from detection.data.image_files import load_image
 from detection.data.images import ImageFiles, Images
-from detection.data.records import load_image
 
 
 class MemoryBatches:
@@ -45,6 +45,7 @@ class MemoryBatches:
     ) -> None:
         self.pixels, self.labels = data.pixels.to(device), data.labels.to(device)
         self.augment, self.seed, self.share = augment, seed, share
+        self.turned = torch.rand(len(self.labels), generator=torch.Generator().manual_seed(seed)) < 0.5
         self.order = TrainingBatches(len(self.labels), batch_size, seed=seed, share=share, drop_single=True)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
@@ -66,6 +67,8 @@ class MemoryBatches:
             # On the CPU, so the same on every device, and for the whole batch, so the same for every process.
             generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, position))
             drawn = draw_augmentation(len(batch), self.pixels.shape[-1], self.augment, generator)
+            if "flip" in drawn and self.augment.flip == "alternating":
+                drawn["flip"] = self.turned[batch] ^ bool(epoch % 2)
             chosen = take_share(range(len(batch)), self.share)
             yield self._load(torch.tensor(batch)[chosen], {name: values[chosen] for name, values in drawn.items()})
 
@@ -79,9 +82,12 @@ class MemoryBatches:
 
 
 def draw_augmentation(number: int, size: int, augment: ImageAugment, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw what `augment_batch` does to each image: "top" and "left" of its window, "flip", "y" and "x" of its square.
+    """Draw what `augment_batch` does to each image.
 
-    Shape: each (number,).
+    "top" and "left" of its window, "flip", "y" and "x" of its square, "rectangle": first row and column, and those
+    behind the last ones, (number, 4); "seed" of what RandAugment draws.
+
+    Shape: each (number,), but for the rectangle.
     """
     drawn: dict[str, Tensor] = {}
     if augment.padding:
@@ -92,7 +98,24 @@ def draw_augmentation(number: int, size: int, augment: ImageAugment, generator: 
     if augment.cutout:
         for name in ("y", "x"):  # the square's middle: near the border a part of it falls outside
             drawn[name] = torch.randint(size, (number,), generator=generator)
+    if augment.erase:
+        drawn["rectangle"] = draw_rectangles(number, size, augment.erase, generator)
+    if augment.randaugment:
+        drawn["seed"] = torch.randint(2**62, (number,), generator=generator)
     return drawn
+
+
+def draw_rectangles(number: int, size: int, probability: float, generator: torch.Generator) -> Tensor:
+    """Rectangles of random erasing (Zhong et al., arXiv:1708.04896): 2 to 33 % of the image, sides up to 1 to 3.3.
+
+    Shape: (number, 4), rows and columns from and to; empty ones where nothing is erased.
+    """
+    chosen, area, ratio, *place = torch.rand(5, number, generator=generator)
+    area, ratio = size**2 * (0.02 + 0.31 * area), 0.3 * (3.3 / 0.3) ** ratio
+    sides = [side.sqrt().round().clamp(1, size).long() for side in (area * ratio, area / ratio)]
+    starts = [(share * (size - side + 1)).long() for share, side in zip(place, sides, strict=True)]
+    ends = [start + side * (chosen < probability) for start, side in zip(starts, sides, strict=True)]
+    return torch.stack([starts[0], starts[1], ends[0], ends[1]], dim=1)
 
 
 def augment_batch(images: Tensor, augment: ImageAugment, drawn: Mapping[str, Tensor]) -> Tensor:
@@ -102,6 +125,10 @@ def augment_batch(images: Tensor, augment: ImageAugment, drawn: Mapping[str, Ten
         drawn: from `draw_augmentation`, on the images' device.
     """
     device, size = images.device, images.shape[-1]
+    if "seed" in drawn:
+        images = torch.stack(
+            [rand_augment(*each, augment) for each in zip(images, drawn["seed"].tolist(), strict=True)]
+        )
     if "top" in drawn:
         rows = drawn["top"][:, None] + torch.arange(size, device=device)
         columns = drawn["left"][:, None] + torch.arange(size, device=device)
@@ -117,7 +144,19 @@ def augment_batch(images: Tensor, augment: ImageAugment, drawn: Mapping[str, Ten
             for name in ("y", "x")
         )
         images = images.masked_fill((near_rows[:, :, None] & near_columns[:, None, :])[:, None], 0)
+    if "rectangle" in drawn:
+        lines = torch.arange(size, device=device)
+        top, left, bottom, right = drawn["rectangle"].mT[:, :, None]
+        rows, columns = (lines >= top) & (lines < bottom), (lines >= left) & (lines < right)
+        images = images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
     return images
+
+
+def rand_augment(image: Tensor, seed: int, augment: ImageAugment) -> Tensor:
+    """One image (3, S, S) uint8, changed as RandAugment (Cubuk et al., arXiv:1909.13719) draws it from a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return v2.RandAugment(augment.randaugment, augment.randaugment_magnitude)(image)
 
 
 class FolderImages(Dataset):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -13,10 +15,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from detection.config.schema import ImageData
-from detection.data.records import NUM_THREADS, Verify, check_classes, image_problem, load_image, require_folder
+from detection.data.image_files import EXTENSIONS, Verify, image_problem, is_image, load_image
+from detection.data.records import NUM_THREADS, check_classes, require_folder
 from detection.data.synthetic import CATEGORIES, SCALE, draw_scene
 from detection.text import nearest
 
@@ -42,6 +44,13 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of pixels, labels and classes."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        digest.update(self.labels.numpy())
+        digest.update(self.pixels.numpy())
+        return digest.hexdigest()
+
     def choose(self, indices: Sequence[int]) -> Images:
         """Return these images alone."""
         return replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
@@ -57,6 +66,13 @@ class ImageFiles:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the files' names, sizes and labels, and of the classes."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for path, label in self.files:
+            digest.update(repr((path.name, path.stat().st_size, label)).encode())
+        return digest.hexdigest()
 
     def choose(self, indices: Sequence[int]) -> ImageFiles:
         """Return these files alone."""
@@ -148,12 +164,24 @@ def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
     names = tuple(classes) or tuple(found)
     files: list[tuple[Path, int]] = []
     for label, name in enumerate(names):
-        paths = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        paths = sorted(path for path in walk_files(folder / name) if is_image(path))
         if not paths:
-            raise ValueError(f"{folder / name}: no images in it (allowed: {', '.join(IMG_EXTENSIONS)})")
+            raise ValueError(f"{folder / name}: no images in it (allowed: {', '.join(EXTENSIONS)})")
         files += [(path, label) for path in paths]
     others = [f"{folder / name}: not among the classes; left out" for name in found if name not in names]
     return ImageFiles(tuple(files), names, tuple(others))
+
+
+def walk_files(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder, through links too; a folder that links lead to again comes once."""
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield from (Path(place) / name for name in names)
 
 
 def check_files(files: ImageFiles, verify: Verify) -> ImageFiles:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from detection.data.records import load_image, rgb_pixels
+from detection.data.image_files import load_image, rgb_pixels
 
 ImageLike = str | Path | np.ndarray | Image.Image | Tensor
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
@@ -13,19 +13,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-Verify = Literal["header", "full"]
-
-# What a whole file has at its end. Some cameras write more behind it; the marker cannot occur inside of JPEG's data.
-END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
-END_SEARCH = 4096  # bytes
-NUM_THREADS = 8  # that look at image files; more than cores, since files may lie on a slow disk
+from detection.data.image_files import Verify, examine_image, load_image
 
 # Tools disagree about whether pixels start at 0 or 1; boxes beyond the border by no more are clipped without a word.
 TOLERATED_EXCESS = 1.0
+
+NUM_THREADS = 8  # that look at image files; more than cores, since files may lie on a slow disk
 
 Transform = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
@@ -42,10 +38,16 @@ class Record:
         ignore: (M,) bool, VOC "difficult" or COCO crowd: no training target, ignored in evaluation.
         area: (M,) float64 square pixels, the COCO annotation's "area", else the box's.
         xywh: (M, 4) float64 x y width height, a COCO file's own numbers if nothing was clipped; None: as boxes.
+
+    Attributes:
+        path: the image file.
+        image_id: of a COCO file, any integer or text; else a number.
+        width, height: of the image that the boxes belong to.
+        upright: that is the image turned as its EXIF orientation says.
     """
 
     path: Path
-    image_id: int
+    image_id: int | str
     width: int
     height: int
     boxes: np.ndarray
@@ -53,6 +55,7 @@ class Record:
     ignore: np.ndarray
     area: np.ndarray
     xywh: np.ndarray | None = None
+    upright: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,30 +145,55 @@ def build_annotations(
     source: str,
     verify: Verify = "header",
 ) -> Annotations:
-    """The annotations of a split; images that `image_problem` finds fault with are left out.
+    """Return the annotations of a split; images that `examine_image` finds fault with are left out.
+
+    Records of one file are joined into the first of them.
 
     Raises:
         ValueError: no image has a box to train on.
     """
+    records, joined = join_records(records)
     # Reading and decoding release the interpreter's lock. This pool hands out many files at a time: a look at one takes
     # less than handing it out.
     with ThreadPool(NUM_THREADS) as pool:
-        problems = pool.starmap(
-            image_problem, [(record.path, record.width, record.height, verify) for record in records]
-        )
-    faulty = [
-        f"{record.path}: {problem}; left out"
-        for record, problem in zip(records, problems, strict=True)
-        if problem is not None
-    ]
-    records = [record for record, problem in zip(records, problems, strict=True) if problem is None]
-    dropped = [*dropped, *faulty]
-    if not any((~record.ignore).any() for record in records):
-        reason = (
-            f"; {len(dropped)} left out or mended, the first: {dropped[0]}" if dropped else "; nothing was left out"
-        )
-        raise ValueError(f"{source}: none of its {len(records)} usable images has a box to train on{reason}")
-    return Annotations(tuple(records), tuple(categories), tuple(category_ids), tuple(dropped))
+        looks = pool.starmap(examine_image, [(each.path, each.width, each.height, verify) for each in records])
+    told = [*dropped, *joined]
+    left_out, kept = [], []
+    for record, look in zip(records, looks, strict=True):
+        told += [f"{record.path}: {note}" for note in look.notes]
+        if look.problem is not None:
+            left_out.append(f"{record.path}: {look.problem}; left out")
+        else:
+            kept.append(replace(record, upright=True) if look.upright else record)
+    told += left_out
+    if not any((~record.ignore).any() for record in kept):
+        raise ValueError(f"{source}: none of its {len(kept)} usable images has a box to train on{_reason(told)}")
+    return Annotations(tuple(kept), tuple(categories), tuple(category_ids), tuple(told))
+
+
+def join_records(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """Return the records with those of one file joined, and a sentence for each such file."""
+    by_path: dict[Path, list[Record]] = {}
+    for record in records:
+        by_path.setdefault(record.path, []).append(record)
+    joined, told = [], []
+    for path, same in by_path.items():
+        first, parts = same[0], [each for each in same if len(each.labels)] or same[:1]
+        if len(same) > 1:
+            told.append(f"{path}: described {len(same)} times; joined into image {first.image_id}")
+            columns = ("boxes", "labels", "ignore", "area", "xywh")
+            first = replace(first, **{key: np.concatenate([getattr(part, key) for part in parts]) for key in columns})
+        joined.append(first)
+    return joined, told
+
+
+def _reason(told: Sequence[str]) -> str:
+    """The end of a refusal: how much was left out, and a sentence that explains it best."""
+    if not told:
+        return "; nothing was left out"
+    # A note about something that was mended explains nothing.
+    explaining = [sentence for sentence in told if sentence.endswith("left out")] or list(told)
+    return f"; {len(told)} left out or mended, the first: {explaining[0]}"
 
 
 def check_classes(classes: Sequence[str], known: Sequence[str] | None = None, *, source: str = "classes") -> None:
@@ -193,81 +221,11 @@ def require_folder(path: Path, expected: str) -> Path:
     return path
 
 
-def image_problem(
-    path: Path, width: int | None = None, height: int | None = None, verify: Verify = "header"
-) -> str | None:
-    """Say what is wrong with an image file, None if nothing is.
-
-    Args:
-        path: the file.
-        width, height: what its annotations say, in pixels; None: any size is right.
-        verify: "header" reads the header and looks for the end of a JPEG or PNG file, well under a millisecond, and
-            decodes only where there is no end; "full" decodes every image, which finds damage in between.
-    """
-    try:
-        if not path.is_file():
-            return "a folder, not an image" if path.is_dir() else "no such file"
-        with path.open("rb") as file:
-            length = file.seek(0, os.SEEK_END)
-            if length == 0:
-                return "an empty file, 0 bytes"
-            file.seek(-min(length, END_SEARCH), os.SEEK_END)
-            end = file.read()
-            file.seek(0)
-            with Image.open(file) as image:
-                size, marker = image.size, END_MARKERS.get(image.format or "")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"no readable image header ({error})"
-    if width is not None and size != (width, height):
-        return f"the image is {size[0]}x{size[1]} pixels, its annotations say {width}x{height}"
-    # Phones append whole films: an image without an end in sight may still be complete.
-    endless = marker is not None and marker not in end
-    if verify == "full" or endless:
-        try:
-            load_image(path)
-        except ValueError as error:
-            return "the image is cut off" if endless else str(error.__cause__)
-    return None
-
-
-def load_image(path: Path, *, upright: bool = False) -> np.ndarray:
-    """RGB pixels, (H, W, 3) uint8, of an image file of any PIL mode.
-
-    An EXIF orientation is not applied by default: annotations count pixels as they are stored, which is how pycocotools
-    and torchvision read the same files.
-
-    Args:
-        path: the file.
-        upright: turn the image as its EXIF orientation says, for pictures that no annotations belong to.
-
-    Raises:
-        ValueError: the file does not decode completely.
-    """
-    try:
-        with Image.open(path) as image:
-            return rgb_pixels(ImageOps.exif_transpose(image) if upright else image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path}: the image does not decode: {error} (data.verify full finds such files before training)"
-        ) from error
-
-
-def rgb_pixels(image: Image.Image) -> np.ndarray:
-    """RGB pixels, (H, W, 3) uint8, of a PIL image of any mode; transparency is dropped, 16 bits are scaled to 8."""
-    if image.mode.startswith("I"):
-        # 16 bits per pixel: PIL's own conversion would cut values at 255 instead of scaling them.
-        grey = (np.asarray(image) // 256).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if "transparency" in image.info:
-        image = image.convert("RGBA")  # PIL warns when a palette with transparency goes to RGB directly
-    return np.array(image.convert("RGB"))
-
-
 class DetectionDataset(Dataset):
     """Images and targets as torchvision's detectors take them.
 
     An item is (image, target): image (3, H, W) float32 RGB in [0, 1]; target {"boxes": (M, 4) float32 x1 y1 x2 y2,
-    "labels": (M,) int64 in 1..K, "image_id": int}, without the ignored objects.
+    "labels": (M,) int64 in 1..K, "image_id": of the record}, without the ignored objects.
 
     Args:
         annotations: what to read.
@@ -293,7 +251,7 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         record = self.annotations.records[index]
-        image = load_image(record.path)
+        image = load_image(record.path, upright=record.upright)
         height, width = image.shape[:2]
         if (width, height) != (record.width, record.height):
             raise ValueError(
@@ -306,6 +264,16 @@ class DetectionDataset(Dataset):
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels), "image_id": record.image_id}
         return pixels.float() / 255, target
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of images' names and sizes, boxes, labels and classes: what a run depends on."""
+        digest = hashlib.sha256(repr(self.annotations.categories).encode())
+        for record in self.annotations.records:
+            about = (record.path.name, record.path.stat().st_size, record.width, record.height, record.upright)
+            digest.update(repr(about).encode())
+            for column in (record.boxes, record.labels, record.ignore):
+                digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()
 
     def choose(self, indices: Sequence[int]) -> DetectionDataset:
         """Return these images alone."""

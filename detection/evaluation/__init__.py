@@ -1,6 +1,6 @@
 """Average precision of a detector's boxes: COCO's 12 numbers, and that of PASCAL VOC."""
 
-from detection.evaluation.coco import METRICS, Backend, CocoEvaluator, import_backend
+from detection.evaluation.coco import METRICS, Backend, CocoEvaluator, Detections, import_backend
 from detection.evaluation.voc import (
     Interpolation,
     PrecisionRecall,
@@ -13,6 +13,7 @@ __all__ = [
     "METRICS",
     "Backend",
     "CocoEvaluator",
+    "Detections",
     "Interpolation",
     "PrecisionRecall",
     "average_precision",

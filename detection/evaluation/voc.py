@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from detection.evaluation.coco import category_names, check_image_ids, mean_defined
+from detection.evaluation.coco import Detections, category_names, mean_defined, sorted_ids
 
 Interpolation = Literal["area", "11-point"]
 
@@ -48,11 +48,11 @@ class PrecisionRecall:
 
 def precision_recall(
     ground_truth: Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]],
+    detections: Detections,
     category_ids: Sequence[int],
     iou_threshold: float = 0.5,
 ) -> dict[str, PrecisionRecall]:
-    """Category name -> precision over recall, counted as PASCAL VOC's development kit does.
+    """Return category name -> precision over recall, counted as PASCAL VOC's development kit does.
 
     The detections of a class are gone through over all images, highest score first, equal scores in order of arrival.
     Each one goes to the box of its image and class that it overlaps most, the first of equals, difficult or not; it
@@ -65,26 +65,22 @@ def precision_recall(
 
     Args:
         ground_truth: COCO instances as for `CocoEvaluator`; iscrowd = 1 says difficult.
-        results: rows of COCO's result format, such as `CocoEvaluator.results`. Rows of other categories are left out.
-        category_ids: the categories to count.
+        detections: such as `CocoEvaluator.detections`, or `Detections.from_rows` of a file of results.
+        category_ids: the categories to count, that of label 1 first.
         iou_threshold: in (0, 1].
     """
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold: expected a number in (0, 1], got {iou_threshold}")
     names = category_names(ground_truth, category_ids)
-    image_ids = {image["id"] for image in ground_truth["images"]}
-    check_image_ids(results, image_ids)
+    number_of = {image_id: number for number, image_id in enumerate(sorted_ids(ground_truth))}
     boxes: dict[int, dict[int, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     for annotation in ground_truth["annotations"]:
-        if annotation["image_id"] in image_ids:
+        if annotation["image_id"] in number_of:
             row = [*annotation["bbox"], annotation.get("iscrowd", 0)]
-            boxes[annotation["category_id"]][annotation["image_id"]].append(row)
-    found: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in results:
-        found[row["category_id"]].append(row)
+            boxes[annotation["category_id"]][number_of[annotation["image_id"]]].append(row)
     return {
-        name: _match(boxes[category_id], found[category_id], iou_threshold)
-        for name, category_id in zip(names, category_ids, strict=True)
+        name: _match(boxes[category_id], detections.choose(detections.label == label), iou_threshold)
+        for label, (name, category_id) in enumerate(zip(names, category_ids, strict=True), start=1)
     }
 
 
@@ -111,35 +107,30 @@ def mean_average_precision(curves: Mapping[str, PrecisionRecall], interpolation:
     return mean_defined(np.array([average_precision(curve, interpolation) for curve in curves.values()]))
 
 
-def _match(
-    boxes: Mapping[int, Sequence[Sequence[float]]], rows: Sequence[Mapping[str, Any]], iou_threshold: float
-) -> PrecisionRecall:
-    """The curve of one class from its boxes (x, y, w, h, difficult) by image id and its result rows."""
-    scores = np.array([row["score"] for row in rows], dtype=np.float64)
-    order = np.argsort(-scores, kind="stable")
-    scores = scores[order]
+def _match(boxes: Mapping[int, Sequence[Sequence[float]]], found: Detections, iou_threshold: float) -> PrecisionRecall:
+    """The curve of one class from its boxes (x, y, w, h, difficult) by number of the image and its detections."""
+    found = found.choose(np.argsort(-found.scores, kind="stable"))
     of_image: dict[int, list[int]] = defaultdict(list)
-    for position, index in enumerate(order.tolist()):
-        of_image[rows[index]["image_id"]].append(position)
+    for position, image in enumerate(found.image.tolist()):
+        of_image[image].append(position)
 
-    taken = np.full(len(rows), -1)  # the box that each detection goes to, numbered over all images; -1: none
+    taken = np.full(len(found), -1)  # the box that each detection goes to, numbered over all images; -1: none
     difficult: list[bool] = []
-    for image_id, truth in boxes.items():
-        positions = of_image.get(image_id)
+    for image, truth in boxes.items():
+        positions = of_image.get(image)
         if positions:
-            detections = np.array([rows[index]["bbox"] for index in order[positions]], dtype=np.float64)
-            overlaps = _iou(detections, np.array([box[:4] for box in truth], dtype=np.float64))
+            overlaps = _iou(found.boxes[positions], np.array([box[:4] for box in truth], dtype=np.float64))
             best = overlaps.argmax(1)
             enough = overlaps.max(1) >= iou_threshold
             taken[positions] = np.where(enough, len(difficult) + best, -1)
         difficult += [bool(box[4]) for box in truth]
 
     on_box = np.flatnonzero(taken >= 0)
-    ignored = np.zeros(len(rows), dtype=bool)
+    ignored = np.zeros(len(found), dtype=bool)
     ignored[on_box] = np.array(difficult, dtype=bool)[taken[on_box]]
-    right = np.zeros(len(rows), dtype=bool)
+    right = np.zeros(len(found), dtype=bool)
     right[on_box[np.unique(taken[on_box], return_index=True)[1]]] = True  # of each box's detections the first
-    return PrecisionRecall(scores[~ignored], np.cumsum(right[~ignored]), len(difficult) - sum(difficult))
+    return PrecisionRecall(found.scores[~ignored], np.cumsum(right[~ignored]), len(difficult) - sum(difficult))
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -12,9 +12,14 @@ from torchvision.ops import MultiScaleRoIAlign
 from backbones import SpikeFactory
 from detection.config.schema import Model
 from detection.models.heads import resize_and_normalise
+from detection.models.inference import AnyShape
 from detection.models.neck import BackboneWithNeck
 
 POOLED_SIDE = 7  # cells of a pooled region
+
+
+class AnyShapeFasterRCNN(AnyShape, FasterRCNN):
+    """A Faster R-CNN for images of any shape."""
 
 
 def build_fasterrcnn(config: Model, backbone: BackboneWithNeck, num_classes: int, spike: SpikeFactory) -> FasterRCNN:
@@ -35,7 +40,7 @@ def build_fasterrcnn(config: Model, backbone: BackboneWithNeck, num_classes: int
     scale = config.head.anchor_scale or 8.0
     sizes = tuple((round(scale * stride),) for stride in backbone.strides)
     features = config.head.representation_size
-    return FasterRCNN(
+    return AnyShapeFasterRCNN(
         backbone,
         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
         box_roi_pool=MultiScaleRoIAlign(list(backbone.levels), output_size=POOLED_SIDE, sampling_ratio=2),

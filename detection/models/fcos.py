@@ -10,10 +10,11 @@ from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, 
 from backbones import SpikeFactory
 from detection.config.schema import Model
 from detection.models.heads import ForegroundOnly, SpikingTower, norm_layer, resize_and_normalise
+from detection.models.inference import AnyShape
 from detection.models.neck import BackboneWithNeck
 
 
-class ForegroundFCOS(ForegroundOnly, FCOS):
+class ForegroundFCOS(ForegroundOnly, AnyShape, FCOS):
     """An FCOS for labels 1 to K."""
 
 

@@ -1,4 +1,4 @@
-"""Detectors on single images: padding, sizes, thresholds."""
+"""Detectors on images of any shape, alone or in batches: padding, sizes, thresholds."""
 
 from __future__ import annotations
 
@@ -24,6 +24,32 @@ def thresholds(model: nn.Module, score: float | None = None, nms: float | None =
         head.score_thresh, head.nms_thresh = before
 
 
+class AnyShape:
+    """Mixin of torchvision's detectors: images so long and thin that resizing would leave nothing of them are padded.
+
+    Boxes stay those of the images: what was padded is no part of them.
+    """
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        padded = [pad_for(self.transform, image) for image in images]
+        found = super().forward(padded, targets)
+        if self.training:
+            return found
+        pairs = zip(images, padded, found, strict=True)
+        return [each if image is wide else _within(each, image) for image, wide, each in pairs]
+
+
+def _within(found: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
+    """Detections cut off at the border of an image, those outside of it left out."""
+    height, width = image.shape[1:]
+    boxes = found["boxes"]
+    boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return {name: value[kept] for name, value in (found | {"boxes": boxes}).items()}
+
+
 def pad_for(transform: nn.Module, picture: Tensor) -> Tensor:
     """Return the image, widened on the right or below where it is so thin that resizing would leave nothing of it.
 
@@ -43,7 +69,8 @@ def pad_for(transform: nn.Module, picture: Tensor) -> Tensor:
 
 def padded_size(transform: nn.Module, picture: Tensor) -> tuple[int, int]:
     """Return height and width in pixels that the network sees of an image that is alone in its batch."""
-    resized = transform.resize(torch.empty(picture.shape, device="meta"))[0]  # sizes alone, nothing is computed
+    empty = pad_for(transform, torch.empty(picture.shape, device="meta"))
+    resized = transform.resize(empty)[0]  # sizes alone, nothing is computed
     step = transform.size_divisible
     height, width = (math.ceil(length / step) * step for length in resized.shape[1:])
     return height, width

@@ -10,10 +10,11 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from backbones import SpikeFactory
 from detection.config.schema import Model
 from detection.models.heads import ForegroundOnly, SpikingTower, norm_layer, resize_and_normalise
+from detection.models.inference import AnyShape
 from detection.models.neck import BackboneWithNeck
 
 
-class ForegroundRetinaNet(ForegroundOnly, RetinaNet):
+class ForegroundRetinaNet(ForegroundOnly, AnyShape, RetinaNet):
     """A RetinaNet for labels 1 to K."""
 
 

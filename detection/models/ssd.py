@@ -8,7 +8,12 @@ from torchvision.models.detection.ssd import SSD
 
 from backbones import SpikeFactory
 from detection.config.schema import Model
+from detection.models.inference import AnyShape
 from detection.models.neck import BackboneWithNeck
+
+
+class AnyShapeSSD(AnyShape, SSD):
+    """An SSD for images of any shape."""
 
 
 def build_ssd(config: Model, backbone: BackboneWithNeck, num_classes: int, spike: SpikeFactory) -> SSD:
@@ -20,7 +25,7 @@ def build_ssd(config: Model, backbone: BackboneWithNeck, num_classes: int, spike
     num_maps = len(backbone.strides)
     aspect_ratios = [[2, 3] if 0 < index < num_maps - 2 else [2] for index in range(num_maps)]
     scales = [0.07, *np.linspace(0.15, 1.05, num_maps).round(4).tolist()]
-    return SSD(
+    return AnyShapeSSD(
         backbone,
         DefaultBoxGenerator(aspect_ratios, scales=scales),
         (config.max_size, config.max_size),

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -55,6 +54,9 @@ class Dataset(Protocol):
 
     def choose(self, indices: Sequence[int]) -> Self:
         """Return these images alone."""
+
+    def fingerprint(self) -> str:
+        """Return a hexadecimal number that is another one for other data."""
 
 
 class Deployable(NamedTuple):
@@ -105,6 +107,8 @@ class Task(ABC):
         words: metrics in words, where their names are none.
         score: what `metrics` are called together.
         num_calibration: images that 8-bit thresholds are set on by default.
+        prediction_layers: parts of names of the layers whose outputs are predictions: they stay in floating point in
+            8-bit files, and Muon leaves them to AdamW.
     """
 
     recipe: ClassVar[type[Recipe]]
@@ -114,6 +118,7 @@ class Task(ABC):
     words: ClassVar[Mapping[str, str]] = {}
     score: ClassVar[str] = "Metrics"
     num_calibration: ClassVar[int] = 64
+    prediction_layers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Recipe) -> None:
         self.config = config
@@ -228,6 +233,10 @@ class Task(ABC):
         """Say which images a batch has, for an error."""
         return ""
 
+    def is_at_chance(self, metrics: Mapping[str, float]) -> bool:
+        """Return whether an evaluation is no better than guessing."""
+        return False
+
     def learn_from(self, teacher: Task) -> None:
         """Raise ValueError unless networks of the other task's recipe can teach networks of this one's."""
         raise self.refusal("learns from no teacher (distillation.teacher)")
@@ -244,7 +253,7 @@ class Task(ABC):
         """Return the distance between two networks' class predictions, shape ()."""
         raise self.refusal("learns from no teacher (distillation.teacher)")
 
-    def finish(self, model: nn.Module, dataset: Dataset, run: Run) -> None:  # noqa: B027, not every task has any
+    def finish(self, model: nn.Module, dataset: Dataset, run: Run) -> None:  # noqa: B027, nothing by default
         """Leave pictures of the trained network on evaluation images in the run folder."""
 
     # Evaluation
@@ -308,7 +317,7 @@ class Task(ABC):
         """Return a picture as the network takes one, in [0, 1]: for `spike_maps`."""
         raise self.refusal("has no predictions of single images")
 
-    def attach(self, run: Run) -> None:  # noqa: B027, not every task needs more
+    def attach(self, run: Run) -> None:  # noqa: B027, nothing by default
         """Take from a run what predictions need beside its recipe."""
 
     def describe_labels(self, run: Run) -> dict[str, Any]:
@@ -370,10 +379,3 @@ def record_spikes(model: nn.Module) -> Iterator[Callable[[], dict[str, Any]]]:
 
     with record_activity(model) as activity, record_potentials(model) as potentials:
         yield found
-
-
-def autocast_of(config: Recipe, device: torch.device) -> torch.autocast:
-    """Return the precision of a run's training and evaluation, for passes without an accelerator."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
-    usable = dtype is not None and not (dtype == torch.float16 and device.type == "cpu")
-    return torch.autocast(device.type, dtype if usable else None, enabled=usable)

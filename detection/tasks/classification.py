@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from backbones import Backbone
-from detection.data import SeededItems, TrainingBatches, TrainingLoader, evaluation_batches, loader_options
+from detection.data import Loader, SeededItems, TrainingBatches, TrainingLoader, evaluation_batches, loader_options
 from detection.data.image_batches import FolderImages, MemoryBatches, evaluation_transform
 from detection.data.images import ImageFiles, Images, image_format_names, read_image_split
 from detection.data.pictures import pixels_of
@@ -83,7 +82,7 @@ class ClassificationTask(Task):
             return MemoryBatches(dataset, accelerator.device, batch_size=batch_size, share=share)
         batches = evaluation_batches(len(dataset), batch_size, share)
         items = FolderImages(dataset, data, train=False)
-        return DataLoader(items, batch_sampler=batches, **loader_options(data.workers))
+        return Loader(items, batch_sampler=batches, **loader_options(data.workers))
 
     def example(self) -> Tensor:
         return torch.rand(1, 3, self.config.data.size, self.config.data.size)
@@ -96,6 +95,10 @@ class ClassificationTask(Task):
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         images, labels = batch
         return {"classification": F.cross_entropy(model(images), labels, label_smoothing=self.config.label_smoothing)}
+
+    def is_at_chance(self, metrics: Mapping[str, float]) -> bool:
+        """Up to half as much again as the share of one class."""
+        return metrics["top1"] < 1.5 / len(self.config.data.classes)
 
     def learn_from(self, teacher: Task) -> None:
         """Any classifier of these classes will do: each normalises its images by itself."""

@@ -21,11 +21,11 @@ from detection.data.download import download
 from detection.data.formats import format_names
 from detection.data.pictures import pixels_of, unit
 from detection.data.report import DataReport, report, shared_images
-from detection.evaluation import CocoEvaluator, import_backend, mean_average_precision, precision_recall
+from detection.evaluation import CocoEvaluator, Detections, import_backend, mean_average_precision, precision_recall
 from detection.files import write_whole
 from detection.models import build_detector
 from detection.models.dense import DensePredictions, DetectorOf, EnteringSpikes, resize_and_pad
-from detection.models.inference import check_unit_interval, pad_for, padded_size, thresholds
+from detection.models.inference import check_unit_interval, padded_size, thresholds
 from detection.records import Evaluation
 from detection.runs import Run
 from detection.sections import Examination, Section
@@ -59,6 +59,7 @@ class DetectionTask(Task):
     score = "Average precision"
     words = {"AP50_11point": "VOC AP50 (11 points)", "AP50_area": "VOC AP50 (area)"}  # noqa: RUF012
     num_calibration = 64
+    prediction_layers = PREDICTION_LAYERS
 
     def __init__(self, config: DetectionRecipe) -> None:
         super().__init__(config)
@@ -216,9 +217,9 @@ class DetectionTask(Task):
                     predictions = model([image.to(device) for image in images])
                 evaluator.update([target["image_id"] for target in targets], [_to_cpu(each) for each in predictions])
         # VOC ranks equal scores in order of arrival, which must not depend on the number of processes.
-        evaluator.results = sorted(gather_object(evaluator.results), key=lambda row: row["image_id"])
+        evaluator.detections = Detections.join(gather_object([evaluator.detections])).sorted_by_image()
         metrics = evaluator.compute()
-        curves = precision_recall(ground_truth, evaluator.results, category_ids)
+        curves = precision_recall(ground_truth, evaluator.detections, category_ids)
         voc = {
             "AP50_11point": mean_average_precision(curves, "11-point"),
             "AP50_area": mean_average_precision(curves, "area"),
@@ -298,9 +299,9 @@ class DetectionTask(Task):
         if nms_threshold is not None:
             check_unit_interval("nms_threshold", nms_threshold)
         device = next(model.parameters()).device
-        padded = [self.prepare(model, picture) for picture in pictures]
+        prepared = [self.prepare(model, picture) for picture in pictures]
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, picture in enumerate(padded):
+        for index, picture in enumerate(prepared):
             groups[padded_size(model.transform, picture)].append(index)
         results: dict[int, Prediction] = {}
         with thresholds(model, score_threshold, nms_threshold):
@@ -308,29 +309,24 @@ class DetectionTask(Task):
                 for start in range(0, len(members), batch_size):
                     chosen = members[start : start + batch_size]
                     with precision:
-                        found = model([padded[index].to(device) for index in chosen])
+                        found = model([prepared[index].to(device) for index in chosen])
                     for index, detections in zip(chosen, found, strict=True):
                         results[index] = self._prediction(detections, pictures[index])
         return [results[index] for index in range(len(pictures))]
 
     def prepare(self, model: nn.Module, picture: Tensor) -> Tensor:
-        return unit(pad_for(model.transform, picture))
+        return unit(picture)
 
     def _prediction(self, detections: dict[str, Tensor], picture: Tensor) -> Prediction:
         found = _to_cpu(detections)
-        height, width = picture.shape[1:]
-        # What was padded to the image is no part of it.
-        boxes = found["boxes"].float()
-        boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
         classes = tuple(self.config.data.classes)
         return Prediction(
             image=pixels_of(picture),
             class_names=classes,
             path=None,
-            boxes=boxes[kept],
-            scores=found["scores"].float()[kept],
-            labels=found["labels"][kept],
+            boxes=found["boxes"].float(),
+            scores=found["scores"].float(),
+            labels=found["labels"],
             category_ids=self.category_ids,
         )
 

@@ -17,14 +17,16 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 
 from detection.config import Recipe, flatten, require_same
-from detection.files import require_writable
-from detection.records import EpochLog, Evaluation
+from detection.files import remove_parts, require_writable
+from detection.records import DataFingerprint, EpochLog, Evaluation
 from detection.runs import Run, RunInfo, Weights, describe_environment
 from detection.tasks import task_of
 from detection.tasks.base import Dataset, Task
 from detection.training import checkpoint
 from detection.training.distillation import learn_from
 from detection.training.distributed import is_broken_connection, synchronise
+from detection.training.precision import choose_precision
+from detection.training.resume import resume as resume_training
 from detection.training.trainer import Losses, Trainer
 
 
@@ -43,43 +45,62 @@ def train_run(
         resume: go on with the run in `folder` from its last checkpoint, or from the beginning if it has none.
 
     Raises:
+        BlockingIOError: another training is writing into the folder.
         ConnectionError: another process of the training has ended, or does not answer.
     """
     task = task_of(config)
     check_run(config, folder, resume=resume)
     accelerator = make_accelerator(config, folder)
-    main = accelerator.is_main_process
+    run, main = Run(Path(folder), config), accelerator.is_main_process
+    if main and resume:
+        run.lock.acquire()
+    try:
+        task, train, val = read_splits(task, accelerator, download=download)
+        run.config = task.config
+        set_seed(config.train.seed)
+        model = task.build_model()
+        batches, val_batches = task.training_batches(train, accelerator), task.evaluation_batches(val, accelerator)
+        model, losses = prepare_model(task, model, accelerator)
+        trainer = Trainer(
+            model,
+            batches,
+            losses=losses,
+            evaluate=lambda network: task.evaluate(network, val_batches, val, accelerator),
+            goal=task,
+            config=task.config,
+            run=run,
+            accelerator=accelerator,
+        )
+        line = fit(trainer, describe_run(task, train, val, command), resume=resume)
+        if main:
+            leave_pictures(run)
+            task.finish(accelerator.unwrap_model(model), val, run)
+            run.write_info(run.info().model_copy(update={"sha256": run.checksums()}))
+            (run.folder / checkpoint.FILE).unlink(missing_ok=True)
+    finally:
+        run.lock.release()
+    return line
+
+
+def read_splits(task: Task, accelerator: Accelerator, *, download: bool = False) -> tuple[Task, Dataset, Dataset]:
+    """Return the task with the class names filled in, and training and validation data; tell what was left out."""
     if download:
         task.download()
     with accelerator.main_process_first() if download else nullcontext():  # the main one fetches what the others find
         train = task.read("train")
         task = task.with_classes(train.classes)
         val = task.read("val")
-    if main:
+    if accelerator.is_main_process:
         tell_dropped(train=train, val=val)
-    run = Run(Path(folder), task.config)
-    set_seed(config.train.seed)
-    model = task.build_model()
-    batches, val_batches = task.training_batches(train, accelerator), task.evaluation_batches(val, accelerator)
-    model, losses = prepare_model(task, model, accelerator)
-    trainer = Trainer(
-        model,
-        batches,
-        losses=losses,
-        evaluate=lambda network: task.evaluate(network, val_batches, val, accelerator),
-        goal=task,
-        config=task.config,
-        run=run,
-        accelerator=accelerator,
-    )
-    info = describe_environment(command).model_copy(update=task.facts(train))
-    line = fit(trainer, info, resume=resume)
-    if main:
-        leave_pictures(run)
-        task.finish(accelerator.unwrap_model(model), val, run)
-        run.write_info(run.info().model_copy(update={"sha256": run.checksums()}))
-        (run.folder / checkpoint.FILE).unlink(missing_ok=True)
-    return line
+    return task, train, val
+
+
+def describe_run(task: Task, train: Dataset, val: Dataset, command: Sequence[str]) -> RunInfo:
+    """Return what run.json has from the beginning."""
+    splits = {"train": train, "val": val}
+    data = {name: DataFingerprint(images=len(each), fingerprint=each.fingerprint()) for name, each in splits.items()}
+    facts = {"precision": choose_precision(task.config.train.precision), "data": data, **task.facts(train)}
+    return describe_environment(command).model_copy(update=facts)
 
 
 def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> None:
@@ -108,12 +129,20 @@ def make_accelerator(config: Recipe, folder: str | Path | None = None) -> Accele
     torch.use_deterministic_algorithms(train.deterministic)
     # accelerate keeps the first precision for the whole process, in which runs of others may follow.
     AcceleratorState._reset_state()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
-        mixed_precision=train.precision,
+        # Without a GPU several processes have to be told to use the CPU, or each would train for itself.
+        cpu=size > 1 and not torch.cuda.is_available(),
+        mixed_precision=choose_precision(train.precision),
         log_with="tensorboard" if train.tensorboard and folder else None,
         project_dir=folder if train.tensorboard else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=train.timeout_minutes))],
     )
+    if accelerator.num_processes != size:
+        raise ValueError(
+            f"WORLD_SIZE is {size}, but accelerate has {accelerator.num_processes} process(es): start all of them with "
+            "torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
     if train.precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would train in float32 without a word; torch knows fp16 on a CPU, slow as it is.
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
@@ -175,13 +204,15 @@ def fit(trainer: Trainer, info: RunInfo, *, resume: bool) -> EpochLog:
     """
     run, accelerator, main = trainer.run, trainer.accelerator, trainer.is_main
     if resume:
-        trainer.resume()  # before anything is written
+        require_same_data(run, info)
+        resume_training(trainer)  # before anything is written
     try:
         if main and resume:
+            remove_parts(run.folder)
             run.forget_after(trainer.progress.epoch - 1)
             run.note_resumption(info)
         elif main:
-            Run.create(run.folder, run.config, info)
+            run.is_own = Run.create(run.folder, run.config, info).is_own
         accelerator.init_trackers("tensorboard")
         line = trainer.fit()
     except BaseException as error:
@@ -195,6 +226,17 @@ def fit(trainer: Trainer, info: RunInfo, *, resume: bool) -> EpochLog:
         raise
     accelerator.end_training()
     return line
+
+
+def require_same_data(run: Run, info: RunInfo) -> None:
+    """Raise ValueError where the data are not those that a run began with; older runs do not know."""
+    before = run.info().data if (run.folder / "run.json").is_file() else {}
+    for split, now in info.data.items():
+        if split in before and before[split] != now:
+            raise ValueError(
+                f"{run.folder}: the data have changed since the run began: {split} had {before[split].images} usable "
+                f"images, now {now.images}, or other boxes or pixels; put the data back, or begin a new run"
+            )
 
 
 def leave_pictures(run: Run) -> None:
@@ -233,7 +275,7 @@ def load_model(run: Run, weights: Weights = "last") -> nn.Module:
 
 
 def load_for_evaluation(run: Run, weights: Weights = "last") -> tuple[nn.Module, Accelerator]:
-    """Return the network of a saved run as its own evaluation had it, on the device and in the precision of its recipe.
+    """Return the network of a saved run as its own evaluation had it: on its device, with its precision.
 
     Raises:
         FileNotFoundError: the run has no such weights.

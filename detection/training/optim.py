@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detection.config import schema
+from detection.training.muon import Muon
 
 
-def build_optimizer(model: nn.Module, config: schema.Optimizer) -> Optimizer:
-    """AdamW, Adam with AMSGrad, or SGD with momentum 0.9; weight decay only on tensors of two or more dimensions."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_optimizer(model: nn.Module, config: schema.Optimizer, predictions: Collection[str] = ()) -> Optimizer:
+    """Return AdamW, Adam with AMSGrad, SGD with momentum 0.9, or Muon for the hidden convolutions.
+
+    Weight decay only on tensors of two or more dimensions.
+
+    Args:
+        model: its parameters that require a gradient.
+        config: of the recipe.
+        predictions: parts of names of the layers whose outputs are predictions, which Muon is not meant for.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    hidden = hidden_convolutions(model, predictions) & parameters.keys() if config.name == "muon" else set()
+    rest = [parameter for name, parameter in parameters.items() if name not in hidden]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     if config.name == "sgd":
         return SGD(groups, lr=config.lr, momentum=0.9)
     if config.name == "adam":
         return Adam(groups, lr=config.lr, amsgrad=True)
-    return AdamW(groups, lr=config.lr)
+    if config.name == "adamw":
+        return AdamW(groups, lr=config.lr)
+    matrices = [parameter for name, parameter in parameters.items() if name in hidden]
+    return Muon(
+        [{"params": matrices, "weight_decay": config.muon_decay}],
+        groups,
+        lr=config.lr,
+        muon_lr=config.muon_lr,
+        momentum=config.muon_momentum,
+        newton_steps=config.muon_newton_steps,
+        interval=config.muon_interval,
+    )
+
+
+def hidden_convolutions(model: nn.Module, predictions: Collection[str] = ()) -> set[str]:
+    """Return the names of the weights of all convolutions but the first, depthwise ones and those of prediction."""
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    hidden = list(convolutions)[1:]
+    return {
+        f"{name}.weight"
+        for name in hidden
+        if convolutions[name].groups == 1 and not any(part in name.split(".") for part in predictions)
+    }
 
 
 def build_schedule(optimizer: Optimizer, config: schema.Optimizer, num_steps: int) -> LRScheduler:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import signal
 import sys
@@ -13,19 +12,22 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from rich.console import Console
 from torch import Tensor, nn
 
 from backbones import hoyer_penalties, logged_state, recompute_activations, spike_layers
-from detection.config import Recipe, flatten, require_same
-from detection.records import EpochLog, Evaluation
+from detection.config import Recipe
+from detection.data.loaders import LoaderError
+from detection.records import EpochLog, Evaluation, Values
 from detection.runs import Run
 from detection.training import checkpoint
-from detection.training.checkpoint import Checkpoint, ProcessState, random_states, set_random_states
+from detection.training.checkpoint import random_states
+from detection.training.collapse import ask_gradient_shares, take_gradient_shares, warnings_of
 from detection.training.display import LineClock, progress_bar, resume_command, silent_layers, summary
 from detection.training.distributed import any_process, share_buffers
 from detection.training.optim import average_weights, build_optimizer, build_schedule
+from detection.training.resume import save
 from detection.training.signals import Interrupted, SaveClock, StopSignals
 
 Losses = Callable[[nn.Module, Any], dict[str, Tensor]]
@@ -52,10 +54,15 @@ class Goal(Protocol):
     Attributes:
         best_by: the metric whose highest value decides which weights are kept as "best".
         headline: the metrics that stand in the lines on the screen.
+        prediction_layers: parts of names of the layers whose outputs are predictions.
     """
 
     best_by: str
     headline: Sequence[str]
+    prediction_layers: Sequence[str]
+
+    def is_at_chance(self, metrics: Values) -> bool:
+        """Return whether an evaluation is no better than guessing."""
 
     def describe_batch(self, batch: Any) -> str:
         """Say which images a batch has, for an error; empty if that is not known."""
@@ -98,7 +105,7 @@ class Trainer:
         self.batches, self.losses, self._evaluate, self.goal = batches, losses, evaluate, goal
         self.config, self.run, self.accelerator = config, run, accelerator
         self.num_steps = math.ceil(len(batches) / config.train.accumulate)
-        optimizer = build_optimizer(model, config.optimizer)
+        optimizer = build_optimizer(model, config.optimizer, goal.prediction_layers)
         self.schedule = build_schedule(optimizer, config.optimizer, self.num_steps * config.train.epochs)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = average_weights(self.network, config.train.ema_decay)
@@ -145,8 +152,8 @@ class Trainer:
             progress.lr = self.schedule.get_last_lr()[0]
         try:
             line = self.train_epoch()
-        except RuntimeError as error:
-            if not (self.signals.received and "DataLoader worker" in str(error)):
+        except LoaderError:
+            if not self.signals.received:
                 raise
             # All processes were told to stop, the loader's too: in the middle of a step there is nothing to save.
             sentence = f"stopped together with its loader processes; go on with: {resume_command(self.run)}"
@@ -166,6 +173,8 @@ class Trainer:
         started = time.perf_counter() - progress.seconds
         for step in range(progress.step + 1, self.num_steps + 1):
             num_parts = min(accumulate, len(self.batches) - (step - 1) * accumulate)
+            if step == self.num_steps and not self.config.train.compile:
+                ask_gradient_shares(self.network)
             loss = self.step(source, num_parts, f"epoch {progress.epoch}, step {step}")
             progress.step, progress.seconds = step, time.perf_counter() - started
             self.bar.advance(self.task)
@@ -208,15 +217,38 @@ class Trainer:
         # Gradients are averaged over the processes once a step.
         with self.accelerator.no_sync(self.model) if part < num_parts else contextlib.nullcontext():
             with recompute_activations() if low_memory else contextlib.nullcontext():
-                losses = self.losses(self.model, batch)
+                losses = self.forward(batch)
             penalties = hoyer_penalties(self.network, hoyer.reduction)
             if penalties:
                 each = (num_parts if hoyer.reduction == "sum" else 1) * torch.stack(list(penalties.values()))
-                losses["hoyer"] = hoyer.weight * each.sum()
+                losses["hoyer"] = self.hoyer_weight() * each.sum()
                 self.progress.count("layers", each / num_parts)
             self.accelerator.backward(torch.stack(list(losses.values())).sum() / num_parts)
         self.progress.num_images += len(batch[0])
         return batch, {name: value.detach() / num_parts for name, value in losses.items()}
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """Return the task's losses of a batch.
+
+        Raises:
+            ValueError: a BatchNorm has a single value per channel to learn from.
+        """
+        try:
+            return self.losses(self.model, batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"a BatchNorm has one value per channel in a batch of {len(batch[0])} image(s): {error}; take a larger "
+                "train.batch_size or larger images"
+            ) from None
+
+    def hoyer_weight(self) -> float:
+        """Return the weight of the regulariser in the step under way, which rises over `hoyer.warmup_epochs`."""
+        hoyer, progress = self.config.hoyer, self.progress
+        if not hoyer.warmup_epochs:
+            return hoyer.weight
+        return hoyer.weight * min(1.0, (progress.epoch - 1 + progress.step / self.num_steps) / hoyer.warmup_epochs)
 
     def check_finite(
         self, loss: Tensor, norm: Tensor, losses: dict[str, Tensor], batches: Sequence[Any], where: str
@@ -254,7 +286,7 @@ class Trainer:
             losses={name.removeprefix("loss/"): value.item() for name, value in means.items()},
             seconds=round(progress.seconds, 3),
             images_per_second=round(progress.num_images * num_processes / progress.seconds, 3),
-            layers=layers | logged_state(self.network),
+            layers=layers | logged_state(self.network) | take_gradient_shares(self.network),
         )
 
     def evaluate(self, line: EpochLog) -> None:
@@ -272,7 +304,7 @@ class Trainer:
         except KeyboardInterrupt:  # the epoch's steps are done, its evaluation is not
             if not alone:  # a second Ctrl-C: the others are not here to save with
                 raise
-            self.save(randoms)
+            save(self, randoms)
             raise self.interruption() from None
         line.eval_seconds = round(time.perf_counter() - started, 3)
         if self.progress.evaluated and line.epoch < self.config.train.epochs:
@@ -289,10 +321,17 @@ class Trainer:
                 self.run.save(self.average.module, "ema")
             if better:
                 self.run.save(self.network, "best")
+            history = self.run.history() if (self.run.folder / "metrics.jsonl").is_file() else []
+            warmup = max(self.config.hoyer.warmup_epochs, self.config.optimizer.warmup_steps / self.num_steps)
+            line.warnings = warnings_of([*history, line], self.goal.is_at_chance, warmup)
             self.run.log(line)
             if line.silent:
                 silent = ", ".join(line.silent)
                 print(f"warning: spike layers silent in epoch {line.epoch}: {silent}", file=sys.stderr)
+            known = {kind for before in history[-1:] for kind in before.warnings}
+            for kind, sentence in line.warnings.items():
+                if kind not in known:
+                    print(f"warning: epoch {line.epoch}: {sentence}", file=sys.stderr)
         scalars = {key: value for key, value in line.to_json().items() if isinstance(value, float)}
         self.accelerator.log(scalars, step=line.epoch)
         self.console.print(summary(line, self.config.train.epochs, self.goal.best_by, self.goal.headline))
@@ -303,7 +342,7 @@ class Trainer:
         """Save where a checkpoint is due; save and raise `Interrupted` where a signal has come to any process."""
         stop, due = any_process(self.accelerator, bool(self.signals.received), always or self.clock.due())
         if stop or due:
-            self.save(random_states())
+            save(self, random_states())
             self.clock.restart()
         if stop:
             raise self.interruption()
@@ -317,79 +356,3 @@ class Trainer:
                 where = f"in epoch {progress.epoch} of {epochs} after step {progress.step} of {self.num_steps}"
             sentence = f"stopped {where}, state saved; go on with: {resume_command(self.run)}"
         return Interrupted(sentence, self.signals.received or signal.SIGTERM)  # a signal that came to another process
-
-    def save(self, randoms: dict[str, Any]) -> None:
-        """Write the state of all processes; all of them call it, with their `random_states`."""
-        progress = dataclasses.asdict(self.progress)
-        own = ProcessState(randoms, progress.pop("sums"), progress.pop("num_images"))
-        processes = gather_object([vars(own)])
-        if self.is_main:
-            scaler = self.accelerator.scaler
-            Checkpoint(
-                recipe=flatten(self.config),
-                progress=progress,
-                processes=processes,
-                network=self.network.state_dict(),
-                average=self.average and self.average.state_dict(),
-                optimizer=self.optimizer.state_dict(),
-                schedule=self.schedule.state_dict(),
-                scaler=scaler and scaler.state_dict(),
-            ).save(self.run.folder)
-
-    def resume(self) -> None:
-        """Take over the run's checkpoint, or start from the beginning if it has none.
-
-        Raises:
-            ValueError: it belongs to another network, recipe or number of processes, or it is missing where there
-                should be one.
-        """
-        state = Checkpoint.load(self.run.folder)
-        if state is None:
-            self.require_beginning()
-            return
-        path = self.run.folder / checkpoint.FILE
-        require_same(state.recipe, self.config, str(path))
-        if len(state.processes) != self.accelerator.num_processes:
-            raise ValueError(
-                f"{path}: saved by {len(state.processes)} processes, started with {self.accelerator.num_processes}; an "
-                "exact continuation needs as many"
-            )
-        self.load_networks(state)
-        self.schedule.load_state_dict(state.schedule)
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state.scaler)
-        own = ProcessState(**state.processes[self.accelerator.process_index])
-        sums = {name: value.to(self.accelerator.device) for name, value in own.sums.items()}
-        self.progress = checkpoint.Progress(**state.progress, sums=sums, num_images=own.num_images)
-        set_random_states(own.random)
-
-    def load_networks(self, state: Checkpoint) -> None:
-        """Take over weights, their average, and what the optimiser knows of them."""
-        try:
-            self.network.load_state_dict(state.network)
-            if self.average:
-                self.average.load_state_dict(state.average)
-            self.optimizer.load_state_dict(state.optimizer)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            path, recipe = self.run.folder / checkpoint.FILE, self.run.folder / "config.yaml"
-            raise ValueError(f"{path} does not fit the network of {recipe}: {' '.join(str(error).split())}") from None
-        # As when they were made: in the memory order of their weights, or else sums would round otherwise.
-        for parameter, values in self.optimizer.state.items():
-            for name, value in values.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    values[name] = torch.empty_like(parameter).copy_(value)
-
-    def require_beginning(self) -> None:
-        """Say that a run without a checkpoint starts anew.
-
-        Raises:
-            ValueError: its log has more than the epoch that this may cost.
-        """
-        folder = self.run.folder
-        number = len(self.run.history()) if (folder / "metrics.jsonl").is_file() else 0
-        if number > 1:
-            raise ValueError(
-                f"{folder}: {number} epochs in its log but no {checkpoint.FILE} to go on from: it has finished, or "
-                "lost its state; name another folder for a new run"
-            )
-        print(f"{folder}: no state saved yet, starts from its beginning", file=sys.stderr)

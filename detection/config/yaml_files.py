@@ -1,0 +1,64 @@
+"""YAML that says one thing: no key twice, no aliases, no more than a recipe needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from detection.files import read_text
+
+MAX_BYTES = 2**20
+MAX_DEPTH = 32  # of nested sections
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader that refuses what would be lost, or grow without end, unnoticed."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ConstructorError(None, None, "aliases (*) are not allowed", self.peek_event().start_mark)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ConstructorError(None, None, f"nested deeper than {MAX_DEPTH}", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise ConstructorError(None, None, f"expected a name for a key, got {key!r}", key_node.start_mark)
+            line = key_node.start_mark.line + 1
+            if key in lines:
+                what = f"the key {key!r} stands in line {lines[key]} and again in line {line}"
+                raise ConstructorError(None, None, what, key_node.start_mark)
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no such file, or more than a recipe could be; names the line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config file")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_BYTES // 1024} KiB, no recipe")
+    try:
+        return yaml.load(read_text(path), _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{path}: not a YAML file of a recipe: {line}{error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of dates and numbers
+        raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
