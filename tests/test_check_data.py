@@ -14,7 +14,7 @@ from PIL import Image
 
 from detection.config import load_config
 from detection.data import build_datasets
-from detection.data.records import image_problem
+from detection.data.image_files import examine_image
 from detection.data.report import report, shared_images
 
 BCCD = ROOT / "configs" / "bccd_retinanet_resnet18.yaml"
@@ -84,6 +84,7 @@ def dirty_bccd(real_data, tmp_path):
     return folder, faults
 
 
+@pytest.mark.attempt("mutated annotations", 8)
 def test_every_fault_of_a_dirty_bccd_is_named_once_and_training_can_go_on(dirty_bccd, monkeypatch, capsys):
     folder, faults = dirty_bccd
     status, lines = check(monkeypatch, capsys, BCCD, "--data.root", folder)
@@ -189,6 +190,7 @@ def test_counts(coco):
     assert len(shared_images(train.annotations, val.annotations)) == 4
 
 
+@pytest.mark.attempt("mutated annotations")
 def test_every_fault_of_a_coco_file_is_named_once(coco, monkeypatch, capsys, tmp_path):
     content, note, write = coco
     content["images"] += [
@@ -203,6 +205,7 @@ def test_every_fault_of_a_coco_file_is_named_once(coco, monkeypatch, capsys, tmp
         note(6, 17, 3, [1, 1, 0, 5]),
         note(7, 17, 3, [100, 1, 5, 5]),
         note(8, 17, 3, [1, 1, 5, float("nan")]),
+        note(2, 17, 3, [1, 1, 5, 5]),
     ]
     status, lines = check(monkeypatch, capsys, write())
     assert status == 0
@@ -211,7 +214,8 @@ def test_every_fault_of_a_coco_file_is_named_once(coco, monkeypatch, capsys, tmp
         ["image id 7 of d.png is taken already"],
         ["gone.png", "no such file"],
         ["d.png", "40x30 pixels, its annotations say 41x30"],
-        ["annotation 2 occurs a second time"],
+        ["annotation 2 occurs a second time at position 9, box and all; object left out"],
+        ["all.json: 1 annotation with the id of another one; numbered anew"],
         ["annotation 4 belongs to image 1234"],
         ["annotation 5 has category 1 (allowed: 90, 3)"],
         ["annotation 6", "has no area"],
@@ -219,10 +223,15 @@ def test_every_fault_of_a_coco_file_is_named_once(coco, monkeypatch, capsys, tmp
         ["annotation 8", "is not four finite numbers"],
     ):
         assert len(lines_with(problems, *parts)) == 1, parts
-    assert len(problems) == 9
+    assert len(problems) == 10
     assert lines_with(lines, "in both train and val: 3 images")
+    train, _ = build_datasets(load_config(tmp_path / "recipe.yaml").data)
+    boxes = {record.path.stem: record.boxes.tolist() for record in train.annotations.records}
+    # Both that have the id 2, once each.
+    assert boxes == {"a": [[1, 2, 11, 10], [5, 5, 25, 25]], "b": [[0, 0, 30, 20], [1, 1, 6, 6]], "c": []}
 
 
+@pytest.mark.attempt("mutated annotations")
 def test_what_training_would_refuse(coco, monkeypatch, capsys):
     content, _, write = coco
     status, lines = check(monkeypatch, capsys, write(), "data.train=no.json")
@@ -236,28 +245,30 @@ def test_what_training_would_refuse(coco, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.attempt("mutated images", 8)
 def test_damage_of_an_image_file(tmp_path, suffix):
     path = tmp_path / f"image.{suffix}"
     pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     whole = path.read_bytes()
-    assert image_problem(path, 80, 64) is None
-    assert image_problem(path, 80, 64, "full") is None
+    assert examine_image(path, 80, 64).problem is None
+    assert examine_image(path, 80, 64, "full").problem is None
     path.write_bytes(whole + bytes(100))  # what some cameras leave behind the end
-    assert image_problem(path, 80, 64) is None
-    assert image_problem(path, 64, 80) == "the image is 80x64 pixels, its annotations say 64x80"
+    assert examine_image(path, 80, 64).problem is None
+    assert examine_image(path, 64, 80).problem == "the image is 80x64 pixels, its annotations say 64x80"
     path.write_bytes(whole + bytes(10000))  # or a whole film
-    assert image_problem(path, 80, 64) is None
+    assert examine_image(path, 80, 64).problem is None
     for length in (len(whole) // 2, len(whole) - 200):
         path.write_bytes(whole[:length])
-        assert image_problem(path, 80, 64) == "the image is cut off"
+        assert examine_image(path, 80, 64).problem == "the image is cut off"
     path.write_bytes(b"hello")
-    assert image_problem(path, 80, 64).startswith("no readable image header")
-    assert image_problem(tmp_path, 80, 64) == "a folder, not an image"
-    assert image_problem(tmp_path / "gone.png", 80, 64) == "no such file"
-    assert "name too long" in image_problem(tmp_path / ("long" * 100), 80, 64)
+    assert examine_image(path, 80, 64).problem.startswith("no readable image header")
+    assert examine_image(tmp_path, 80, 64).problem == "a folder, not an image"
+    assert examine_image(tmp_path / "gone.png", 80, 64).problem == "no such file"
+    assert "name too long" in examine_image(tmp_path / ("long" * 100), 80, 64).problem
 
 
+@pytest.mark.attempt("mutated images")
 def test_damage_inside_is_found_by_decoding(tmp_path):
     path = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)).save(path)
@@ -265,5 +276,5 @@ def test_damage_inside_is_found_by_decoding(tmp_path):
     middle = len(content) // 2
     content[middle : middle + 8] = bytes(8)
     path.write_bytes(content)
-    assert image_problem(path, 80, 64) is None
-    assert image_problem(path, 80, 64, "full") is not None
+    assert examine_image(path, 80, 64).problem is None
+    assert examine_image(path, 80, 64, "full").problem is not None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from backbones import HoyerSpike
 from detection.config import schema
 from detection.data import DetectionDataset, read_coco
-from detection.evaluation import METRICS, CocoEvaluator
+from detection.evaluation import METRICS, CocoEvaluator, Detections
 from detection.records import Evaluation
 from detection.tasks import base
 from detection.tasks import detection as detection_task
@@ -173,7 +173,7 @@ def test_no_detections_are_zero_where_there_are_boxes(update: bool) -> None:
         "class 1": {"AP": 0.0, "AP50": 0.0, "num_boxes": 2},
         "class 2": {"AP": -1.0, "AP50": -1.0, "num_boxes": 0},
     }
-    assert evaluator.results == []
+    assert list(evaluator.results) == []
 
 
 @pytest.mark.parametrize("num_images", [0, 2])
@@ -204,7 +204,7 @@ def test_sparse_category_ids() -> None:
     )
     evaluator = CocoEvaluator(truth, [90, 7, 13])
     evaluator.update([1], [detections((BOX, 0.5, 1), (other, 0.25, 2))])
-    assert evaluator.results == [
+    assert list(evaluator.results) == [
         {"image_id": 1, "category_id": 90, "bbox": BOX, "score": 0.5},
         {"image_id": 1, "category_id": 7, "bbox": other, "score": 0.25},
     ]
@@ -249,7 +249,7 @@ def test_agrees_with_plain_pycocotools(seed: int, category_ids: tuple[int, ...])
     evaluator = CocoEvaluator(truth, category_ids)
     for image_id, prediction in per_image.items():
         evaluator.update([image_id], [prediction])
-    rows = copy.deepcopy(evaluator.results)
+    rows = list(evaluator.results)
     metrics = evaluator.compute()
 
     stats, precision = plain_pycocotools(before, rows)
@@ -261,7 +261,7 @@ def test_agrees_with_plain_pycocotools(seed: int, category_ids: tuple[int, ...])
             assert values[key] == pytest.approx(expected, rel=0, abs=1e-12)
 
     assert evaluator.compute() == metrics  # a second time, the same
-    assert evaluator.results == rows
+    assert list(evaluator.results) == rows
     assert truth == before
     for image_id, prediction in per_image.items():
         assert all(torch.equal(prediction[key], tensors_before[image_id][key]) for key in prediction)
@@ -275,7 +275,7 @@ def test_rows_are_xywh_in_double_precision_and_json() -> None:
     x1, y1, x2, y2 = boxes[0].tolist()
     (row,) = evaluator.results
     assert row == {"image_id": 1, "category_id": 2, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(np.float32(0.3))}
-    assert json.loads(json.dumps(evaluator.results)) == evaluator.results
+    assert json.loads(json.dumps([row])) == [row]
 
 
 def test_half_precision_and_gradients_are_accepted() -> None:
@@ -288,23 +288,23 @@ def test_half_precision_and_gradients_are_accepted() -> None:
 def test_image_ids_may_be_integer_tensors() -> None:
     evaluator = CocoEvaluator(ground_truth([{"bbox": BOX}]), [1, 2])
     evaluator.update(torch.tensor([2, 1]), [detections(), detections((BOX, 0.9, 1))])
-    assert type(evaluator.results[0]["image_id"]) is int
+    assert [type(row["image_id"]) for row in evaluator.results] == [int]
     assert evaluator.compute()["AP"] == pytest.approx(1)
 
 
 def test_compute_works_from_gathered_results() -> None:
-    """Two processes, half of the images each; the first one gets the rows of both."""
+    """Two processes, half of the images each; the first one gets the detections of both."""
     truth, per_image = random_case(0, (1, 2, 3))
     whole = evaluate(truth, per_image, (1, 2, 3))
     halves = [CocoEvaluator(truth, (1, 2, 3)) for _ in range(2)]
     for i, (image_id, prediction) in enumerate(per_image.items()):
         halves[i % 2].update([image_id], [prediction])
-    halves[0].results = halves[0].results + halves[1].results
+    halves[0].detections = Detections.join([half.detections for half in halves]).sorted_by_image()
     assert halves[0].compute() == pytest.approx(whole, rel=0, abs=1e-12)
 
-    halves[0].results = [{"image_id": 99, "category_id": 1, "bbox": BOX, "score": 0.5}]
+    rows = [{"image_id": 99, "category_id": 1, "bbox": BOX, "score": 0.5}]
     with pytest.raises(ValueError, match=r"image ids \[99\] are not in the ground truth"):
-        halves[0].compute()
+        Detections.from_rows(rows, truth, (1, 2, 3))
 
 
 def test_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,7 +346,7 @@ def test_bad_predictions_are_named_and_not_kept(image_ids: list[int], change: di
     good = detections((BOX, 0.9, 1))
     with pytest.raises(ValueError, match=message):
         evaluator.update(image_ids, [good | change] * len(image_ids))
-    assert evaluator.results == []
+    assert list(evaluator.results) == []
     evaluator.update([1, 2], [good, good])  # a refused update leaves no trace
     with pytest.raises(ValueError, match="image id 2 was updated twice"):
         evaluator.update([2], [good])
@@ -388,8 +388,8 @@ def expect_equal_backends(truth: dict, rows: list[dict], category_ids: Sequence[
     numbers = []
     for backend in ("pycocotools", "faster-coco-eval"):
         evaluator = CocoEvaluator(truth, category_ids, backend)
-        evaluator.results = copy.deepcopy(rows)
-        numbers.append((evaluator.compute(), evaluator.per_class(), evaluator.results))
+        evaluator.detections = Detections.from_rows(rows, truth, category_ids)
+        numbers.append((evaluator.compute(), evaluator.per_class(), list(evaluator.results)))
     (plain, plain_classes, _), (fast, fast_classes, fast_rows) = numbers
     assert fast == pytest.approx(plain, rel=0, abs=1e-12)
     assert list(fast) == list(plain) and list(fast_classes) == list(plain_classes)
@@ -413,7 +413,7 @@ def test_backends_agree_on_noisy_boxes(seed: int) -> None:
     truth, per_image = random_case(seed, (3, 17, 18, 90))
     evaluator = CocoEvaluator(truth, (90, 3, 18, 17))
     evaluator.update(list(per_image), list(per_image.values()))
-    expect_equal_backends(truth, evaluator.results, (90, 3, 18, 17))
+    expect_equal_backends(truth, list(evaluator.results), (90, 3, 18, 17))
 
 
 whole_boxes = st.tuples(*[st.integers(0, 60)] * 2, *[st.sampled_from([0, 4, 20, 40, 100])] * 2)

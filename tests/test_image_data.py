@@ -199,6 +199,7 @@ def test_evaluation_needs_no_training_images(folder, monkeypatch, capsys, tmp_pa
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.attempt("mutated images")
 def test_unreadable_image_is_named_and_left_out(folder, monkeypatch, capsys, tmp_path, in_memory):
     broken = folder / "train" / "dog" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
@@ -214,6 +215,7 @@ def test_unreadable_image_is_named_and_left_out(folder, monkeypatch, capsys, tmp
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.attempt("mutated images")
 def test_image_that_is_damaged_inside(folder, monkeypatch, capsys, tmp_path, workers):
     """By workers it is found when it is its turn, or beforehand by data.verify full; in memory always."""
     damaged = folder / "train" / "dog" / "1.png"

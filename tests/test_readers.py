@@ -36,6 +36,7 @@ def test_voc_joins_splits_with_stable_ids(tmp_path):
     assert "train.txt: a is listed already" in sentence(found, "a is listed already")
 
 
+@pytest.mark.attempt("mutated annotations")
 def test_voc_zero_area_boxes_are_named(tmp_path):
     objects = [voc_object(), voc_object("cat", (7, 3, 7, 9)), voc_object("cat", (7, 9, 8, 4))]
     found = read_voc(write_voc(tmp_path, {"one": objects}), ["VOC/train"])
@@ -44,6 +45,7 @@ def test_voc_zero_area_boxes_are_named(tmp_path):
     sentence(found, "one.xml", "object 3 (cat)", "[7, 9, 8, 4]", "no area")
 
 
+@pytest.mark.attempt("mutated annotations")
 def test_voc_boxes_off_the_image(tmp_path):
     objects = [
         voc_object("cat", (0, 0, 41, 31)),
@@ -58,6 +60,7 @@ def test_voc_boxes_off_the_image(tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "twelve", "", None])
+@pytest.mark.attempt("mutated annotations")
 def test_voc_bad_coordinate_costs_only_its_box(tmp_path, bad):
     objects = [voc_object(), voc_object("cat", (bad, 2, 9, 9))]
     found = read_voc(write_voc(tmp_path, {"one": objects}), ["VOC/train"])
@@ -65,6 +68,7 @@ def test_voc_bad_coordinate_costs_only_its_box(tmp_path, bad):
     sentence(found, "one.xml", "object 2 (cat)", "not four finite numbers")
 
 
+@pytest.mark.attempt("mutated annotations")
 def test_voc_bad_files_cost_only_their_image(tmp_path):
     write_voc(tmp_path, {"good": [voc_object()], "broken": "<annotation><obj", "noxml": [], "noimage": []})
     (tmp_path / "VOC/Annotations/noxml.xml").unlink()
@@ -89,6 +93,7 @@ def test_voc_finds_images_under_other_names(tmp_path):
     assert [(r.width, r.height) for r in found.records] == [(20, 10), (WIDTH, HEIGHT)]
 
 
+@pytest.mark.attempt("mutated annotations")
 def test_voc_size_zero_is_read_from_the_image(tmp_path):
     write_voc(tmp_path, {"one": [voc_object()], "two": []}, size=(0, 0))
     (tmp_path / "VOC/JPEGImages/two.jpg").write_bytes(b"no image")
@@ -150,6 +155,7 @@ def test_coco_sparse_ids_crowd_and_empty_images(tmp_path):
     assert one.labels.tolist() == [1, 2] and one.ignore.tolist() == [False, True] and one.area.tolist() == [33.25] * 2
 
 
+@pytest.mark.attempt("mutated annotations")
 def test_coco_area_and_crowd_may_be_missing(tmp_path):
     content = coco_content()
     del content["annotations"][0]["area"], content["annotations"][0]["iscrowd"]
@@ -169,6 +175,7 @@ def test_coco_classes_select_and_order(tmp_path):
         read_coco(*files, ["dgo"])
 
 
+@pytest.mark.attempt("mutated annotations")
 def test_coco_boxes_off_the_image(tmp_path):
     boxes = [(1, 2, 3, 4), (-0.5, 2, 10, 8), (35, 2, 10, 8), (45, 2, 3, 3), (1, 1, 0, 5), (5, 5, -2, 3)]
     found = read_coco(*write_coco(tmp_path, coco_content(boxes)))
@@ -180,6 +187,7 @@ def test_coco_boxes_off_the_image(tmp_path):
     sentence(found, "annotation 16 of a.png", "no area")
 
 
+@pytest.mark.attempt("mutated annotations")
 def test_box_that_vanishes_in_float32_is_left_out(tmp_path):
     found = read_coco(*write_coco(tmp_path, coco_content([(1, 2, 3, 4), (30, 2, 1e-9, 5)])))
     assert len(found.records[0].boxes) == 1 and len(found.dropped) == 1
@@ -188,6 +196,7 @@ def test_box_that_vanishes_in_float32_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     "box", [[float("nan"), 1, 2, 3], [1, 2, float("inf"), 3], [1, 2, 3], "1234", None, ["a", 1, 2, 3]]
 )
+@pytest.mark.attempt("mutated annotations")
 def test_coco_bad_box_costs_only_itself(tmp_path, box):
     content = coco_content([(1, 2, 3, 4), (1, 2, 3, 4)])
     content["annotations"][1]["bbox"] = box
@@ -196,6 +205,7 @@ def test_coco_bad_box_costs_only_itself(tmp_path, box):
     sentence(found, "instances.json", "annotation 12 of a.png", "not four finite numbers")
 
 
+@pytest.mark.attempt("mutated annotations")
 def test_coco_bad_entries_are_left_out(tmp_path):
     content = coco_content([(1, 2, 3, 4)] * 6)
     notes = content["annotations"]
@@ -209,7 +219,7 @@ def test_coco_bad_entries_are_left_out(tmp_path):
         {"id": 8, "file_name": "gone.png", "width": WIDTH, "height": HEIGHT},
         {"id": 9, "file_name": "b.png", "width": 0, "height": HEIGHT},
         {"id": 10, "file_name": "b.png", "width": WIDTH},
-        {"id": "ten", "file_name": "b.png", "width": WIDTH, "height": HEIGHT},
+        {"id": [10], "file_name": "b.png", "width": WIDTH, "height": HEIGHT},
     ]
     found = read_coco(*write_coco(tmp_path, content))
     assert [r.image_id for r in found.records] == [7, 3] and len(found.records[0].boxes) == 1
@@ -223,9 +233,10 @@ def test_coco_bad_entries_are_left_out(tmp_path):
     sentence(found, "gone.png: no such file")
     sentence(found, "image 9 (b.png)", "0x30")
     sentence(found, "image at position 5 has no 'height'")
-    sentence(found, "image at position 6 has 'id' 'ten', expected int")
+    sentence(found, "image at position 6 has 'id' [10], expected int or text")
 
 
+@pytest.mark.attempt("mutated annotations")
 def test_coco_bad_files(tmp_path):
     for text, problem in (
         ("<xml/>", "not a JSON file"),

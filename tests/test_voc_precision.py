@@ -1,19 +1,26 @@
-"""VOC average precision: cases counted by hand, agreement with the development kit's own way, and what is refused."""
+"""VOC average precision: cases counted by hand, agreement with the development kit's own way, and what is refused.
+
+At the end: speed and memory of large evaluations.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import runpy
 import time
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluation import AWAY, BOX, OTHER, ground_truth
 
 from detection.evaluation import (
     CocoEvaluator,
+    Detections,
     PrecisionRecall,
     average_precision,
     mean_average_precision,
@@ -27,7 +34,12 @@ def result(bbox: Sequence[float], score: float, image_id: int = 1, category_id: 
 
 def curve_of(boxes: list[dict], *rows: dict, iou_threshold: float = 0.5) -> PrecisionRecall:
     """The curve of category 1."""
-    return precision_recall(ground_truth(boxes), rows, [1, 2], iou_threshold)["class 1"]
+    return curves_of(ground_truth(boxes), rows, [1, 2], iou_threshold)["class 1"]
+
+
+def curves_of(truth: dict, rows: Sequence[dict], category_ids: Sequence[int], iou_threshold: float = 0.5) -> dict:
+    """The curves of rows as a file of results has them."""
+    return precision_recall(truth, Detections.from_rows(rows, truth, category_ids), category_ids, iou_threshold)
 
 
 def both(curve: PrecisionRecall) -> tuple[float, float]:
@@ -91,7 +103,7 @@ def test_voc_detection_does_not_move_on_to_its_second_best_box() -> None:
     rows = [result(boxes[0]["bbox"], 0.9), result([10.0, 0.0, 100.0, 100.0], 0.8)]
     assert curve_of(boxes, *rows).true_positives.tolist() == [1, 1]
     evaluator = CocoEvaluator(ground_truth(boxes), [1, 2])
-    evaluator.results = rows
+    evaluator.detections = Detections.from_rows(rows, ground_truth(boxes), [1, 2])
     assert evaluator.compute()["AP50"] == pytest.approx(1)
 
 
@@ -131,7 +143,7 @@ def test_voc_overlap_at_the_threshold_counts(iou_threshold: float, right: int) -
     """Detections with IoU 1, 3/4 and 1/2."""
     boxes = [{"bbox": [0.0, 0.0, 100.0, 100.0], "image_id": image_id} for image_id in (1, 2, 3)]
     rows = [result([0.0, 0.0, 100.0, height], 0.9, image_id) for image_id, height in ((1, 100), (2, 75), (3, 50))]
-    curves = precision_recall(ground_truth(boxes, num_images=3), rows, [1], iou_threshold)
+    curves = curves_of(ground_truth(boxes, num_images=3), rows, [1], iou_threshold)
     assert curves["class 1"].true_positives[-1] == right
     assert average_precision(curves["class 1"], "area") == pytest.approx(right / 3)
 
@@ -155,7 +167,7 @@ def test_voc_classes_and_images_are_apart_and_classes_without_boxes_leave_the_me
         categories=(1, 2, 3, 4, 5),
     )
     rows = [result(BOX, 0.9), result(BOX, 0.9, category_id=2), result(AWAY, 0.9, 2, 2), result(BOX, 0.9, category_id=3)]
-    curves = precision_recall(truth, rows, [4, 1, 2, 3, 5])
+    curves = curves_of(truth, rows, [4, 1, 2, 3, 5])
     assert list(curves) == ["class 4", "class 1", "class 2", "class 3", "class 5"]
     for interpolation in ("area", "11-point"):
         values = [average_precision(curve, interpolation) for curve in curves.values()]
@@ -163,12 +175,12 @@ def test_voc_classes_and_images_are_apart_and_classes_without_boxes_leave_the_me
         assert mean_average_precision(curves, interpolation) == pytest.approx(1 / 3)
     assert curves["class 4"].recall.tolist() == []
     assert np.isnan(curves["class 3"].recall).all() and curves["class 3"].precision.tolist() == [0.0]
-    assert list(precision_recall(truth, rows, [2])) == ["class 2"]
+    assert list(curves_of(truth, rows, [2])) == ["class 2"]
 
 
 @pytest.mark.parametrize("num_images", [0, 2])
 def test_voc_no_ground_truth_is_minus_one(num_images: int) -> None:
-    curves = precision_recall(ground_truth([], num_images=num_images), [], [1, 2])
+    curves = curves_of(ground_truth([], num_images=num_images), [], [1, 2])
     assert [both(curve) for curve in curves.values()] == [(-1.0, -1.0)] * 2
     assert mean_average_precision(curves, "area") == -1.0
 
@@ -183,9 +195,9 @@ def test_boxes_of_unknown_images_are_left_out() -> None:
     """As where the images were reduced to some of the file's: COCO and VOC alike."""
     truth = ground_truth([{"bbox": BOX}, {"bbox": BOX, "image_id": 3}], num_images=2)
     rows = [result(BOX, 0.9)]
-    assert precision_recall(truth, rows, [1])["class 1"].num_boxes == 1
+    assert curves_of(truth, rows, [1])["class 1"].num_boxes == 1
     evaluator = CocoEvaluator(truth, [1])
-    evaluator.results = rows
+    evaluator.detections = Detections.from_rows(rows, truth, [1])
     assert evaluator.compute()["AP"] == pytest.approx(1)
 
 
@@ -193,11 +205,11 @@ def test_voc_bad_input_is_named() -> None:
     truth = ground_truth([{"bbox": BOX}])
     for threshold in (0, 1.01, math.nan):
         with pytest.raises(ValueError, match=rf"iou_threshold: expected a number in \(0, 1\], got {threshold}"):
-            precision_recall(truth, [], [1], threshold)
+            curves_of(truth, [], [1], threshold)
     with pytest.raises(ValueError, match=r"image ids \[7\] are not in the ground truth"):
-        precision_recall(truth, [result(BOX, 0.5, image_id=7)], [1])
+        curves_of(truth, [result(BOX, 0.5, image_id=7)], [1])
     with pytest.raises(ValueError, match=r"category_ids \[9\]: expected one or more of .* \[1, 2\]"):
-        precision_recall(truth, [], [1, 9])
+        curves_of(truth, [], [1, 9])
     with pytest.raises(ValueError, match="interpolation: expected one of area, 11-point, got '11'"):
         average_precision(curve_of([{"bbox": BOX}]), "11")
 
@@ -291,5 +303,19 @@ def test_voc_is_quick() -> None:
         for (image, category, box), score in zip(drawn(100_000), scores, strict=True)
     ]
     start = time.process_time()
-    precision_recall(truth, rows, categories)
+    curves_of(truth, rows, categories)
     assert time.process_time() - start < 10
+
+
+def test_the_benchmark_of_a_large_evaluation_in_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both packages count the same of 1600 detections; in the log of 800,000 each of them needs less than 4 GB."""
+    pytest.importorskip("faster_coco_eval")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure = runpy.run_path(str(ROOT / "benchmarks" / "evaluation.py"))["measure"]
+    size = {"images": 200, "boxes": 7, "detections": 8, "classes": 4}
+    plain, fast = (measure(backend, size) for backend in ("pycocotools", "faster-coco-eval"))
+    assert fast["AP"] == pytest.approx(plain["AP"], abs=1e-12) and 0.01 < plain["AP"] < 0.5
+    log = json.loads((ROOT / "results" / "benchmarks" / "evaluation.json").read_text())
+    assert (log["images"] * log["detections"], log["classes"]) == (800_000, 80)
+    assert [row["backend"] for row in log["rows"]] == ["pycocotools", "faster-coco-eval"]
+    assert all(row["peak_bytes"] < 4e9 and row["AP"] == log["rows"][0]["AP"] for row in log["rows"])

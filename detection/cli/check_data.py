@@ -9,19 +9,16 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from detection.cli.common import parse_recipe, recipe_parser
+from detection.cli.common import parse_recipe, recipe_parser, show_table
+from detection.text import say
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from detection.data.report import DataReport
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Read the data of a command line's recipe and print what was found."""
     config, _ = parse_recipe(recipe_parser(__doc__, prog), arguments)
-
-    from rich.console import Console
 
     from detection.config import set_values
     from detection.tasks import task_of
@@ -32,32 +29,30 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         task = task.with_classes(train.classes)
         val = task.read("val")
     except (ValueError, OSError) as error:
-        print(f"training cannot go on: {error}")
+        say(f"training cannot go on: {error}")
         sys.exit(1)
-    console = Console()
     for name, dataset in (("train", train), ("val", val)):
         report = task.data_report(dataset)
         if report is None:
             print(f"{name}: {len(dataset)} images of {len(dataset.classes)} classes")
         else:
-            show(name, report, console)
+            show(name, report)
         print(f"{name}: left out or mended: {len(dataset.dropped)}")
         for problem in dataset.dropped:  # not wrapped: each stays one line
-            print(f"{name}: {problem}")
+            say(f"{name}: {problem}")
     shared = task.shared_images(train, val)
     if shared:
-        print(f"in both train and val: {len(shared)} images, the first: {shared[0]}")
+        say(f"in both train and val: {len(shared)} images, the first: {shared[0]}")
     print("training can go on")
 
 
-def show(name: str, report: DataReport, console: Console) -> None:
+def show(name: str, report: DataReport) -> None:
     """Print the counts of one split as a table and lines."""
-    from rich.table import Table
-
-    table = Table("class", "objects", "ignored", "images", title=f"{name}: {report.num_images} images")
-    for entry in report.classes:
-        table.add_row(entry.name, str(entry.num_objects), str(entry.num_ignored), str(entry.num_images))
-    console.print(table)
+    columns = ("class", "objects", "ignored", "images")
+    rows = [
+        (entry.name, str(entry.num_objects), str(entry.num_ignored), str(entry.num_images)) for entry in report.classes
+    ]
+    show_table(f"{name}: {report.num_images} images", columns, rows)
     print(f"{name}: images without objects: {report.num_empty}")
     for side, (least, median, most) in (("width", report.widths), ("height", report.heights)):
         print(f"{name}: image {side}: {least:g} to {most:g} pixels, median {median:g}")

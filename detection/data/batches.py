@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, Dataset, Sampler
+
+
+class Batches(Protocol):
+    """Training batches of this process, as many in every epoch and in every process; a batch begins with its images."""
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Make the next pass that of `epoch`, from 1, without its first `first` batches."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
 
 
 def derive_seed(*numbers: int) -> int:
@@ -67,35 +78,31 @@ class AspectRatioBatches(BatchSampler):
     """
 
     def __init__(self, sampler: Sequence[int], batch_size: int, ratios: Sequence[float], num_groups: int) -> None:
-        super().__init__(sampler, batch_size, drop_last=False)
-        edges = [2 ** (step / num_groups) for step in range(-num_groups, num_groups + 1)]
+        super().__init__(sampler, batch_size, drop_last=False)  # which says how many batches there are
+        self.edges = [2 ** (step / num_groups) for step in range(-num_groups, num_groups + 1)]
         self.ratios = ratios
-        self.bins = [bisect_right(edges, ratio) for ratio in ratios]
 
     def __iter__(self) -> Iterator[list[int]]:
         waiting: dict[int, list[int]] = defaultdict(list)
         for index in self.sampler:
-            batch = waiting[self.bins[index]]
+            batch = waiting[bisect_right(self.edges, self.ratios[index])]
             batch.append(index)
             if len(batch) == self.batch_size:
-                yield batch
-                waiting[self.bins[index]] = []
+                yield list(batch)
+                batch.clear()
         # The order of arrival decides between equal ratios.
         rest = sorted((index for batch in waiting.values() for index in batch), key=lambda index: self.ratios[index])
         for start in range(0, len(rest), self.batch_size):
             yield rest[start : start + self.batch_size]
-
-    def __len__(self) -> int:
-        sizes = Counter(self.bins).values()
-        rest = sum(size % self.batch_size for size in sizes)
-        return sum(size // self.batch_size for size in sizes) - (-rest // self.batch_size)
 
 
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
     """This process's part of every batch of an epoch, as pairs (index, seed of its augmentation).
 
     The batches of all processes together are those that one process would have with all of their images. The first pass
-    is epoch 1, and each further one the next epoch, unless `set_epoch` says otherwise.
+    is epoch 1, and each further one the next epoch, unless `set_epoch` says otherwise. A last batch in which a process
+    would have a single image, of which BatchNorm cannot learn once a map is down to one cell, is left out: which images
+    these are changes from epoch to epoch.
 
     Args:
         number: of images.
@@ -104,8 +111,6 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         share: (index of the process, number of processes).
         ratios: width / height by index, for batches of images of similar shape (`AspectRatioBatches`); None: any.
         num_groups: bins on either side of a square.
-        drop_single: leave a last batch out in which a process would have a single image, of which BatchNorm cannot
-            learn once a map is down to one cell; another epoch has it.
     """
 
     def __init__(
@@ -117,29 +122,28 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         share: tuple[int, int] = (0, 1),
         ratios: Sequence[float] | None = None,
         num_groups: int = 0,
-        drop_single: bool = False,
     ) -> None:
         self.number, self.batch_size, self.seed, self.share = number, batch_size, seed, share
-        self.ratios, self.num_groups, self.drop_single = ratios, num_groups, drop_single
+        self.ratios, self.num_groups = ratios, num_groups
         self.epoch, self.first = 1, 0
+        rest = number % (batch_size * share[1])
+        single = 0 < rest < 2 * share[1] and rest < number and batch_size > 1
+        self.used = number - rest if single else number
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """The next pass is that of `epoch`, counted from 1, without its first `first` batches."""
         self.epoch, self.first = epoch, first
 
-    def whole(self, order: Sequence[int]) -> BatchSampler:
-        """The batches of all processes together, for images in this order."""
-        batch_size = self.batch_size * self.share[1]
-        if self.ratios is not None and self.num_groups:
-            return AspectRatioBatches(order, batch_size, self.ratios, self.num_groups)
-        return BatchSampler(order, batch_size, drop_last=False)
-
     def draw(self) -> tuple[int, Iterator[tuple[int, list[int]]]]:
         """The epoch of a new pass, and (position in the epoch, indices) of its batches of all processes together."""
         epoch, first = self.epoch, self.first
         self.set_epoch(epoch + 1)
-        batches = enumerate(self.whole(epoch_order(self.number, self.seed, epoch)))
-        return epoch, itertools.islice(batches, first, len(self))
+        order, batch_size = epoch_order(self.number, self.seed, epoch)[: self.used], self.batch_size * self.share[1]
+        if self.ratios is not None and self.num_groups:
+            batches = AspectRatioBatches(order, batch_size, self.ratios, self.num_groups)
+        else:
+            batches = BatchSampler(order, batch_size, drop_last=False)
+        return epoch, itertools.islice(enumerate(batches), first, None)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, batches = self.draw()
@@ -148,10 +152,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
-        number = len(self.whole(range(self.number)))
-        rest = self.number % (self.batch_size * self.share[1])
-        single = 0 < rest < 2 * self.share[1] and self.batch_size > 1
-        return number - 1 if self.drop_single and single and number > 1 else number
+        return -(-self.used // (self.batch_size * self.share[1]))
 
 
 class SeededItems(Dataset):

@@ -11,6 +11,7 @@ from torchvision.datasets.utils import download_url, extract_archive
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 
 from detection.config.schema import Data
+from detection.files import read_text
 
 COCO = "http://images.cocodataset.org"  # its certificate is that of another host: checksums take its place
 COCO_MD5 = {
@@ -18,11 +19,12 @@ COCO_MD5 = {
     "zips/val2017.zip": "442b8da7639aecaf257c1dceb8ba8c80",
     "annotations/annotations_trainval2017.zip": "f4bbac642086de4f52a3fdda2de5fa2c",
 }
+COCO_IMAGES = {"train2017": 118_287, "val2017": 5_000}
 PARTS = ".download"  # folder of what is not whole yet
 
 
 def download(data: Data) -> None:
-    """Put the files that `data` names under `data.root`; those that are there already are not fetched again.
+    """Put the files that `data` names under `data.root`; splits that are whole already are not fetched again.
 
     Archives have to have their known checksums. What is unpacked takes its place only when all of it is there, so that
     nothing half is taken for whole later.
@@ -58,7 +60,7 @@ def _download_voc(data: Data) -> None:
                 f"{split}: cannot be downloaded (allowed: VOC2007 to VOC2010 and VOC2012 with train, val or trainval, "
                 "VOC2007/test)"
             )
-        if not (data.root / f"VOC{match[1]}" / "ImageSets" / "Main" / f"{match[2]}.txt").is_file():
+        if not _has_voc(data.root / f"VOC{match[1]}", match[2]):
             archive = DATASET_YEAR_DICT[f"{match[1]}-test" if match[2] == "test" else match[1]]
             fetch(archive["url"], archive["md5"], data.root.parent)
 
@@ -71,13 +73,23 @@ def _download_coco(data: Data) -> None:
                 f"{files[0]} with images in {images!r}: cannot be downloaded (allowed: "
                 "annotations/instances_train2017.json with train2017, the same with val2017)"
             )
-        archives = {
-            f"zips/{images}.zip": data.root / images,
-            "annotations/annotations_trainval2017.zip": data.root / files[0],
-        }
-        for archive, place in archives.items():
-            if not place.exists():
-                fetch(f"{COCO}/{archive}", COCO_MD5[archive], data.root)
+        archives = []
+        # An interrupted unpacking by other means may have left a part of the images.
+        if sum(1 for _ in (data.root / images).glob("*.jpg")) < COCO_IMAGES[images]:
+            archives.append(f"zips/{images}.zip")
+        if not (data.root / files[0]).is_file():
+            archives.append("annotations/annotations_trainval2017.zip")
+        for archive in archives:
+            fetch(f"{COCO}/{archive}", COCO_MD5[archive], data.root)
+
+
+def _has_voc(folder: Path, split: str) -> bool:
+    """Whether a year's folder has the list of a split and all that it lists."""
+    names = folder / "ImageSets" / "Main" / f"{split}.txt"
+    return names.is_file() and all(
+        (folder / "JPEGImages" / f"{name}.jpg").is_file() and (folder / "Annotations" / f"{name}.xml").is_file()
+        for name in read_text(names).split()
+    )
 
 
 def fetch(url: str, md5: str, folder: Path) -> None:

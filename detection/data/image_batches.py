@@ -46,7 +46,7 @@ class MemoryBatches:
         self.pixels, self.labels = data.pixels.to(device), data.labels.to(device)
         self.augment, self.seed, self.share = augment, seed, share
         self.turned = torch.rand(len(self.labels), generator=torch.Generator().manual_seed(seed)) < 0.5
-        self.order = TrainingBatches(len(self.labels), batch_size, seed=seed, share=share, drop_single=True)
+        self.order = TrainingBatches(len(self.labels), batch_size, seed=seed, share=share)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """The next pass is that of `epoch`, counted from 1, without its first `first` batches."""
@@ -106,7 +106,7 @@ def draw_augmentation(number: int, size: int, augment: ImageAugment, generator: 
 
 
 def draw_rectangles(number: int, size: int, probability: float, generator: torch.Generator) -> Tensor:
-    """Rectangles of random erasing (Zhong et al., arXiv:1708.04896): 2 to 33 % of the image, sides up to 1 to 3.3.
+    """Draw rectangles of random erasing (Zhong et al., arXiv:1708.04896): 2 to 33 % of an image, sides up to 1 to 3.3.
 
     Shape: (number, 4), rows and columns from and to; empty ones where nothing is erased.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from functools import cache
@@ -15,31 +16,22 @@ Verify = Literal["header", "full"]
 
 # Only these are tried, whatever a file's name says: others start programs (EPS) or are rare enough to be a mistake.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000")
-EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".webp",
-    ".avif",
-    ".ppm",
-    ".pgm",
-    ".jp2",
-)
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm")
 # What a whole file has at its end. Some cameras write more behind it; the marker cannot occur inside of JPEG's data.
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 END_SEARCH = 4096  # bytes
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # of an image, above which PIL suspects a decompression bomb
-ORIENTATION = 0x0112  # EXIF; 5 to 8 turn by a quarter
+ORIENTATION = 0x0112  # EXIF; 2 to 8 mirror or turn, those from 5 on by a quarter
 BITS, SAMPLE_RANGE = 258, ((340, 341), (280, 281))  # TIFF: bits per sample; smallest and largest value
+SCALED_TO_16_BITS = ("PPM", "JPEG2000")  # PIL does that, by the range that the file declares
+
+# For the whole process, since images are opened in several threads: neither says which file, and both are dealt with.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", message="Corrupt EXIF data")
 
 
 class Look(NamedTuple):
-    """What `examine_image` found.
+    """The result of `examine_image`.
 
     Attributes:
         problem: why the image cannot be used; None if it can.
@@ -53,8 +45,8 @@ class Look(NamedTuple):
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a file has the name of an image, hidden files and those in hidden folders left out."""
-    return path.suffix.lower() in EXTENSIONS and not any(part.startswith(".") for part in (path.name, path.parent.name))
+    """Return whether a file has the name of an image."""
+    return path.suffix.lower() in EXTENSIONS
 
 
 def open_image(file: Path | BinaryIO) -> Image.Image:
@@ -64,9 +56,7 @@ def open_image(file: Path | BinaryIO) -> Image.Image:
         ValueError: it is none, or has too many pixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(file, formats=_known_formats())
+        return Image.open(file, formats=_known_formats())
     except Image.UnidentifiedImageError:
         raise ValueError(f"no image of a known format (allowed: {', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
@@ -82,20 +72,13 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def image_size(path: Path) -> tuple[int, int] | None:
-    """Return width and height by the header of an image file, as its pixels are stored; None if it has none."""
+def stored_size(path: Path) -> tuple[int, int, int] | None:
+    """Return width, height and EXIF orientation by the header of an image file; None if it has none."""
     try:
         with open_image(path) as image:
-            return image.size
+            return *image.size, _orientation(image)
     except (ValueError, OSError):
         return None
-
-
-def image_problem(
-    path: Path, width: int | None = None, height: int | None = None, verify: Verify = "header"
-) -> str | None:
-    """Return what is wrong with an image file, None if nothing is; see `examine_image`."""
-    return examine_image(path, width, height, verify).problem
 
 
 def examine_image(path: Path, width: int | None = None, height: int | None = None, verify: Verify = "header") -> Look:
@@ -110,8 +93,9 @@ def examine_image(path: Path, width: int | None = None, height: int | None = Non
     """
     try:
         if not path.is_file():
-            kind = "a folder, not an image" if path.is_dir() else "not a file" if path.exists() else "no such file"
-            return Look(kind)
+            return Look(
+                "a folder, not an image" if path.is_dir() else "not a file" if path.exists() else "no such file"
+            )
         with path.open("rb") as file:
             length = file.seek(0, os.SEEK_END)
             if length == 0:
@@ -120,42 +104,65 @@ def examine_image(path: Path, width: int | None = None, height: int | None = Non
             end = file.read()
             file.seek(0)
             with open_image(file) as image:
-                look, marker = _compare(image, width, height), END_MARKERS.get(image.format or "")
-                deep = image.mode[0] in "IF"
+                # Phones append whole films: an image without an end in sight may still be complete.
+                endless = END_MARKERS.get(image.format or "", b"") not in end
+                doubtful = endless or verify == "full" or _has_many_bits(image)
+                look = _compare(image, width, height)
+                try:
+                    frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+                except Exception:  # a decoder may fail in any way, and the first frame be whole
+                    frames, doubtful = 1, True
     except (OSError, ValueError) as error:
         return Look(f"no readable image header ({error})")
-    # Phones append whole films: an image without an end in sight may still be complete.
-    endless = marker is not None and marker not in end
-    if look.problem is None and (verify == "full" or endless or deep):
+    if look.problem is None and doubtful:
         try:
-            load_image(path)
+            decode_image(path)
         except ValueError as error:
-            return Look("the image is cut off" if endless else str(error.__cause__))
+            return Look("the image is cut off" if endless else str(error))
+    if frames > 1 and look.problem is None:
+        look = look._replace(notes=(f"{frames} frames or pages; only the first is used", *look.notes))
     return look
 
 
 def _compare(image: Image.Image, width: int | None, height: int | None) -> Look:
-    """What the header says, beside the size that the annotations say."""
-    notes = []
-    try:
-        frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
-        turned = image.getexif().get(ORIENTATION, 1)
-    except Exception as error:  # of a damaged file
-        return Look(f"no readable image header ({_sentence(error)})")
-    if frames > 1:
-        notes.append(f"{frames} frames or pages; only the first is used")
-    if width is None or image.size == (width, height):
-        quarter = turned in (5, 6, 7, 8) and image.width != image.height
-        if turned in range(2, 9) and not quarter and width is not None:
-            notes.append(f"EXIF orientation {turned}: its boxes are taken to count the pixels as they are stored")
-        return Look(None, tuple(notes))
-    if turned in (5, 6, 7, 8) and image.size == (height, width):
-        notes.append(f"EXIF orientation {turned}: its boxes have the size of the upright image, which is used")
-        return Look(None, tuple(notes), upright=True)
+    """The size and orientation in the header, beside the size that the annotations say."""
+    orientation = _orientation(image)
+    if width is None:
+        return Look()
+    if image.size == (width, height):
+        # Turned by a quarter, an image that is no square would have another size.
+        if orientation == 1 or (orientation >= 5 and width != height):
+            return Look()
+        return Look(notes=(f"EXIF orientation {orientation}: its boxes are taken to count the pixels as stored",))
+    if orientation >= 5 and image.size == (height, width):
+        note = f"EXIF orientation {orientation}: its boxes have the size of the upright image, which is used"
+        return Look(notes=(note,), upright=True)
     return Look(f"the image is {image.width}x{image.height} pixels, its annotations say {width}x{height}")
 
 
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation in 1..8; 1, as it is, without a readable one."""
+    # PIL itself turns a TIFF, and would decode a PNG for what may stand behind its pixels.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # of damaged EXIF data, which may fail in any way; the pixels may be whole
+        return 1
+    return found if found in range(1, 9) else 1
+
+
 def load_image(path: Path, *, upright: bool = False) -> np.ndarray:
+    """Return RGB pixels, see `decode_image`; a ValueError names the file, too."""
+    try:
+        return decode_image(path, upright=upright)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: the image does not decode: {error} (data.verify full finds such files before training)"
+        ) from None
+
+
+def decode_image(path: Path, *, upright: bool = False) -> np.ndarray:
     """Return RGB pixels, (H, W, 3) uint8, of an image file of any PIL mode; the first frame or page.
 
     Args:
@@ -165,30 +172,44 @@ def load_image(path: Path, *, upright: bool = False) -> np.ndarray:
             torchvision read the same files.
 
     Raises:
-        ValueError: the file does not decode completely; its cause has the reason alone.
+        ValueError: the file does not decode completely; the message is the reason alone.
     """
     try:
         with open_image(path) as image:
-            return rgb_pixels(ImageOps.exif_transpose(image) if upright else image)
+            return rgb_pixels(image, upright=upright)
     except Exception as error:  # a decoder may fail in any way
-        reason = _sentence(error)
-        raise ValueError(
-            f"{path}: the image does not decode: {reason} (data.verify full finds such files before training)"
-        ) from ValueError(reason)
+        raise ValueError(_sentence(error)) from None
 
 
-def rgb_pixels(image: Image.Image) -> np.ndarray:
+def rgb_pixels(image: Image.Image, *, upright: bool = False) -> np.ndarray:
     """Return RGB pixels, (H, W, 3) uint8, of a PIL image of any mode; transparency is dropped, more bits are scaled.
 
     Raises:
         ValueError: the pixels have more than 8 bits, and nothing says which values are black and white.
     """
+    many_bits = _has_many_bits(image)
+    image.load()
+    orientation = _orientation(image) if upright else 1
     if image.mode[0] in "IF":
         grey = _scale(np.asarray(image), *_value_range(image))
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if "transparency" in image.info:
-        image = image.convert("RGBA")  # PIL warns when a palette with transparency goes to RGB directly
-    return np.array(image.convert("RGB"))
+        pixels = np.repeat(grey[:, :, None], 3, axis=2)
+    else:
+        if "transparency" in image.info:
+            image = image.convert("RGBA")  # PIL warns when a palette with transparency goes to RGB directly
+        pixels = np.array(image.convert("RGB"))
+        most = int(pixels.max(initial=0))
+        if many_bits and 0 < most < 16:  # PIL keeps the upper 8 of 16 bits
+            raise ValueError(_unknown_range("16-bit numbers", 0, 256 * most + 255))
+    if orientation == 1:
+        return pixels
+    turned = Image.fromarray(pixels)
+    turned.getexif()[ORIENTATION] = orientation
+    return np.array(ImageOps.exif_transpose(turned))
+
+
+def _has_many_bits(image: Image.Image) -> bool:
+    """Whether a sample has more than 8 bits; of an image that is not decoded yet."""
+    return image.mode[0] in "IF" or any(";16" in str(tile) for tile in getattr(image, "tile", ()))
 
 
 def _value_range(image: Image.Image) -> tuple[float, float]:
@@ -196,21 +217,24 @@ def _value_range(image: Image.Image) -> tuple[float, float]:
     tags: Any = getattr(image, "tag_v2", {})
     for low_tag, high_tag in SAMPLE_RANGE:
         if high_tag in tags:
-            low, high = (_first(tags.get(tag, 0)) for tag in (low_tag, high_tag))
-            if low < high:
-                return float(low), float(high)
+            low, high = float(_first(tags.get(low_tag, 0))), float(_first(tags[high_tag]))
+            if low < high and math.isfinite(high - low):
+                return low, high
     bits = _first(tags.get(BITS, 16))
     if 8 < bits < 16:
         return 0.0, float(2**bits - 1)
     pixels = np.asarray(image)
     least, most = (float(pixels.min()), float(pixels.max())) if pixels.size else (0.0, 0.0)
-    # Sensors of 10 and 12 bits write such files, which would come out black.
-    if image.mode.startswith("I;16") and (most > 4095 or most == 0):
-        return 0.0, 65535.0
-    if image.mode == "I" and image.format in ("PNG", "PPM") and (4095 < most <= 65535 or most == 0):
+    # Sensors of 10 and 12 bits write files of 16, which would come out black.
+    bright = image.format in SCALED_TO_16_BITS or 4095 < most <= 65535 or most == 0
+    if bright and least >= 0 and (image.mode.startswith("I;16") or (image.mode == "I" and not tags)):
         return 0.0, 65535.0
     kind = {"F": "floating-point numbers", "I": "32-bit numbers"}.get(image.mode, "16-bit numbers")
-    raise ValueError(
+    raise ValueError(_unknown_range(kind, least, most))
+
+
+def _unknown_range(kind: str, least: float, most: float) -> str:
+    return (
         f"its pixels are {kind} from {least:g} to {most:g}, and the file does not say which are black and white; "
         "convert it to 8 bits, or declare the range (TIFF tags SMinSampleValue and SMaxSampleValue)"
     )
@@ -219,8 +243,8 @@ def _value_range(image: Image.Image) -> tuple[float, float]:
 def _scale(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
     if (low, high) == (0.0, 65535.0):
         return (pixels // 256).clip(0, 255).astype(np.uint8)
-    wide = (pixels.astype(np.float64) - low) / (high - low)
-    return (255 * np.nan_to_num(wide).clip(0, 1)).round().astype(np.uint8)
+    share = (pixels.astype(np.float64) - low) / (high - low)
+    return (255 * np.nan_to_num(share).clip(0, 1)).round().astype(np.uint8)
 
 
 def _first(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
@@ -17,10 +18,10 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from detection.config.schema import ImageData
-from detection.data.image_files import EXTENSIONS, Verify, image_problem, is_image, load_image
-from detection.data.records import NUM_THREADS, check_classes, require_folder
+from detection.data.image_files import EXTENSIONS, Look, decode_image, examine_image, is_image
+from detection.data.records import NUM_THREADS, check_classes, few, require_folder
 from detection.data.synthetic import CATEGORIES, SCALE, draw_scene
-from detection.text import nearest
+from detection.text import nearest, plural, printable
 
 Split = Literal["train", "val"]
 
@@ -58,7 +59,10 @@ class Images:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """A split on disk: path and label of every image, sorted by class and name; what was left out, a sentence each."""
+    """A split on disk: path and label of every image, sorted by class and name.
+
+    `dropped` has a sentence for each thing that was left out, and for images of which only a part is used.
+    """
 
     files: tuple[tuple[Path, int], ...]
     classes: tuple[str, ...]
@@ -79,7 +83,7 @@ class ImageFiles:
         return replace(self, files=tuple(self.files[index] for index in indices))
 
 
-Reader = Callable[[ImageData, Split, bool], Images]
+Reader = Callable[[ImageData, Split, bool], Images | ImageFiles]
 _READERS: dict[str, Reader] = {}
 
 
@@ -124,14 +128,31 @@ def read_image_split(data: ImageData, split: Split, *, download: bool = False) -
     """
     if data.format not in _READERS:
         raise ValueError(f"data.format: unknown {data.format!r}{nearest(data.format, _READERS)}")
-    if data.format == "folder" and not data.in_memory:
-        return check_files(read_folder(data.root / getattr(data, split), data.classes), data.verify)
     return _READERS[data.format](data, split, download)
 
 
 @register_image_format("folder")
-def _folder(data: ImageData, split: Split, download: bool) -> Images:
-    return _decode(read_folder(data.root / getattr(data, split), data.classes), data.size)
+def _folder(data: ImageData, split: Split, download: bool) -> Images | ImageFiles:
+    files = read_folder(data.root / getattr(data, split), data.classes)
+
+    def look(file: tuple[Path, int]) -> tuple[Look, np.ndarray | None]:
+        found = examine_image(file[0], verify=data.verify)
+        if found.problem is not None or not data.in_memory:
+            return found, None
+        try:
+            image = Image.fromarray(decode_image(file[0]))
+        except ValueError as error:
+            return Look(f"the image does not decode: {error}"), None
+        return found, np.asarray(ImageOps.fit(image, (data.size, data.size), Image.Resampling.BILINEAR))
+
+    with ThreadPool(NUM_THREADS) as pool:
+        looks, pixels = zip(*pool.map(look, files.files, chunksize=64), strict=True)
+    usable = _usable(files, looks)
+    if not data.in_memory:
+        return usable
+    labels = torch.tensor([label for _, label in usable.files], dtype=torch.long)
+    stacked = torch.from_numpy(np.stack([each for each in pixels if each is not None]))
+    return Images(stacked.permute(0, 3, 1, 2).contiguous(), labels, usable.classes, usable.dropped)
 
 
 @register_image_format("synthetic")
@@ -163,64 +184,47 @@ def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
     check_classes(classes, found, source=str(folder))
     names = tuple(classes) or tuple(found)
     files: list[tuple[Path, int]] = []
+    dropped = [f"{folder / name}: not among the classes; left out" for name in found if name not in names]
     for label, name in enumerate(names):
-        paths = sorted(path for path in walk_files(folder / name) if is_image(path))
+        inside = list(_visible_files(folder / name))
+        paths = sorted(filter(is_image, inside))
+        others = Counter(path.suffix.lower() or path.name for path in inside if not is_image(path))
         if not paths:
             raise ValueError(f"{folder / name}: no images in it (allowed: {', '.join(EXTENSIONS)})")
+        if others:
+            number = plural(others.total(), "file")
+            dropped.append(f"{folder / name}: {number} without the name of an image ({few(sorted(others))}); left out")
         files += [(path, label) for path in paths]
-    others = [f"{folder / name}: not among the classes; left out" for name in found if name not in names]
-    return ImageFiles(tuple(files), names, tuple(others))
+    return ImageFiles(tuple(files), names, tuple(map(printable, dropped)))
 
 
-def walk_files(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder, through links too; a folder that links lead to again comes once."""
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, through links too, but none that is hidden; a folder linked twice comes once."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # else a folder that cannot be read would be taken for an empty one
+
     seen: set[tuple[int, int]] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
+        known = (status.st_dev, status.st_ino) in seen
         seen.add((status.st_dev, status.st_ino))
-        yield from (Path(place) / name for name in names)
+        folders[:] = [] if known else sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in names if not known and not name.startswith("."))
 
 
-def check_files(files: ImageFiles, verify: Verify) -> ImageFiles:
-    """Without the files that do not pass `image_problem`.
-
-    Raises:
-        ValueError: a class has no usable image.
-    """
-    with ThreadPool(NUM_THREADS) as pool:
-        problems = pool.map(lambda file: image_problem(file[0], verify=verify), files.files, chunksize=64)
-    return _without(files, problems)
-
-
-def _without(files: ImageFiles, problems: Sequence[str | None]) -> ImageFiles:
-    """The files that have no problem, a sentence for each other one; refuses if a class has none left."""
-    pairs = list(zip(files.files, problems, strict=True))
-    kept = tuple(file for file, problem in pairs if problem is None)
-    dropped = tuple(f"{path}: {problem}; left out" for (path, _), problem in pairs if problem is not None)
+def _usable(files: ImageFiles, looks: Sequence[Look]) -> ImageFiles:
+    """The files without a problem, a sentence for each other one; refuses if a class has none left."""
+    pairs = list(zip(files.files, looks, strict=True))
+    kept = tuple(file for file, look in pairs if look.problem is None)
+    left_out = [f"{path}: {look.problem}; left out" for (path, _), look in pairs if look.problem is not None]
+    notes = [f"{path}: {note}" for (path, _), look in pairs if look.problem is None for note in look.notes]
     left = {label for _, label in kept}
     for label, name in enumerate(files.classes):
         if label not in left:
-            raise ValueError(f"class {name!r} has no usable image; {len(dropped)} left out, the first: {dropped[0]}")
-    return ImageFiles(kept, files.classes, files.dropped + dropped)
-
-
-def _decode(files: ImageFiles, size: int) -> Images:
-    def decode(path: Path) -> np.ndarray | str:
-        try:
-            image = Image.fromarray(load_image(path))
-        except ValueError as error:
-            return f"the image does not decode: {error.__cause__}"
-        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
-
-    with ThreadPool(NUM_THREADS) as pool:
-        found = pool.map(decode, [path for path, _ in files.files], chunksize=64)
-    usable = _without(files, [result if isinstance(result, str) else None for result in found])
-    labels = torch.tensor([label for _, label in usable.files], dtype=torch.long)
-    pixels = torch.from_numpy(np.stack([result for result in found if not isinstance(result, str)]))
-    return Images(pixels.permute(0, 3, 1, 2).contiguous(), labels, files.classes, usable.dropped)
+            first = next(f"{path}: {look.problem}" for (path, other), look in pairs if other == label)
+            raise ValueError(f"class {name!r} has no usable image; {len(left_out)} left out, the first: {first}")
+    return ImageFiles(kept, files.classes, (*files.dropped, *map(printable, left_out + notes)))
 
 
 def _draw(data: ImageData, split: int, number: int) -> Images:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.queues import Queue
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from detection.data.batches import SeededItems, TrainingBatches, evaluation_batches
 
 # What torch says when a process of a loader has died, or /dev/shm is full.
-LOST_PROCESS = ("DataLoader worker", "shared memory", "No space left on device", "unable to mmap", "Bus error")
+LOST_PROCESS = ("DataLoader worker", "DataLoader timed out", "shared memory", "No space left", "mmap", "Bus error")
+SENDING = "while a batch was sent from a loader process"
 PATIENCE = 600  # seconds that a batch may take
 
 
@@ -46,10 +53,49 @@ def build_loader(
         batches = evaluation_batches(len(dataset), batch_size, share)
         return Loader(dataset, batch_sampler=batches, collate_fn=_collate, **loader_options(workers))
     ratios = [record.width / record.height for record in dataset.annotations.records] if aspect_groups else None
-    sampler = TrainingBatches(
-        len(dataset), batch_size, seed=seed, share=share, ratios=ratios, num_groups=aspect_groups, drop_single=True
-    )
+    sampler = TrainingBatches(len(dataset), batch_size, seed=seed, share=share, ratios=ratios, num_groups=aspect_groups)
     return TrainingLoader(SeededItems(dataset), batch_sampler=sampler, collate_fn=_collate, **loader_options(workers))
+
+
+class _Deaths:
+    """The loader processes that ended unasked: an error where their images are waited for, and nowhere else.
+
+    torch raises it wherever the main process happens to be, in the middle of a step or of saving too.
+    """
+
+    def __init__(self) -> None:
+        self.error: RuntimeError | None = None
+        self.waiting = False
+        self._notice: Any = None  # torch's handler
+
+    def watch(self) -> None:
+        """Stand in front of the handler that torch has set."""
+        handler = signal.getsignal(signal.SIGCHLD)
+        if threading.current_thread() is threading.main_thread() and callable(handler) and handler != self._note:
+            self._notice = handler
+            signal.signal(signal.SIGCHLD, self._note)
+
+    def wait(self, get: Callable[[], Any]) -> Any:
+        """Return what a loader gets from its processes."""
+        self.waiting = True
+        try:
+            if self.error is not None:
+                error, self.error = self.error, None
+                raise error
+            return get()
+        finally:
+            self.waiting = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self._notice(number, frame)
+        except RuntimeError as error:
+            if self.waiting:
+                raise
+            self.error = error
+
+
+_deaths = _Deaths()
 
 
 class Loader(DataLoader):
@@ -57,14 +103,33 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            yield from super().__iter__()
-        except RuntimeError as error:
-            if not any(sign in str(error) for sign in LOST_PROCESS):
+            if self._iterator is None:  # its processes are new
+                _deaths.error = None
+            batches = _deaths.wait(super().__iter__)  # processes that are there already answer
+            if self.num_workers and hasattr(signal, "SIGCHLD"):
+                _deaths.watch()
+            while True:
+                try:
+                    batch = _deaths.wait(partial(next, batches))
+                except StopIteration:
+                    return
+                yield batch
+        except (RuntimeError, OSError, EOFError) as error:
+            if not self._is_lost(error):
                 raise
+            reason = (str(error).strip().splitlines() or ["no answer"])[-1]
             raise LoaderError(
-                f"a loader process ended or found no shared memory ({str(error).strip().splitlines()[-1]}); with "
-                "data.workers 0 the main process reads, and needs neither; a container may have more with --shm-size"
+                f"a loader process ended or found no shared memory ({reason}); with data.workers 0 the main "
+                "process reads, and needs neither; a container may have more with --shm-size"
             ) from error
+
+    def _is_lost(self, error: Exception) -> bool:
+        """Whether a process was lost; an error of the data comes from it with its traceback."""
+        if isinstance(error, LoaderError) or ("Original Traceback" in str(error) and SENDING not in str(error)):
+            return False
+        if isinstance(error, RuntimeError):
+            return any(sign in str(error) for sign in LOST_PROCESS)
+        return self.num_workers > 0  # the connection to one that has ended
 
 
 class TrainingLoader(Loader):
@@ -98,3 +163,10 @@ def start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # Ctrl-C and a stop of the main process's group are its affair: it needs its workers for the step under way.
     os.setpgid(0, 0)
+    # A batch that does not go into /dev/shm would be lost with a traceback, and waited for.
+    Queue._on_queue_feeder_error = _send_error
+
+
+def _send_error(queue: Queue, error: Exception, item: tuple[int, Any]) -> None:
+    """Send the error that kept a batch, the number and the content, from being sent in its place."""
+    queue.put((item[0], ExceptionWrapper(where=SENDING)))

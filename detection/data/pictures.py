@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from detection.data.image_files import load_image, rgb_pixels
+from detection.data.image_files import decode_image, rgb_pixels
+from detection.files import kind_of
 
 ImageLike = str | Path | np.ndarray | Image.Image | Tensor
 
@@ -33,7 +34,7 @@ def read_image(image: ImageLike) -> Tensor:
             return _from_array(_read_file(Path(image)))
         case Image.Image():
             try:
-                return _from_array(rgb_pixels(ImageOps.exif_transpose(image)))
+                return _from_array(rgb_pixels(image, upright=True))
             except (OSError, SyntaxError, ValueError) as error:
                 raise ValueError(f"image: the PIL image of mode {image.mode} does not decode: {error}") from error
         case np.ndarray():
@@ -49,12 +50,13 @@ def read_image(image: ImageLike) -> Tensor:
 
 
 def _read_file(path: Path) -> np.ndarray:
-    if not path.is_file():
-        raise ValueError(f"{path}: {'a folder, not an image' if path.is_dir() else 'no such file'}")
+    kind = kind_of(path)
+    if kind != "a file":
+        raise ValueError(f"{path}: {kind}{', not an image' if kind.startswith('a ') else ''}")
     try:
-        return load_image(path, upright=True)
+        return decode_image(path, upright=True)
     except ValueError as error:
-        raise ValueError(f"{path}: the image does not decode: {error.__cause__}") from error
+        raise ValueError(f"{path}: the image does not decode: {error}") from None
 
 
 def _from_array(pixels: np.ndarray) -> Tensor:
@@ -85,7 +87,7 @@ def _check_values(picture: Tensor) -> Tensor:
 
 def unit(picture: Tensor) -> Tensor:
     """Return float32 in [0, 1], divided as in training, so that the numbers are the same."""
-    return picture if picture.is_floating_point() else picture.float() / 255
+    return picture if picture.is_floating_point() else picture.float().div_(255)
 
 
 def pixels_of(picture: Tensor) -> np.ndarray:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
+import os
+import re
+import reprlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
@@ -17,9 +20,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from detection.data.image_files import Verify, examine_image, load_image
+from detection.text import nearest, plural, printable
 
 # Tools disagree about whether pixels start at 0 or 1; boxes beyond the border by no more are clipped without a word.
 TOLERATED_EXCESS = 1.0
+MAX_AREA = 1e10  # square pixels; pycocotools counts no larger object
+MAX_NAMES = 20  # in one message
 
 NUM_THREADS = 8  # that look at image files; more than cores, since files may lie on a slow disk
 
@@ -37,7 +43,7 @@ class Record:
         labels: (M,) int64 in 1..K.
         ignore: (M,) bool, VOC "difficult" or COCO crowd: no training target, ignored in evaluation.
         area: (M,) float64 square pixels, the COCO annotation's "area", else the box's.
-        xywh: (M, 4) float64 x y width height, a COCO file's own numbers if nothing was clipped; None: as boxes.
+        xywh: (M, 4) float64 x y width height, a COCO file's own numbers if nothing was clipped; made of boxes if None.
 
     Attributes:
         path: the image file.
@@ -57,12 +63,18 @@ class Record:
     xywh: np.ndarray | None = None
     upright: bool = False
 
+    def __post_init__(self) -> None:
+        if self.xywh is None:
+            boxes = self.boxes.astype(np.float64)
+            object.__setattr__(self, "xywh", np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]))
+
 
 @dataclass(frozen=True)
 class Annotations:
     """All images of a split. Label k is named categories[k - 1], and category_ids[k - 1] in COCO results.
 
-    `dropped` has one sentence for each thing that was left out or mended; each names the file.
+    `dropped` has one sentence for each thing that was left out or mended; each names the file. Objects are counted:
+    "object left out" is one, "3 objects ... left out" and "image left out with 3 objects" are three.
     """
 
     records: tuple[Record, ...]
@@ -83,7 +95,7 @@ class RawObject(NamedTuple):
 
 def build_record(
     path: Path,
-    image_id: int,
+    image_id: int | str,
     width: int,
     height: int,
     objects: Iterable[RawObject],
@@ -92,7 +104,7 @@ def build_record(
     source: Path,
     dropped: list[str],
 ) -> Record:
-    """The record of one image; objects without a usable box are left out and appended to `dropped`.
+    """Return the record of one image; objects without a usable box are left out.
 
     Args:
         layout: coco: x, y, width, height; voc: xmin, ymin, xmax, ymax counted from 1, the last pixel included.
@@ -101,28 +113,35 @@ def build_record(
     """
     kept: list[RawObject] = []
     corners, sizes, areas = [], [], []
+    border = np.array([width, height, width, height], dtype=np.float64)
     for item in objects:
         what = f"{source}: {item.name} of {path.name}"
         box = _four_numbers(item.box)
         if box is None:
-            dropped.append(f"{what}: box {item.box!r} is not four finite numbers; left out")
+            dropped.append(f"{what}: box {reprlib.repr(item.box)} is not four finite numbers; object left out")
             continue
-        raw = _to_corners(box, layout)
-        clipped = np.clip(raw, 0, [width, height, width, height])
+        with np.errstate(over="ignore"):  # an endless box is clipped as any other
+            raw = _to_corners(box, layout)
+        clipped = np.clip(raw, 0, border)
         rounded = clipped.astype(np.float32)
         if not (rounded[:2] < rounded[2:]).all():
             why = "has no area" if not (raw[:2] < raw[2:]).all() else f"lies outside of the {width}x{height} image"
-            dropped.append(f"{what}: box {_show(box)} {why}; left out")
+            dropped.append(f"{what}: box {_show(box)} {why}; object left out")
             continue
         if np.abs(raw - clipped).max() > TOLERATED_EXCESS:
             dropped.append(f"{what}: box {_show(box)} reaches out of the {width}x{height} image; clipped")
         unchanged = layout == "coco" and np.array_equal(raw, clipped)
         xywh = box if unchanged else np.concatenate([clipped[:2], clipped[2:] - clipped[:2]])
-        area = _number(item.area)
+        area = finite_number(item.area)
+        if area is None or not 0 <= area <= MAX_AREA:
+            if item.area is not None:
+                wrong = f"area {reprlib.repr(item.area)} is not in 0 to {MAX_AREA:g}"
+                dropped.append(f"{what}: {wrong}; the box's is taken")
+            area = float(xywh[2] * xywh[3])
         kept.append(item)
         corners.append(rounded)
         sizes.append(xywh)
-        areas.append(float(xywh[2] * xywh[3]) if area is None else area)
+        areas.append(area)
     return Record(
         path=path,
         image_id=image_id,
@@ -152,48 +171,74 @@ def build_annotations(
     Raises:
         ValueError: no image has a box to train on.
     """
-    records, joined = join_records(records)
     # Reading and decoding release the interpreter's lock. This pool hands out many files at a time: a look at one takes
     # less than handing it out.
     with ThreadPool(NUM_THREADS) as pool:
         looks = pool.starmap(examine_image, [(each.path, each.width, each.height, verify) for each in records])
-    told = [*dropped, *joined]
-    left_out, kept = [], []
+    told, usable = list(dropped), []
     for record, look in zip(records, looks, strict=True):
         told += [f"{record.path}: {note}" for note in look.notes]
         if look.problem is not None:
-            left_out.append(f"{record.path}: {look.problem}; left out")
+            told.append(f"{record.path}: {look.problem}; {image_left_out(len(record.labels))}")
         else:
-            kept.append(replace(record, upright=True) if look.upright else record)
-    told += left_out
-    if not any((~record.ignore).any() for record in kept):
-        raise ValueError(f"{source}: none of its {len(kept)} usable images has a box to train on{_reason(told)}")
-    return Annotations(tuple(kept), tuple(categories), tuple(category_ids), tuple(told))
+            usable.append(replace(record, upright=True) if look.upright else record)
+    usable = _join(usable, told)
+    told = [printable(sentence) for sentence in told]
+    if not any((~record.ignore).any() for record in usable):
+        raise ValueError(f"{source}: none of its {len(usable)} usable images has a box to train on{_why(usable, told)}")
+    return Annotations(tuple(usable), tuple(categories), tuple(category_ids), tuple(told))
 
 
-def join_records(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
-    """Return the records with those of one file joined, and a sentence for each such file."""
-    by_path: dict[Path, list[Record]] = {}
+def image_left_out(num_objects: int) -> str:
+    """Return the end of a sentence about an image that is left out."""
+    return "image left out" + (f" with {plural(num_objects, 'object')}" if num_objects else "")
+
+
+def _join(records: Sequence[Record], told: list[str]) -> list[Record]:
+    """The records with those of one image joined, and a sentence for each such image."""
+    same: dict[tuple[str, int, int], list[Record]] = defaultdict(list)
     for record in records:
-        by_path.setdefault(record.path, []).append(record)
-    joined, told = [], []
-    for path, same in by_path.items():
-        first, parts = same[0], [each for each in same if len(each.labels)] or same[:1]
-        if len(same) > 1:
-            told.append(f"{path}: described {len(same)} times; joined into image {first.image_id}")
+        same[os.path.normpath(record.path), record.width, record.height].append(record)
+    joined = []
+    for first, *others in same.values():
+        if others:
+            told.append(f"{first.path}: described {1 + len(others)} times; joined into image {first.image_id}")
             columns = ("boxes", "labels", "ignore", "area", "xywh")
-            first = replace(first, **{key: np.concatenate([getattr(part, key) for part in parts]) for key in columns})
+            parts = {key: [getattr(record, key) for record in (first, *others)] for key in columns}
+            first = replace(first, **{key: np.concatenate(values) for key, values in parts.items()})
         joined.append(first)
-    return joined, told
+    return joined
 
 
-def _reason(told: Sequence[str]) -> str:
-    """The end of a refusal: how much was left out, and a sentence that explains it best."""
+def _why(records: Sequence[Record], told: Sequence[str]) -> str:
+    """The end of a refusal: what was left out, and the sentence that explains best why there is nothing to train on."""
+    ignored = sum(len(record.labels) for record in records)
+    why = f"; {plural(ignored, 'object')} difficult or crowds" if ignored else ""
     if not told:
-        return "; nothing was left out"
-    # A note about something that was mended explains nothing.
-    explaining = [sentence for sentence in told if sentence.endswith("left out")] or list(told)
-    return f"; {len(told)} left out or mended, the first: {explaining[0]}"
+        return why or "; nothing was left out"
+    # Of usable images it is the objects that are missing.
+    sought = r"\bobjects?\b.* left out" if records else "image left out"
+    first = next((sentence for sentence in told if re.search(sought, sentence)), told[0])
+    return f"{why}; {len(told)} left out or mended, the first: {first}"
+
+
+def outside_of(folder: Path, paths: Iterable[Path], source: Path) -> list[str]:
+    """Return a sentence about the paths that lead out of a folder by their names (links may), none without any."""
+    root = os.path.abspath(folder)
+    outside = [path for path in paths if not Path(os.path.abspath(path)).is_relative_to(root)]
+    number = plural(len(outside), "image file")
+    return [f"{source}: {number} outside of {folder}, the first: {outside[0]}; used all the same"] if outside else []
+
+
+def is_true(value: Any) -> bool:
+    """Return whether a file's value says yes."""
+    return isinstance(value, (str, int, float)) and str(value).strip().lower() in ("1", "1.0", "true", "yes", "y")
+
+
+def few(names: Iterable[Any]) -> str:
+    """Return names for a message, the first ones of many."""
+    names = list(names)
+    return ", ".join(map(str, names[:MAX_NAMES])) + (", ..." if len(names) > MAX_NAMES else "")
 
 
 def check_classes(classes: Sequence[str], known: Sequence[str] | None = None, *, source: str = "classes") -> None:
@@ -202,9 +247,7 @@ def check_classes(classes: Sequence[str], known: Sequence[str] | None = None, *,
         if name in classes[:position]:
             raise ValueError(f"{source}: class {name!r} is given twice in {list(classes)}")
         if known is not None and name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{source}: no class {name!r}{hint} (allowed: {', '.join(known)})")
+            raise ValueError(f"{source}: no class {name!r}{nearest(name, known)}")
 
 
 def require_file(path: Path, expected: str) -> Path:
@@ -286,29 +329,18 @@ class DetectionDataset(Dataset):
 
         A detection that lies on an ignored object counts neither as right nor as wrong.
         """
-        images, annotations = [], []
+        annotations: list[dict[str, Any]] = []
         for record in self.annotations.records:
-            images.append(
-                {
-                    "id": record.image_id,
-                    "file_name": record.path.name,
-                    "width": record.width,
-                    "height": record.height,
-                }
-            )
-            boxes = record.boxes.astype(np.float64)
-            xywh = record.xywh if record.xywh is not None else np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
-            for box, label, ignore, area in zip(xywh, record.labels, record.ignore, record.area, strict=True):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,  # pycocotools takes id 0 for "unmatched"
-                        "image_id": record.image_id,
-                        "category_id": self.annotations.category_ids[label - 1],
-                        "bbox": box.tolist(),
-                        "area": float(area),
-                        "iscrowd": int(ignore),
-                    }
-                )
+            columns = (record.xywh.tolist(), record.labels.tolist(), record.ignore.tolist(), record.area.tolist())
+            for box, label, ignore, area in zip(*columns, strict=True):
+                category_id = self.annotations.category_ids[label - 1]
+                number = len(annotations) + 1  # pycocotools takes id 0 for "unmatched"
+                row = {"id": number, "image_id": record.image_id, "category_id": category_id}
+                annotations.append(row | {"bbox": box, "area": area, "iscrowd": int(ignore)})
+        images = [
+            {"id": each.image_id, "file_name": each.path.name, "width": each.width, "height": each.height}
+            for each in self.annotations.records
+        ]
         categories = [
             {"id": category_id, "name": name}
             for category_id, name in zip(self.annotations.category_ids, self.annotations.categories, strict=True)
@@ -328,13 +360,14 @@ def _to_corners(box: np.ndarray, layout: Literal["coco", "voc"]) -> np.ndarray:
 def _four_numbers(values: Any) -> np.ndarray | None:
     if not isinstance(values, (list, tuple)) or len(values) != 4:
         return None
-    numbers = [_number(value) for value in values]
+    numbers = [finite_number(value) for value in values]
     return None if None in numbers else np.array(numbers, dtype=np.float64)
 
 
-def _number(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
+    """Return a number or its text as a float; None for anything else, infinity and no number included."""
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None

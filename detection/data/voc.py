@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from detection.data.image_files import EXTENSIONS, image_size
+from detection.data.image_files import EXTENSIONS, is_image, stored_size
 from detection.data.records import (
     Annotations,
     RawObject,
@@ -19,25 +22,41 @@ from detection.data.records import (
     build_annotations,
     build_record,
     check_classes,
+    few,
+    finite_number,
+    image_left_out,
+    is_true,
+    outside_of,
     require_file,
     require_folder,
 )
 from detection.files import read_text
+from detection.text import plural
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-TRUE = ("1", "true", "yes", "y")
-HEADER = {"folder", "filename", "path", "source", "owner", "size", "segmented", "annotation"}  # no objects in these
+HEADER = {"folder", "filename", "path", "source", "owner", "size", "segmented"}  # what a file has beside objects
 DECLARATION = re.compile(rb"^\s*<\?xml[^>]*?encoding\s*=\s*[\"']([A-Za-z0-9._-]+)[\"'][^>]*\?>")
+KNOWN_TO_EXPAT = (b"utf-8", b"utf-16", b"us-ascii", b"iso-8859-1")
 MAX_XML = 64 * 2**20  # bytes
+Listing = Callable[[Path], dict[str, list[Path]]]  # a folder's images by the part of their names before the suffix
+
+
+class VocObject(NamedTuple):
+    """An object of a file: each box with the texts of its corners, normally one."""
+
+    name: str
+    difficult: bool
+    boxes: list[list[str]]
 
 
 class VocFile(NamedTuple):
-    """An annotation file that was parsed, and the image that it describes."""
+    """An annotation file, the image that it describes, and the image's size."""
 
     image_id: int
     image: Path
     source: Path
-    tree: ElementTree.Element
+    size: tuple[int, int]
+    objects: list[VocObject]
 
 
 def read_voc(
@@ -52,7 +71,7 @@ def read_voc(
         root: folder that the splits start from.
         splits: "FOLDER/NAME" is root/FOLDER/ImageSets/Main/NAME.txt, with FOLDER/JPEGImages and FOLDER/Annotations.
         classes: class names, label 1 first; empty: all names found, sorted. Objects of other classes are left out.
-        verify: how images are checked, see `image_problem`; those that fail are left out.
+        verify: how images are checked, see `examine_image`; those that fail are left out.
 
     Raises:
         FileNotFoundError: no such root, split, image folder or annotation folder.
@@ -62,65 +81,168 @@ def read_voc(
     require_folder(root, "the folder with the VOC data")
     check_classes(classes)
     dropped: list[str] = []
-    files = list(_read_files(root, splits, dropped))
-    found = {_name(item) for file in files for item in _objects(file.tree)} - {""}
+    files = list(_read_splits(root, splits, dropped))
+    found = {item.name for file in files for item in file.objects} - {""}
     where = f"{root} {', '.join(splits)}"
     _refuse_misspelt(classes, found, where)
     categories = tuple(classes) or tuple(sorted(found))
-    records = [record for file in files if (record := _build(file, categories, dropped)) is not None]
+    records = [_build(file, categories, dropped) for file in files]
     return build_annotations(records, categories, range(1, len(categories) + 1), dropped, source=where, verify=verify)
 
 
-def _read_files(root: Path, splits: Sequence[str], dropped: list[str]) -> Iterator[VocFile]:
+def _read_splits(root: Path, splits: Sequence[str], dropped: list[str]) -> Iterator[VocFile]:
     """Every file that the splits list, once; a sentence for each that has no use."""
     listed: set[tuple[str, str]] = set()
     image_id = 0
+    images_by_stem = cache(_images_by_stem)
     for split in splits:
         folder, _, name = split.rpartition("/")
         split_file = root / folder / "ImageSets" / "Main" / f"{name}.txt"
         images = require_folder(root / folder / "JPEGImages", f"the images of split {split!r}")
         sources = require_folder(root / folder / "Annotations", f"the XML files of split {split!r}")
         require_file(split_file, f"the image names of split {split!r}, one per line")
-        by_stem = _images_by_stem(images)
-        for key in filter(None, map(str.strip, read_text(split_file).splitlines())):
+        try:
+            keys = list(filter(None, map(str.strip, read_text(split_file).splitlines())))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{split_file}: not a text file: {error}") from None
+        dropped += outside_of(images, (images / key for key in keys), split_file)
+        for key in keys:
             image_id += 1
             source = sources / f"{key}.xml"
             if (folder, key) in listed:
                 dropped.append(f"{split_file}: {key} is listed already; left out the second time")
                 continue
             listed.add((folder, key))
-            try:
-                tree = parse_xml(source)
-            except FileNotFoundError:
+            if not os.path.isfile(source):
                 dropped.append(f"{source}: no such file, though {split_file.name} lists it; image left out")
                 continue
-            except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
-                dropped.append(f"{source}: not an XML file: {error}; image left out")
-                continue
-            path = _find_image(images, by_stem, key, source, tree, dropped)
-            if path is not None:
-                yield VocFile(image_id, path, source, tree)
+            file = _read_file(image_id, images / key, source, images_by_stem, dropped)
+            if file is not None:
+                yield file
+
+
+def _read_file(image_id: int, place: Path, source: Path, images_by_stem: Listing, dropped: list[str]) -> VocFile | None:
+    """An annotation file and its image, `place` without the suffix; None with a sentence if it has no use."""
+    try:
+        tree = parse_xml(source)
+    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
+        dropped.append(f"{source}: not an XML file: {error}; image left out")
+        return None
+    objects = [_object(item) for item in tree.iter("object")]
+    left_out = image_left_out(sum(len(item.boxes) or 1 for item in objects))
+    image = _find_image(place, _text(tree, "filename"), images_by_stem, source, dropped)
+    if image is None:
+        problem = "a folder, not an image" if os.path.isdir(f"{place}.jpg") else "no such image"
+        dropped.append(f"{place}.jpg: {problem}, though {source.name} describes it; {left_out}")
+        return None
+    size = _size(tree, image, source, dropped)
+    if size is None:
+        dropped.append(f"{source}: no image size, and {image.name} has no readable header; {left_out}")
+        return None
+    others = set() if objects else _unknown(tree)
+    if others:
+        dropped.append(
+            f"{source}: no object in it that is understood, but {few(sorted(others))}; expected object with name and "
+            "bndbox. The image counts as one without objects"
+        )
+    return VocFile(image_id, image, source, size, objects)
 
 
 def parse_xml(path: Path) -> ElementTree.Element:
     """Return the root of an XML file in any encoding that Python knows, names without namespaces and in lower case.
 
     Raises:
-        FileNotFoundError: no such file.
         OSError, ValueError, LookupError, ElementTree.ParseError: it cannot be read; the message says why.
     """
     if path.stat().st_size > MAX_XML:
         raise ValueError(f"larger than {MAX_XML // 2**20} MiB")
     content = path.read_bytes()
     declared = DECLARATION.match(content)
-    if declared and declared[1].lower() not in (b"utf-8", b"utf-16", b"us-ascii", b"iso-8859-1"):
-        # The parser itself knows those alone.
+    if declared and declared[1].lower() not in KNOWN_TO_EXPAT:
         content = content[declared.end() :].decode(declared[1].decode("ascii")).encode()
-    tree = ElementTree.fromstring(content)
+    try:
+        tree = ElementTree.fromstring(content)
+    except ElementTree.ParseError:
+        if (
+            not declared
+            and not content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            and not _is_utf8(content)
+        ):
+            raise ValueError("not in UTF-8, and its first line declares no other encoding") from None
+        raise
     for element in tree.iter():
-        if isinstance(element.tag, str):
-            element.tag = element.tag.rpartition("}")[2].lower()
+        element.tag = element.tag.rpartition("}")[2].lower()
     return tree
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _text(tree: ElementTree.Element, path: str) -> str:
+    """The text of an element at its place, or further down."""
+    return (tree.findtext(path) or tree.findtext(f".//{path}") or "").strip()
+
+
+def _object(item: ElementTree.Element) -> VocObject:
+    # Its own boxes: those of its parts, such as hands, stand a level lower.
+    boxes = [[box.findtext(corner, "").strip() for corner in CORNERS] for box in item.findall("bndbox")]
+    return VocObject(item.findtext("name", "").strip(), is_true(item.findtext("difficult")), boxes)
+
+
+def _unknown(tree: ElementTree.Element) -> set[str]:
+    """Names of the elements that stand beside the header."""
+    return {element.tag for top in (tree, *tree.iter("annotation")) for element in top} - HEADER - {"annotation"}
+
+
+def _images_by_stem(folder: Path) -> dict[str, list[Path]]:
+    """The image files in a folder by the part of their names before the suffix, in the order of `EXTENSIONS`."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if is_image(path) and path.is_file():
+            found[path.stem].append(path)
+    return {
+        stem: sorted(paths, key=lambda path: EXTENSIONS.index(path.suffix.lower())) for stem, paths in found.items()
+    }
+
+
+def _find_image(place: Path, filename: str, images_by_stem: Listing, source: Path, dropped: list[str]) -> Path | None:
+    """The image of the annotation's own name with any suffix, else the one that its <filename> says."""
+    said = re.split(r"[\\/]", filename)[-1]  # some tools write the path on the annotator's machine
+    other = place.parent / said
+    own = images_by_stem(place.parent).get(place.name, [])
+    found = own or ([other] if said and os.path.isfile(other) else images_by_stem(place.parent).get(said, []))
+    if not found:
+        return None
+    chosen = other if other in found else found[0]
+    if len(found) > 1 and chosen != other:
+        dropped.append(f"{source}: images {few(path.name for path in found)}; {chosen.name} is taken")
+    if not own:
+        dropped.append(f"{source}: no image of its own name; {chosen.name}, its <filename>, is taken")
+    elif said and chosen.stem not in (said, PurePath(said).stem):
+        dropped.append(f"{source}: its <filename> is {said}; {chosen.name}, of its own name, is taken")
+    return chosen
+
+
+def _size(tree: ElementTree.Element, image: Path, source: Path, dropped: list[str]) -> tuple[int, int] | None:
+    """Width and height from the XML, else from the image's header, else None."""
+    width, height = (finite_number(_text(tree, f"size/{key}")) or 0 for key in ("width", "height"))
+    if width >= 1 and height >= 1 and width.is_integer() and height.is_integer():
+        return int(width), int(height)
+    stored = stored_size(image)
+    if stored is None:
+        return None
+    *size, orientation = stored
+    if orientation >= 5:
+        dropped.append(
+            f"{source}: no image size, and {image.name} has EXIF orientation {orientation}: boxes are taken to count "
+            "the pixels as stored"
+        )
+    return tuple(size)
 
 
 def _refuse_misspelt(classes: Sequence[str], found: set[str], source: str) -> None:
@@ -129,95 +251,24 @@ def _refuse_misspelt(classes: Sequence[str], found: set[str], source: str) -> No
     for name in (name for name in classes if name not in found):
         close = difflib.get_close_matches(name.lower(), others, n=1, cutoff=0.8)
         if close:
-            raise ValueError(
-                f"{source}: no object of class {name!r}; did you mean {others[close[0]]!r}? "
-                f"(found: {', '.join(sorted(found))})"
-            )
+            hint = f"did you mean {others[close[0]]!r}? (found: {few(sorted(found))})"
+            raise ValueError(f"{source}: no object of class {name!r}; {hint}")
 
 
-def _build(file: VocFile, categories: tuple[str, ...], dropped: list[str]) -> Record | None:
-    source, tree = file.source, file.tree
-    size = _size(tree, file.image)
-    if size is None:
-        dropped.append(f"{source}: no image size, and {file.image.name} has no readable header; image left out")
-        return None
+def _build(file: VocFile, categories: tuple[str, ...], dropped: list[str]) -> Record:
     objects = []
-    for position, item in enumerate(_objects(tree), start=1):
-        name = _name(item)
-        if name not in categories:
-            allowed = ", ".join(categories)
-            dropped.append(f"{source}: object {position} has class {name!r} (allowed: {allowed}); left out")
-            continue
-        ignore = item.findtext("difficult", "0").strip().lower() in TRUE
-        what = f"object {position} ({name})"
-        boxes = item.findall("bndbox")  # its own: those of parts, such as hands, stand a level lower
-        if len(boxes) > 1:
-            dropped.append(f"{source}: {what} has {len(boxes)} boxes; each is taken for an object")
-        for box in boxes or [item.makeelement("bndbox", {})]:
-            corners = [box.findtext(corner, "").strip() for corner in CORNERS]
-            objects.append(RawObject(what, corners, categories.index(name) + 1, ignore))
-    others = sorted({child.tag for child in tree if isinstance(child.tag, str)} - HEADER - {"object"})
-    if not objects and others and not _objects(tree):
-        dropped.append(
-            f"{source}: no object in it that is understood, it has {', '.join(others[:5])}; expected object with name "
-            "and bndbox. The image counts as one without objects"
-        )
-    return build_record(file.image, file.image_id, *size, objects, layout="voc", source=source, dropped=dropped)
-
-
-def _objects(tree: ElementTree.Element) -> list[ElementTree.Element]:
-    """All objects, at any level."""
-    return list(tree.iter("object"))
-
-
-def _name(item: ElementTree.Element) -> str:
-    return item.findtext("name", "").strip()
-
-
-def _images_by_stem(folder: Path) -> dict[str, list[str]]:
-    """Names of the image files in a folder by what is in front of the suffix, those with the first suffixes first."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for path in folder.iterdir():
-        if path.suffix.lower() in EXTENSIONS:
-            found[path.stem].append(path.name)
-    for names in found.values():
-        names.sort(key=lambda name: (EXTENSIONS.index(Path(name).suffix.lower()), name))
-    return found
-
-
-def _find_image(
-    folder: Path,
-    by_stem: dict[str, list[str]],
-    key: str,
-    source: Path,
-    tree: ElementTree.Element,
-    dropped: list[str],
-) -> Path | None:
-    """The image of the annotation's own name with any suffix, else the one that its <filename> says."""
-    own = [folder / name for name in by_stem.get(key, []) if (folder / name).is_file()]
-    # The last part alone: some tools write the path on the annotator's machine.
-    said = re.split(r"[\\/]", tree.findtext("filename", "").strip())[-1]
-    other = folder / said if said and (folder / said).is_file() else None
-    if own:
-        if len(own) > 1:
-            dropped.append(f"{source}: {', '.join(path.name for path in own)}: {own[0].name} is taken for its image")
-        elif other is not None and other.stem != own[0].stem:
-            dropped.append(f"{source}: its <filename> is {said}; {own[0].name}, of its own name, is taken")
-        return own[0]
-    if other is not None:
-        dropped.append(f"{source}: no image of its own name; {said}, its <filename>, is taken")
-        return other
-    problem = "a folder, not an image" if (folder / f"{key}.jpg").is_dir() else "no such image"
-    dropped.append(f"{folder / key}.jpg: {problem}, though {source.name} describes it; left out")
-    return None
-
-
-def _size(tree: ElementTree.Element, path: Path) -> tuple[int, int] | None:
-    """Width and height from the XML, else from the image's header, else None."""
-    try:
-        width, height = (int(tree.findtext(f"size/{key}", "")) for key in ("width", "height"))
-        if width > 0 and height > 0:
-            return width, height
-    except ValueError:
-        pass
-    return image_size(path)
+    for position, item in enumerate(file.objects, start=1):
+        what = f"object {position} ({item.name})"
+        if item.name not in categories:
+            number = "object" if len(item.boxes) < 2 else plural(len(item.boxes), "object")
+            allowed = f"(allowed: {few(categories)})"
+            dropped.append(f"{file.source}: object {position} has class {item.name!r} {allowed}; {number} left out")
+        elif not item.boxes:
+            dropped.append(f"{file.source}: {what} of {file.image.name}: no bndbox; object left out")
+        elif len(item.boxes) > 1:
+            dropped.append(f"{file.source}: {what} has {len(item.boxes)} boxes; each is taken for an object")
+        if item.name in categories:
+            label = categories.index(item.name) + 1
+            objects += [RawObject(what, box, label, item.difficult) for box in item.boxes]
+    source, image = file.source, file.image
+    return build_record(image, file.image_id, *file.size, objects, layout="voc", source=source, dropped=dropped)

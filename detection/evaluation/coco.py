@@ -149,6 +149,7 @@ class CocoEvaluator:
 
     @detections.setter
     def detections(self, value: Detections) -> None:
+        """Put these in the place of all."""
         self._parts = [value]
 
     @property
