@@ -13,9 +13,9 @@ Values = dict[str, float]
 
 
 class Record(BaseModel):
-    """Base of all records: numbers and texts stay what they are, nothing is converted."""
+    """Base of all records: numbers and texts stay what they are, nothing is converted, facts of others are kept."""
 
-    model_config = ConfigDict(strict=True, hide_input_in_errors=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(strict=True, hide_input_in_errors=True, ser_json_inf_nan="constants", extra="allow")
 
     @classmethod
     def parse(cls, value: Any, source: str) -> Self:
@@ -189,28 +189,26 @@ class RunInfo(Record):
 
     Attributes:
         command: that started it.
-        precision: of the training, "no" for float32; what `train.precision: auto` stood for.
-        data: by split, number of images and a fingerprint of what was read.
         trained_in: folder of the repository that has the training's log, of an entry of the zoo.
         trained_weights, trained_sha256: which weights the entry was made of.
         versions: of python and the packages.
         machine: that it ran on.
+        precision: of the training, "no" for float32; what `train.precision: auto` stood for.
+        data: by split, number of images and a fingerprint of what was read.
         backbone: arguments of `backbones.create`, of an entry of the zoo.
         category_ids: COCO's category of label 1, 2, ..., K, a detector's.
         resumed: commands that went on with it.
         sha256: of each weights file by name; there once the training has ended.
     """
 
-    model_config = ConfigDict(extra="allow")  # facts that a task from elsewhere adds
-
     command: str = "unknown"
-    precision: str | None = None
-    data: dict[str, DataFingerprint] = {}
     trained_in: str | None = None
     trained_weights: str | None = None
     trained_sha256: str | None = None
     versions: dict[str, str] = {}
     machine: Machine = Machine()
+    precision: str | None = None
+    data: dict[str, DataFingerprint] = {}
     backbone: dict[str, Any] | None = None
     category_ids: list[int] | None = None
     resumed: list[str] = []

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin
 
-import tyro
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from detection.config.registry import default_task, import_plugins, recipe_kinds
 from detection.config.schema import Recipe, Section
-from detection.config.yaml_files import read_yaml
+from detection.config.yaml_files import dump_yaml, read_yaml
 from detection.files import write_whole
 from detection.text import nearest, shorten
 
@@ -30,20 +31,18 @@ FREE_KEYS = {
 }
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, prog: str | None = None) -> Recipe:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe in a file with command-line overrides on top.
 
     Args:
         path: YAML file.
         overrides: `--section.key value` or `section.key=value`, as typed on a command line.
-        prog: program name in help texts.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is not YAML, or a key or value is not allowed; the message names file, key and remedy.
-        SystemExit: an override is wrong (explained on standard error), or `--help` was among them.
     """
-    return override(read_recipe(path), overrides, prog=prog)
+    return override(read_recipe(path), overrides)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -67,7 +66,7 @@ def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
     try:
         return kinds[task].model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{source}: " + "; ".join(_explain(error, kinds[task]))) from None
+        raise ValueError(f"{source}: {_explain_all(error, kinds[task])}") from None
 
 
 def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,17 +81,94 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def override(config: AnyRecipe, overrides: Sequence[str], *, prog: str | None = None) -> AnyRecipe:
+def override(config: AnyRecipe, arguments: Sequence[str]) -> AnyRecipe:
     """Return `config` with `--section.key value` or `section.key=value` applied; errors as in `load_config`."""
-    arguments = [f"--{text}" if "=" in text and not text.startswith("-") else text for text in overrides]
-    return tyro.cli(
-        type(config),
-        default=config,
-        args=arguments,
-        prog=prog,
-        config=(tyro.conf.FlagConversionOff,),
-        use_underscores=True,
-    )
+    return set_values(config, read_overrides(type(config), arguments))
+
+
+def read_overrides(kind: type[Recipe], arguments: Sequence[str]) -> dict[str, Any]:
+    """Return {"section.key": value} of `--section.key value ...` and `section.key=value`; values are not checked yet.
+
+    A key takes the argument behind it, whatever that is; one of a list takes all up to the next key.
+
+    Raises:
+        ValueError: no such key, or no value.
+    """
+    kinds, found, waiting = key_kinds(kind), {}, list(arguments)
+
+    def begins(argument: str) -> bool:
+        key, equals, _ = argument.partition("=")
+        return argument.startswith("--") or bool(equals and key in kinds)
+
+    while waiting:
+        argument = waiting.pop(0)
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") and not equals:
+            raise ValueError(f"{argument!r}: no option and no key of a recipe; expected --section.key VALUE")
+        if key not in kinds:
+            close = difflib.get_close_matches(key, kinds, n=1, cutoff=0.5)
+            hint = f"did you mean --{close[0]}?" if close else "expected one of " + ", ".join(kind.model_fields)
+            raise ValueError(f"--{key}: no such key of a recipe; {hint} (RECIPE --help lists all)")
+        several = _origin(kinds[key]) in (list, tuple, dict)
+        values = [value] if equals else []
+        if several and not equals:
+            while waiting and not begins(waiting[0]):
+                values.append(waiting.pop(0))
+        elif not equals and waiting and not waiting[0].startswith("--"):
+            values.append(waiting.pop(0))
+        if not values and not several:
+            raise ValueError(f"--{key}: its value is missing (one that begins with -- is given by {key}=VALUE)")
+        found[key] = _value_of(values, kinds[key])
+    return found
+
+
+def key_kinds(kind: type[Section], prefix: str = "") -> dict[str, Any]:
+    """Return {"section.key": type} of a kind of recipe."""
+    kinds = {}
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            kinds |= key_kinds(field.annotation, f"{prefix}{name}.")
+        else:
+            kinds[prefix + name] = field.annotation
+    return kinds
+
+
+def _origin(kind: Any) -> Any:
+    """The type without its parameters; of what may be None, that of the rest."""
+    return next((get_origin(part) for part in get_args(kind) if get_origin(part) in (list, tuple)), get_origin(kind))
+
+
+def _value_of(texts: Sequence[str], kind: Any) -> Any:
+    """The value that some arguments stand for, as far as pydantic would not take the texts for it."""
+    if texts == ["None"] and NoneType in get_args(kind):
+        return None
+    if _origin(kind) is dict:
+        if len(texts) % 2:
+            raise ValueError(f"{' '.join(texts)}: expected names and values in turn")
+        return {name: _number_of(text) for name, text in zip(texts[::2], texts[1::2], strict=True)}
+    return list(texts) if _origin(kind) in (list, tuple) else texts[0]
+
+
+def _number_of(text: str) -> bool | int | float | str:
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return {"True": True, "False": False}.get(text, text)
+
+
+def print_keys(config: Recipe, prog: str | None = None) -> None:
+    """Print every key of a recipe: its type, meaning and value."""
+    with contextlib.suppress(SystemExit):  # which ends a help
+        import tyro
+
+        tyro.cli(
+            type(config),
+            default=config,
+            args=["--help"],
+            prog=prog,
+            config=(tyro.conf.FlagConversionOff,),
+            use_underscores=True,
+        )
 
 
 def set_values(config: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
@@ -102,6 +178,8 @@ def set_values(config: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
         ValueError: a key or value is not allowed.
     """
     tree = config.model_dump()
+    for key in config.hoyer.open_keys():  # they follow from the new values
+        del tree["hoyer"][key]
     for key, value in values.items():
         *sections, last = key.split(".")
         place: Any = tree
@@ -111,7 +189,7 @@ def set_values(config: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
     try:
         return type(config).model_validate(tree)
     except ValidationError as error:
-        raise ValueError("; ".join(_explain(error, type(config)))) from None
+        raise ValueError(_explain_all(error, type(config))) from None
 
 
 def recipes_folder() -> Path:
@@ -144,8 +222,7 @@ def find_recipe(source: str | Path) -> Path:
 
 def save_config(config: Recipe, path: str | Path) -> None:
     """Write every value of `config`, defaults included, as YAML that `load_config` reads back equal."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    write_whole(Path(path), text.encode())
+    write_whole(Path(path), dump_yaml(config.model_dump(mode="json")).encode())
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
@@ -184,6 +261,11 @@ def _read_values(path: Path) -> dict[str, Any]:
         sections = ", ".join(Recipe.model_fields)
         raise ValueError(f"{path}: expected sections {sections}, got {type(values).__name__}")
     return values
+
+
+def _explain_all(error: ValidationError, kind: type[Section], most: int = 10) -> str:
+    faults = list(_explain(error, kind))
+    return "; ".join(faults[:most]) + (f"; and {len(faults) - most} more" if len(faults) > most else "")
 
 
 def _explain(error: ValidationError, kind: type[Section]) -> Iterator[str]:

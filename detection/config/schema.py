@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
+from detection.config.base import Fraction, Positive, Section
+from detection.config.data_sections import Augment, Data, ImageAugment, ImageData, Scenes
 
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are checked on assignment too."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        validate_assignment=True,
-        protected_namespaces=(),
-        hide_input_in_errors=True,
-        allow_inf_nan=False,
-    )
+__all__ = [
+    "Augment",
+    "Backbone",
+    "Classifier",
+    "Data",
+    "Distillation",
+    "Evaluation",
+    "Head",
+    "Hoyer",
+    "ImageAugment",
+    "ImageData",
+    "Model",
+    "Neck",
+    "Optimizer",
+    "Recipe",
+    "Scenes",
+    "Section",
+    "Train",
+]
 
 
 class Backbone(Section):
@@ -58,6 +65,13 @@ class Backbone(Section):
         {}, description="further options of a backbone or activation that was registered from elsewhere"
     )
     weights: str | None = Field(None, description="pretrained weights: a .safetensors file, a run folder or zoo:NAME")
+
+    @model_validator(mode="after")
+    def _window_has_room(self) -> Backbone:
+        low, high = self.window
+        if not low <= 0 < 1 <= high:
+            raise ValueError(f"window: expected ends that contain 0 to 1, got {low:g} to {high:g}")
+        return self
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `backbones.create`, name and weights left out."""
@@ -113,6 +127,7 @@ class Head(Section):
     num_regions: int = Field(
         512,
         gt=0,
+        le=10**6,
         description="regions per image that the box head is trained on, objects at most a quarter (fasterrcnn)",
     )
     score_threshold: float = Field(0.05, ge=0, lt=1, description="detections below it are not returned")
@@ -129,7 +144,7 @@ class Model(Section):
     backbone: Backbone = Backbone()
     neck: Neck = Neck()
     head: Head = Head()
-    min_size: list[int] = Field(
+    min_size: list[Annotated[int, Field(gt=0, le=16384)]] = Field(
         [800], min_length=1, description="short side in pixels; several: one is drawn per training image, last tests"
     )
     max_size: int = Field(1333, gt=0, le=16384, description="upper bound of the long side in pixels")
@@ -157,83 +172,51 @@ class Model(Section):
         return self
 
 
-class Scenes(Section):
-    """Drawn scenes, for `data.format: synthetic`; the same seed gives the same files."""
-
-    num_train: int = Field(600, gt=0, le=10**7, description="training scenes")
-    num_val: int = Field(100, gt=0, le=10**7, description="validation scenes")
-    size: int = Field(128, ge=32, le=4096, description="side of a scene in pixels")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the drawing")
-
-
-class Augment(Section):
-    """Training augmentation; every probability in [0, 1]."""
-
-    hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
-    vflip: float = Field(0.0, ge=0, le=1, description="probability of a vertical flip")
-    crop: float = Field(0.0, ge=0, le=1, description="probability of a random crop that keeps whole boxes")
-    iou_crop: float = Field(0.0, ge=0, le=1, description="probability of SSD's random crop, which may cut boxes")
-    scale: float = Field(
-        0.0, ge=0, le=1, description="probability of scale jitter: the image shrunk or enlarged within its own frame"
-    )
-    scale_range: tuple[float, float] = Field((0.5, 1.5), description="least and greatest factor of the scale jitter")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Augment:
-        low, high = self.scale_range
-        if not 0 < low <= high < math.inf:
-            raise ValueError(f"scale_range: expected 0 < least <= greatest, got {low:g} {high:g}")
-        return self
-
-    color: float = Field(0.0, ge=0, le=1, description="probability of a change of brightness, contrast, saturation")
-
-
-class Data(Section):
-    """The source of images and boxes."""
-
-    format: str = Field(
-        "coco", description="layout of the files under root: voc, coco, or synthetic for scenes that are drawn first"
-    )
-    root: Path = Field(Path("data"), description="folder that the other paths start from")
-    train: list[str] = Field(
-        [], description="voc: FOLDER/SPLIT, several are joined (VOC2007/trainval); coco: one annotation file"
-    )
-    val: list[str] = Field([], description="the same for validation")
-    train_images: str = Field("", description="coco: folder of the training images")
-    val_images: str = Field("", description="coco: folder of the validation images")
-    classes: list[str] = Field([], description="class names, label 1 first; empty: all that the data declare")
-    scenes: Scenes = Scenes()
-    augment: Augment = Augment()
-    verify: Literal["header", "full"] = Field(
-        "header",
-        description="how images are checked before training: header and end of file, or decoded completely; what fails "
-        "is left out and named",
-    )
-    aspect_groups: int = Field(
-        3, ge=0, description="batches hold images of similar shape: so many bins on either side of a square; 0: off"
-    )
-    workers: int = Field(2, ge=0, le=1024, description="loader processes")
-    options: dict[str, bool | int | float | str] = Field(
-        {}, description="further options of a format that was registered from elsewhere"
-    )
-
-
 class Hoyer(Section):
-    """The Hoyer regulariser: weight * sum over spike layers of H."""
+    """The Hoyer regulariser: weight * sum over spike layers of H.
 
-    weight: float = Field(0.0, ge=0, description="weight of the term; it belongs to the reduction")
+    `weight` and `warmup_epochs` are numbers once a recipe is read; those that it leaves open, which are not among
+    `model_fields_set`, follow from the reduction.
+    """
+
+    weight: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the term, 0: none; None: the one that belongs to the reduction, 0.03 for network, 0.01 "
+        "for mean, 1e-8 for sum",
+    )
     reduction: Literal["sum", "mean", "network"] = Field(
         "network",
         description="network: H of all layers / neurons of all layers, in (0, 1], carries over between sizes and pulls "
         "every neuron alike; sum: H as in the paper, grows with resolution and with the batch of each process (1e-8 "
         "belongs to 128 images of 32x32); mean: H of each layer / its own neurons, pulls those of small layers harder",
     )
-    warmup_epochs: float = Field(0.0, ge=0, description="epochs over which the weight rises from 0, linearly")
+    warmup_epochs: float | None = Field(
+        None,
+        ge=0,
+        description="epochs over which the weight rises from 0, linearly; None: 4 if the weight is left open, too, 0 "
+        "if it is given",
+    )
     sync: bool = Field(
         False,
         description="several processes: extremum and H over the images of all of them, as if one process had them; "
         "false: over those of each",
     )
+
+    @model_validator(mode="after")
+    def _fill_in(self) -> Hoyer:
+        weight = {"network": 0.03, "mean": 0.01, "sum": 1e-8}[self.reduction]
+        warmup_epochs = 4.0 if "weight" in self.open_keys() else 0.0
+        for key, value in {"weight": weight, "warmup_epochs": warmup_epochs}.items():
+            if key in self.open_keys():
+                self.model_fields_set.discard(key)
+                self.__dict__[key] = value  # an assignment would be validated, and so come here again
+        return self
+
+    def open_keys(self) -> set[str]:
+        """Return those of `weight` and `warmup_epochs` that a recipe leaves open."""
+        keys = ("weight", "warmup_epochs")
+        return {key for key in keys if key not in self.model_fields_set or getattr(self, key) is None}
 
 
 class Optimizer(Section):
@@ -250,7 +233,10 @@ class Optimizer(Section):
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="muon: share of the momentum that stays in a step")
     muon_newton_steps: int = Field(3, gt=0, le=10, description="muon: Newton-Schulz steps of an orthogonalisation")
     muon_interval: int = Field(
-        1, gt=0, description="muon: optimiser steps between two orthogonalisations of a weight; more: less time"
+        1,
+        gt=0,
+        le=10**4,
+        description="muon: optimiser steps between two orthogonalisations of a weight; more: less time",
     )
     weight_decay: float = Field(1e-4, ge=0, description="only on tensors of two or more dimensions, so not on v_th")
     schedule: Literal["cosine", "step"] = Field("cosine", description="cosine to zero, or steps at `milestones`")
@@ -283,7 +269,9 @@ class Train(Section):
     epochs: int = Field(12, gt=0, le=10**6, description="passes over the training data")
     batch_size: int = Field(8, gt=0, le=10**6, description="images per batch and process")
     accumulate: int = Field(1, gt=0, le=10**6, description="batches whose mean gradient makes one optimiser step")
-    eval_every: int = Field(1, gt=0, description="epochs between evaluations; the last epoch is always evaluated")
+    eval_every: int = Field(
+        1, gt=0, le=10**6, description="epochs between evaluations; the last epoch is always evaluated"
+    )
     precision: Literal["no", "bf16", "fp16", "auto"] = Field(
         "no", description="mixed precision; no: float32; auto: bf16 where the processor or GPU multiplies it natively"
     )
@@ -312,7 +300,7 @@ class Train(Section):
         False, description="only algorithms that give the same bits every time: slower on a GPU, an error where none is"
     )
     save_minutes: float = Field(2.0, ge=0, description="minutes between saved states, see --resume; 0: not by time")
-    save_steps: int = Field(0, ge=0, description="optimiser steps between saved states; 0: not by steps")
+    save_steps: int = Field(0, ge=0, le=10**9, description="optimiser steps between saved states; 0: not by steps")
     timeout_minutes: float = Field(
         10.0,
         gt=0,
@@ -337,55 +325,6 @@ class Classifier(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="probability in the head, while training")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="RGB mean, images in [0, 1]")
     std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
-
-
-class ImageAugment(Section):
-    """Training augmentation of a classifier."""
-
-    hflip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
-    flip: Literal["random", "alternating"] = Field(
-        "random", description="in memory: alternating: half of the images in odd epochs, the others in even ones"
-    )
-    padding: int = Field(
-        4, ge=0, le=4096, description="in memory: black pixels around the image, of which a window is cut"
-    )
-    cutout: int = Field(0, ge=0, description="in memory: side of a black square at a random place; 0: none")
-    erase: float = Field(0.0, ge=0, le=1, description="in memory: probability that a random rectangle is blackened")
-    randaugment: int = Field(0, ge=0, le=10, description="in memory: changes of colour and shape per image; 0: none")
-    randaugment_magnitude: int = Field(9, ge=0, le=30, description="in memory: how strong those are")
-    min_area: float = Field(
-        0.08, gt=0, le=1, description="not in memory: least share of the image in the random resized crop"
-    )
-
-
-class ImageData(Section):
-    """The source of labelled images."""
-
-    format: str = Field(
-        "folder", description="folder: root/SPLIT/CLASS/*; cifar10, cifar100: torchvision's; synthetic: drawn shapes"
-    )
-    root: Path = Field(Path("data"), description="folder of the data set")
-    train: str = Field("train", description="folder: name of the training split")
-    val: str = Field("val", description="folder: name of the validation split")
-    size: int = Field(32, gt=0, le=4096, description="side in pixels that the network sees")
-    in_memory: bool = Field(
-        True,
-        description="keep all pixels on the training device and augment whole batches there, for small images; false: "
-        "loader processes with random resized crops, for large ones",
-    )
-    classes: list[str] = Field([], description="class names in label order; empty: those of the data, sorted")
-    num_train: int = Field(2000, gt=0, le=10**7, description="synthetic: training images")
-    num_val: int = Field(500, gt=0, le=10**7, description="synthetic: validation images")
-    augment: ImageAugment = ImageAugment()
-    verify: Literal["header", "full"] = Field(
-        "header",
-        description="not in memory: how images are checked before training, header and end of file, or decoded "
-        "completely; what fails is left out and named",
-    )
-    workers: int = Field(2, ge=0, le=1024, description="loader processes, if not in memory")
-    options: dict[str, bool | int | float | str] = Field(
-        {}, description="further options of a format that was registered from elsewhere"
-    )
 
 
 class Recipe(Section):

@@ -8,10 +8,20 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from detection.files import read_text
+from detection.files import read_text, require_size
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 32  # of nested sections
+
+
+class _Dumper(yaml.SafeDumper):
+    """A SafeDumper that writes what is not printable as escapes; line breaks of Unicode would be read as spaces."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,8 +62,7 @@ def read_yaml(path: Path) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config file")
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path}: larger than {MAX_BYTES // 1024} KiB, no recipe")
+    require_size(path, MAX_BYTES)
     try:
         return yaml.load(read_text(path), _Loader)
     except yaml.MarkedYAMLError as error:
@@ -62,3 +71,8 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: not a YAML file of a recipe: {line}{error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of dates and numbers
         raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Return YAML that `read_yaml` reads back equal."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
