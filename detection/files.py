@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and the lock of a folder that one process at a time writes into."""
 
 from __future__ import annotations
 
@@ -6,15 +6,25 @@ import codecs
 import contextlib
 import json
 import os
+import socket
+import stat
+import sys
 import tempfile
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from detection import lock
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there, nothing is locked
+    fcntl = None
 
 PART = ".part"  # ends the name of a file that is being written
 PROBE = ".writable."  # begins the name of a file that is there for a moment, on file systems where it needs one
+LOCK = ".lock"
+_HELD: dict[Path, int] = {}  # locks of this process: to open and close such a file again would drop its lock
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -43,22 +53,17 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written; the message says that nothing was lost.
     """
-    part = None
+    # A name of its own: two processes may write the same file, of which the last one stays, whole.
+    part = path.with_name(f".{path.name[:20]}.{uuid.uuid4().hex}{PART}")
     try:
-        # A name of its own: two processes may write the same file, of which the last one stays, whole.
-        with tempfile.NamedTemporaryFile(
-            "wb", dir=path.parent, prefix=f".{path.name}.", suffix=PART, delete=False
-        ) as file:
-            part = Path(file.name)
+        with part.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.chmod(0o666 & ~_umask())
         os.replace(part, path)
     except BaseException as error:
-        if part is not None:
-            with contextlib.suppress(OSError):
-                part.unlink()
+        with contextlib.suppress(OSError):
+            part.unlink()
         if not isinstance(error, OSError):
             raise
         raise OSError(f"{path}: not written ({error.strerror}); what was there before is still there") from error
@@ -76,12 +81,6 @@ def remove_parts(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
 def read_text(path: Path) -> str:
     """Return the text of a file in UTF-8 or UTF-16, with or without a byte order mark, or else in Latin-1."""
     content = path.read_bytes()
@@ -91,6 +90,29 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return content.decode("latin-1")
+
+
+def require_size(path: Path, limit: int) -> None:
+    """Raise ValueError for a file of more bytes than what should be in it could have."""
+    size = path.stat().st_size
+    if size > limit:
+        raise ValueError(f"{path}: {size:,} bytes, larger than {limit:,}: not read")
+
+
+KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+
+
+def kind_of(path: str | Path) -> str:
+    """Return "a file", "a folder", "a FIFO", "a socket" or "a device", or why there is none of them.
+
+    Reading of the last three might never end.
+    """
+    try:
+        return KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "a device")
+    except FileNotFoundError:
+        return "a link to nothing" if os.path.islink(path) else "no such file"
+    except (OSError, ValueError) as error:  # ValueError: of a name with a null character
+        return getattr(error, "strerror", None) or str(error)
 
 
 def require_writable(folder: Path) -> None:
@@ -108,5 +130,82 @@ def require_writable(folder: Path) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Return whether nothing is in a folder, but for what `require_writable` and locks have there for a moment."""
-    return all(path.name.startswith((PROBE, lock.FILE)) for path in folder.iterdir())
+    """Return whether nothing is in a folder, but for what processes have there for a moment, or left when killed."""
+    return all(
+        path.name.startswith((PROBE, LOCK)) or (path.name.startswith(".") and path.suffix == PART)
+        for path in folder.iterdir()
+    )
+
+
+def lock_folder(folder: Path) -> bool:
+    """Take the right to write into a folder, until `unlock_folder` or the end of the process, however that ends.
+
+    Child processes do not have it. False where the file system has no locks: then nobody has the right alone.
+
+    Raises:
+        BlockingIOError: another training has it; says which.
+        OSError: the folder cannot be written.
+    """
+    path = folder.resolve() / LOCK
+    if path in _HELD:
+        raise BlockingIOError(f"{folder}: this process is writing into it already")
+    while fcntl is not None:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            sentence = _describe_holder(os.read(file, 4096))
+            os.close(file)
+            raise BlockingIOError(f"{folder}: {sentence}") from None
+        except OSError:
+            os.close(file)
+            return False
+        with contextlib.suppress(FileNotFoundError):  # the one who had it may just have removed the file
+            if os.path.samestat(os.fstat(file), path.stat()):
+                _HELD[path] = file
+                about = {
+                    "process": os.getpid(),
+                    "host": socket.gethostname(),
+                    "command": sys.argv,
+                    "since": time.time(),
+                }
+                os.ftruncate(file, 0)
+                os.write(file, json.dumps(about).encode())
+                return True
+        os.close(file)
+    return False
+
+
+def require_no_writer(folder: Path) -> None:
+    """Raise BlockingIOError, which says who, if another process has the right to write into a folder."""
+    path = folder.resolve() / LOCK
+    if fcntl is None or path in _HELD or not path.is_file():
+        return
+    with path.open("rb+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise BlockingIOError(f"{folder}: {_describe_holder(file.read(4096))}") from None
+        except OSError:  # a file system without locks
+            return
+
+
+def unlock_folder(folder: Path) -> None:
+    """Give the right back, if this process has it."""
+    path = folder.resolve() / LOCK
+    file = _HELD.pop(path, None)
+    if file is not None:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _describe_holder(content: bytes) -> str:
+    """Who has a lock, by what they wrote into it."""
+    try:
+        about: dict[str, Any] = json.loads(content)
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(about["since"]))
+        command = " ".join(map(str, about["command"]))[:200]
+        who = f"process {about['process']} on {about['host']}, since {since}: {command}"
+    except (ValueError, KeyError, TypeError, OverflowError):
+        who = "another process"
+    return f"another process is writing into it ({who}); wait for it, stop it, or name another folder"

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
@@ -17,21 +18,31 @@ import torch
 from torch import Tensor, nn
 
 from backbones import read_tensors, tensors_to_bytes, zoo
+from backbones.weights import require_finite
 from detection.config import Recipe, read_recipe, save_config
-from detection.files import is_empty, write_whole
-from detection.lock import RunLock
+from detection.files import (
+    is_empty,
+    lock_folder,
+    remove_parts,
+    require_no_writer,
+    require_size,
+    unlock_folder,
+    write_whole,
+)
 from detection.records import EpochLog, Machine, RunInfo, Weights
+from detection.text import say
 
+MAX_INFO, MAX_LOG = 2**24, 2**29  # bytes of a run.json and of a log
 PACKAGES = ("torch", "torchvision", "numpy", "albumentations", "pycocotools", "accelerate", "safetensors")
 
 
 class Run:
     """The folder of one training.
 
-    Files: config.yaml (the whole recipe), run.json (command, versions, machine; weights' checksums at the end),
-    metrics.jsonl (a line per epoch), best.safetensors, last.safetensors and, where there is one, the
-    average ema.safetensors, curves.png, dynamics.png (with spike layers), predictions.png (a detector's). Until the
-    training has ended also state.safetensors, from which it can go on, see `detection.training.checkpoint`.
+    Files: config.yaml (the whole recipe), run.json (`RunInfo`), metrics.jsonl (an `EpochLog` per line),
+    best.safetensors, last.safetensors and, where there is one, the average ema.safetensors, curves.png, dynamics.png
+    (with spike layers), predictions.png (a detector's). Until the training has ended also state.safetensors, from which
+    it can go on, see `detection.training.checkpoint`.
 
     Attributes:
         folder: where all that lies.
@@ -40,47 +51,70 @@ class Run:
 
     def __init__(self, folder: Path, config: Recipe) -> None:
         self.folder, self.config = folder, config
-        self.lock = RunLock(folder)
-        self.is_own = False  # whether this process made the folder
+        self._is_own = self._begun = False  # whether this process made the folder, and the files in it
 
     @staticmethod
     def check_free(folder: str | Path) -> Path:
-        """`folder` as a path that a new run may take.
+        """Return `folder` as a path that a new run may take.
 
         Raises:
+            BlockingIOError: another training is writing into it.
             FileExistsError: there is something already.
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or not is_empty(folder)):
+            if folder.is_dir():
+                require_no_writer(folder)
             go_on = ", or go on with --resume" if (folder / "config.yaml").is_file() else ""
             raise FileExistsError(f"{folder} exists already; name another folder, or remove it first{go_on}")
         return folder
 
     @classmethod
     def create(cls, folder: str | Path, config: Recipe, info: RunInfo) -> Run:
-        """Make a new run folder with config.yaml and run.json in it; its lock is held from then on.
+        """Return a new run; see `begin`."""
+        run = cls(Path(folder), config)
+        run.begin(info)
+        return run
+
+    def begin(self, info: RunInfo) -> None:
+        """Make the folder of a new run, with config.yaml and run.json in it; its lock is held from then on.
 
         Raises:
             BlockingIOError: another training is writing into it.
             FileExistsError: there is something already.
         """
-        run = cls(Path(folder), config)
-        made = not run.folder.exists()
-        run.folder.mkdir(parents=True, exist_ok=True)
-        run.lock.acquire()
         try:
-            cls.check_free(folder)  # now that no other process can write into it
+            self.folder.mkdir(parents=True)
+            self._is_own = True
         except FileExistsError:
-            run.lock.release()
+            self.check_free(self.folder)
+        self.lock()
+        try:
+            self.check_free(self.folder)  # now that no other process can write into it
+        except FileExistsError:
+            self.unlock()
             raise
-        run.is_own = made
-        save_config(config, run.folder / "config.yaml")
-        run.write_info(info)
-        return run
+        self._begun = True
+        save_config(self.config, self.folder / "config.yaml")
+        self.write_info(info)
+
+    def lock(self) -> None:
+        """Become the one writer of the folder, and remove what killed ones were writing.
+
+        Raises:
+            BlockingIOError: another training is writing into it; says which.
+        """
+        if not lock_folder(self.folder):
+            say(f"warning: {self.folder}: no locks on this file system; let no other training write there", error=True)
+        remove_parts(self.folder)
+
+    def unlock(self) -> None:
+        """Let others write, if this process is the one writer."""
+        unlock_folder(self.folder)
 
     @classmethod
     def open(cls, folder: str | Path, data_root: str | Path | None = None) -> Run:
-        """An existing run.
+        """Return an existing run.
 
         Args:
             folder: where it lies, or "zoo:NAME" for an entry of `backbones.zoo`.
@@ -121,16 +155,8 @@ class Run:
         self.write_info(before.model_copy(update={"resumed": [*before.resumed, info.command]}))
 
     def info(self) -> RunInfo:
-        """Return what run.json holds.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged.
-        """
-        path = self.folder / "run.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a run folder has one from its beginning")
-        return RunInfo.parse(_parse(path.read_bytes(), str(path)), str(path))
+        """Return what run.json holds; errors as in `read_info`."""
+        return read_info(self.folder / "run.json")
 
     def write_info(self, info: RunInfo) -> None:
         """Replace run.json."""
@@ -151,14 +177,26 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the training went to its end."""
-        return bool(self.info().sha256)
+        """Whether the training went to its end; one that was killed at its very beginning has no run.json yet."""
+        return (self.folder / "run.json").is_file() and bool(self.info().sha256)
 
     def discard_if_empty(self) -> None:
-        """Remove the folder again if this process made it and left nothing in it: a failure at once leaves no trace."""
-        left = any((self.folder / name).exists() for name in ("metrics.jsonl", "state.safetensors"))
-        if self.is_own and not left:
+        """Take back what `begin` did if nothing has come of it: a failure at once leaves no trace."""
+        if not self._begun or any((self.folder / name).exists() for name in ("metrics.jsonl", "state.safetensors")):
+            return
+        if self._is_own:
             shutil.rmtree(self.folder, ignore_errors=True)
+        for name in ("config.yaml", "run.json"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    @property
+    def has_log(self) -> bool:
+        """Whether an epoch was logged."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return bool(file.read(1024).strip())
 
     def history(self) -> list[EpochLog]:
         """Return the lines of metrics.jsonl, oldest first, at least one.
@@ -168,9 +206,10 @@ class Run:
             ValueError: a line is damaged.
         """
         path = self.folder / "metrics.jsonl"
-        lines = path.read_bytes().splitlines() if path.is_file() else []
-        if not lines:
+        if not self.has_log:
             raise FileNotFoundError(f"{path}: no such log; the run has not finished its first epoch")
+        require_size(path, MAX_LOG)
+        lines = path.read_bytes().splitlines()
         places = [f"{path}, line {number}" for number in range(1, len(lines) + 1)]
         return [EpochLog.parse(_parse(line, place), place) for line, place in zip(lines, places, strict=True)]
 
@@ -199,40 +238,65 @@ class Run:
         """Write the weights and buffers of `model`; the file is replaced in one step or not at all."""
         write_whole(self.folder / f"{which}.safetensors", tensors_to_bytes(model.state_dict()))
 
+    def read(self, which: Weights = "last") -> dict[str, Tensor]:
+        """Return saved weights by their names.
+
+        Raises:
+            FileNotFoundError: the run has no such weights.
+            ValueError: the file is damaged or not the one that the training left, or a number is not finite.
+        """
+        path = self.folder / f"{which}.safetensors"
+        state, _ = read_tensors(path)
+        check_weights(path)
+        require_finite(state, str(path))
+        return state
+
     def load(self, model: nn.Module, which: Weights = "last") -> None:
         """Load saved weights into `model`, strictly.
 
         Raises:
             FileNotFoundError: the run has no such weights.
-            ValueError: the file is damaged, or a key is missing, unknown or of another shape.
+            ValueError: as in `read`, or a key is missing, unknown or of another shape.
         """
-        path = self.folder / f"{which}.safetensors"
-        state, _ = read_tensors(path)
-        self._check_weights(path, state)
+        state = self.read(which)
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
             what = " ".join(str(error).split())
             raise ValueError(
-                f"{path} does not fit the model of its config.yaml: {what[:300]}{' ...' if len(what) > 300 else ''}"
+                f"{self.folder / which}.safetensors does not fit the model of its config.yaml: "
+                f"{what[:300]}{' ...' if len(what) > 300 else ''}"
             ) from None
 
-    def _check_weights(self, path: Path, state: Mapping[str, Tensor]) -> None:
-        """Raise ValueError for weights that are not those of the training, or hold numbers that are not finite."""
-        logged = self.info().sha256.get(path.name) if (self.folder / "run.json").is_file() else None
-        if logged is not None and logged != hashlib.sha256(path.read_bytes()).hexdigest():
-            raise ValueError(
-                f"{path}: its SHA-256 is not the one in run.json ({logged[:16]}...): not the weights of this training; "
-                "put those back, or take the entry out of run.json to use these"
-            )
-        for name, value in state.items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise ValueError(f"{path}: {name} has numbers that are not finite; the network would predict nothing")
-
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of each weights file by its name."""
+        """Return the SHA-256 of each weights file by its name."""
         paths = [self.folder / f"{which}.safetensors" for which in sorted(get_args(Weights))]
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+
+
+def check_weights(path: Path) -> None:
+    """Raise ValueError for weights beside a run.json that has another SHA-256 of them."""
+    if not path.is_file() or not (path.parent / "run.json").is_file():
+        return
+    logged = read_info(path.parent / "run.json").sha256.get(path.name)
+    if logged is not None and logged != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise ValueError(
+            f"{path}: its SHA-256 is not the one in run.json ({logged[:16]}...): not the weights of this training; "
+            "put those back, or take the entry out of run.json to use these"
+        )
+
+
+def read_info(path: Path) -> RunInfo:
+    """Return what a run.json holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a run folder has one from its beginning")
+    require_size(path, MAX_INFO)
+    return RunInfo.parse(_parse(path.read_bytes(), str(path)), str(path))
 
 
 def _parse(text: bytes, where: str) -> dict[str, Any]:
@@ -253,7 +317,7 @@ def describe_environment(command: Sequence[str]) -> RunInfo:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
     return RunInfo(
-        command=" ".join(command),
+        command=shlex.join(command) if len(command) > 1 else "".join(command),
         versions={"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
         machine=Machine(
             system=f"{platform.system()} {platform.machine()}",

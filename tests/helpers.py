@@ -67,16 +67,20 @@ def wait_until(condition: Callable[[], bool], processes: Sequence[multiprocessin
 
 def start_together(number: int, function: Callable[..., None], *arguments, log: Path) -> list[multiprocessing.Process]:
     """As many processes as one training on the CPU, as torchrun would start them."""
-    reserved = socket.socket()  # bound until the test ends, so that nobody else is given the port
-    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as that which will listen there does
-    reserved.bind(("localhost", 0))
-    RESERVED.append(reserved)
-    port = reserved.getsockname()[1]
-    common = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     return [
         start(function, *arguments, log=log, **common, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number))
         for rank in range(number)
     ]
+
+
+def free_port() -> int:
+    """A port of this machine that stays free until the test ends."""
+    reserved = socket.socket()  # bound until then, so that nobody else is given the port
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as that which will listen there does
+    reserved.bind(("localhost", 0))
+    RESERVED.append(reserved)
+    return reserved.getsockname()[1]
 
 
 def run_together(number: int, function: Callable[..., None], *arguments, log: Path) -> None:

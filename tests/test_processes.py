@@ -33,25 +33,26 @@ def tool_in_float64(name: str, *arguments) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_two_processes_are_one_with_twice_the_batch(tmp_path, reduction):
+def test_two_processes_are_one_with_twice_the_batch(attempt, tmp_path, reduction):
     values = CLASSIFICATION | {"model": MODEL, "hoyer": {"weight": 1e-4 if reduction == "sum" else 0.1}}
     recipe = write_recipe(tmp_path, values, train={"epochs": 2, "ema_decay": 0.5})
     options = [recipe, f"hoyer.reduction={reduction}", "data.num_train=40"]
     synced = ["--train.sync_batchnorm", "True", "--hoyer.sync", "True"]
-    for name, number, extra in (("one", 1, []), ("two", 2, synced), ("apart", 2, [])):
-        arguments = [*options, f"train.batch_size={16 // number}", *extra, "--out", tmp_path / name]
-        run_together(number, tool_in_float64, "train_cls", *arguments, log=tmp_path / "log.txt")
-    one, two, apart = (log_lines(tmp_path / name) for name in ("one", "two", "apart"))
-    for epoch in range(2):
-        for key in ("step", "lr", "loss", "loss/hoyer", "hoyer_per_layer", "v_th", "extremum", "val_loss"):
-            assert two[epoch][key] == pytest.approx(one[epoch][key], rel=1e-9), key
-        assert apart[epoch]["loss/hoyer"] != pytest.approx(one[epoch]["loss/hoyer"], rel=1e-3)
-    for which in ("last", "ema"):
-        weights, expected = (read_tensors(tmp_path / name / f"{which}.safetensors")[0] for name in ("two", "one"))
-        for name, value in expected.items():
-            torch.testing.assert_close(weights[name], value, rtol=1e-7, atol=1e-9)
-    other, _ = read_tensors(tmp_path / "apart" / "last.safetensors")
-    assert any((other[name].float() - value.float()).abs().max() > 1e-2 for name, value in expected.items())
+    with attempt("two processes"):
+        for name, number, extra in (("one", 1, []), ("two", 2, synced), ("apart", 2, [])):
+            arguments = [*options, f"train.batch_size={16 // number}", *extra, "--out", tmp_path / name]
+            run_together(number, tool_in_float64, "train_cls", *arguments, log=tmp_path / "log.txt")
+        one, two, apart = (log_lines(tmp_path / name) for name in ("one", "two", "apart"))
+        for epoch in range(2):
+            for key in ("step", "lr", "loss", "loss/hoyer", "hoyer_per_layer", "v_th", "extremum", "val_loss"):
+                assert two[epoch][key] == pytest.approx(one[epoch][key], rel=1e-9), key
+            assert apart[epoch]["loss/hoyer"] != pytest.approx(one[epoch]["loss/hoyer"], rel=1e-3)
+        for which in ("last", "ema"):
+            weights, expected = (read_tensors(tmp_path / name / f"{which}.safetensors")[0] for name in ("two", "one"))
+            for name, value in expected.items():
+                torch.testing.assert_close(weights[name], value, rtol=1e-7, atol=1e-9)
+        other, _ = read_tensors(tmp_path / "apart" / "last.safetensors")
+        assert any((other[name].float() - value.float()).abs().max() > 1e-2 for name, value in expected.items())
 
 
 def layers_over_two_processes(folder: Path) -> None:
@@ -93,7 +94,7 @@ def test_layers_over_processes_have_the_gradients_of_the_whole_batch(tmp_path):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_all_processes_may_ask_for_the_same_folder_at_once(tmp_path, there):
+def test_all_processes_may_ask_for_the_same_folder_at_once(attempt, tmp_path, there):
     folder = tmp_path / "runs" / "run"
     if there:
         folder.mkdir(parents=True)
@@ -101,15 +102,16 @@ def test_all_processes_may_ask_for_the_same_folder_at_once(tmp_path, there):
     def ask(_: int) -> None:
         require_writable(Run.check_free(folder))
 
-    with ThreadPool(8) as pool:
-        pool.map(ask, range(2000))
-    assert folder.exists() == there and not list(tmp_path.rglob("*.*"))
+    with attempt("two processes"):
+        with ThreadPool(8) as pool:
+            pool.map(ask, range(2000))
+        assert folder.exists() == there and not list(tmp_path.rglob("*.*"))
 
 
 # Evaluation over several processes
 
 
-def test_any_number_of_processes_evaluates_alike(monkeypatch, tmp_path):
+def test_any_number_of_processes_evaluates_alike(attempt, monkeypatch, tmp_path):
     scenes = DETECTION["data"]["scenes"] | {"num_val": 7}
     for name, values in (("det", DETECTION), ("cls", CLASSIFICATION | {"model": MODEL})):
         data = {"scenes": scenes, "workers": 0} if name == "det" else {"num_val": 23}
@@ -118,18 +120,19 @@ def test_any_number_of_processes_evaluates_alike(monkeypatch, tmp_path):
         run_tool(monkeypatch, f"train_{name}", recipe, *low, "--out", tmp_path / name)
     logged = log_lines(tmp_path / "det")[-1]
     for number in (1, 2, 3):
-        saved, log = tmp_path / f"saved{number}", tmp_path / f"log{number}.txt"
-        run_together(number, tool, "evaluate", tmp_path / "det", "--save", saved, log=log)
-        assert log.read_text().count("equal to the log in every digit") == 1
-        metrics = json.loads((saved / "metrics.json").read_text())
-        assert {key: value for key, value in metrics.items() if key != "potentials"} == {
-            key: logged[key] for key in metrics if key != "potentials"
-        }
-        rows = json.loads((saved / "predictions.json").read_text())
-        assert {row["image_id"] for row in rows} == set(range(1, 8))
-        log.unlink()
-        run_together(number, tool, "evaluate", tmp_path / "cls", log=log)
-        assert log.read_text().count("equal to the log in every digit") == 1
+        with attempt("two processes"):
+            saved, log = tmp_path / f"saved{number}", tmp_path / f"log{number}.txt"
+            run_together(number, tool, "evaluate", tmp_path / "det", "--save", saved, log=log)
+            assert log.read_text().count("equal to the log in every digit") == 1
+            metrics = json.loads((saved / "metrics.json").read_text())
+            assert {key: value for key, value in metrics.items() if key != "potentials"} == {
+                key: logged[key] for key in metrics if key != "potentials"
+            }
+            rows = json.loads((saved / "predictions.json").read_text())
+            assert {row["image_id"] for row in rows} == set(range(1, 8))
+            log.unlink()
+            run_together(number, tool, "evaluate", tmp_path / "cls", log=log)
+            assert log.read_text().count("equal to the log in every digit") == 1
 
 
 @pytest.mark.parametrize("number", [1, 5, 8, 23])
@@ -167,31 +170,33 @@ def test_shares_are_even():
 # A process that dies
 
 
-def test_a_process_that_dies_takes_the_others_along_and_the_run_goes_on(tmp_path):
+def test_a_process_that_dies_takes_the_others_along_and_the_run_goes_on(attempt, tmp_path):
     recipe = write_recipe(tmp_path, DETECTION, train={"epochs": 4}, data={"workers": 0})
     log, run = tmp_path / "log.txt", tmp_path / "run"
     run_together(2, tool, "train_det", recipe, "--out", tmp_path / "whole", log=log)
     processes = start_together(2, tool, "train_det", recipe, "--out", run, log=log)
     wait_until((run / "state.safetensors").exists, processes, log)
-    processes[1].kill()
-    died = time.monotonic()
-    processes[0].join(60)
-    assert time.monotonic() - died < 30
-    assert processes[0].exitcode == 2
-    (sentence,) = [line for line in log.read_text().splitlines() if "another process of this training" in line]
-    assert f"--resume {run}" in sentence
-    assert not Run.open(run).finished
-    run_together(2, tool, "train_det", "--resume", run, log=log)
-    expect_equal(run, tmp_path / "whole")
+    with attempt("kills"):
+        processes[1].kill()
+        died = time.monotonic()
+        processes[0].join(60)
+        assert time.monotonic() - died < 30
+        assert processes[0].exitcode == 2
+        (sentence,) = [line for line in log.read_text().splitlines() if "another process of this training" in line]
+        assert f"--resume {run}" in sentence
+        assert not Run.open(run).finished
+        run_together(2, tool, "train_det", "--resume", run, log=log)
+        expect_equal(run, tmp_path / "whole")
 
 
-def test_all_processes_stop_at_the_same_step(tmp_path):
+def test_all_processes_stop_at_the_same_step(attempt, tmp_path):
     recipe = write_recipe(tmp_path, DETECTION, train={"epochs": 4}, data={"workers": 0})
     log, run = tmp_path / "log.txt", tmp_path / "run"
     processes = start_together(2, tool, "train_det", recipe, "--out", run, log=log)
     wait_until((run / "state.safetensors").exists, processes, log)
-    processes[1].terminate()  # only one of them is told
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2, log.read_text()
-    assert log.read_text().count("go on with: hoyer-det train --resume") == 1
+    with attempt("two processes"):
+        processes[1].terminate()  # only one of them is told
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2, log.read_text()
+        assert log.read_text().count("go on with: hoyer-det train --resume") == 1

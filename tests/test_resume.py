@@ -9,16 +9,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import log_lines, run_tool, start, tool, wait_until
+from torch.utils.data import Dataset
 
 from detection.config import flatten, require_same
+from detection.data.loaders import Loader, LoaderError, loader_options
 from detection.runs import Run
 from detection.tasks.classification import ClassificationTask
 from detection.tasks.recipes import ClassificationRecipe
+from detection.training import trainer
 from detection.training.checkpoint import Checkpoint
 from detection.training.signals import SaveClock
-from detection.training.trainer import Trainer
 
 CLOCK = {"seconds", "images_per_second", "eval_seconds"}  # what no two runs have in common
 
@@ -71,52 +74,57 @@ def expect_equal(found: Path, expected: Path) -> None:
 # Killed
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_path):
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(attempt, tmp_path):
     recipe, log = write_recipe(tmp_path, DETECTION), tmp_path / "log.txt"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start(tool, "train_det", recipe, "--out", whole, log=log)
     process.join(300)
     assert process.exitcode == 0, log.read_text()
-    rng, num_kills, in_a_write = random.Random(0), 0, 0
-    state, part = killed / "state.safetensors", killed / "state.safetensors.part"
+    with attempt("kills", 25):
+        rng, num_kills, in_a_write = random.Random(0), 0, 0
+        state = killed / "state.safetensors"
 
-    def wait(until) -> None:
-        deadline = time.monotonic() + 60
-        while process.is_alive() and not until():
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.0002)
+        def parts() -> set[Path]:
+            """States that are being written, or were when their process was killed."""
+            return set(killed.glob(".state.safetensors.*.part"))
 
-    def modified() -> int:
-        try:
-            return state.stat().st_mtime_ns
-        except FileNotFoundError:
-            return 0
+        def wait(until) -> None:
+            deadline = time.monotonic() + 60
+            while process.is_alive() and not until():
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.0002)
 
-    while num_kills < 25:
-        part.unlink(missing_ok=True)
-        before = modified()
-        arguments = ["--resume", killed] if (killed / "config.yaml").exists() else [recipe, "--out", killed]
-        process = start(tool, "train_det", *arguments, log=log)
-        kind = rng.choice(["soon", "write", "write", "later"])
-        if kind == "write":  # while a state is being written
-            wait(part.exists)
-        else:
-            if kind == "later":  # between one state and the next, evaluation and end of an epoch included
-                wait(lambda: modified() != before)  # noqa: B023, called at once
-            time.sleep(rng.uniform(0, 0.4))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, f"ended after {num_kills} kills: {log.read_text()}"
-        num_kills += 1
-        in_a_write += part.exists()
-    assert in_a_write >= 5
-    process = start(tool, "train_det", "--resume", killed, log=log)
-    process.join(300)
-    assert process.exitcode == 0, log.read_text()
-    expect_equal(killed, whole)
-    info = Run.open(killed).info()
-    assert info.sha256 == Run.open(killed).checksums()
-    assert info.resumed and str(killed) in info.resumed[-1]
+        def modified() -> int:
+            try:
+                return state.stat().st_mtime_ns
+            except FileNotFoundError:
+                return 0
+
+        while num_kills < 25:
+            before, left = modified(), parts()
+            arguments = ["--resume", killed] if (killed / "config.yaml").exists() else [recipe, "--out", killed]
+            process = start(tool, "train_det", *arguments, log=log)
+            kind = rng.choice(["soon", "write", "write", "later"])
+            if kind == "write":  # while a state is being written
+                wait(lambda: parts() - left)  # noqa: B023, called at once
+            else:
+                if kind == "later":  # between one state and the next, evaluation and end of an epoch included
+                    wait(lambda: modified() != before)  # noqa: B023, called at once
+                time.sleep(rng.uniform(0, 0.4))
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL, f"ended after {num_kills} kills: {log.read_text()}"
+            num_kills += 1
+            in_a_write += bool(parts() - left)
+            assert len(parts()) <= 1  # the next writer removes what the one before left
+        assert in_a_write >= 5
+        process = start(tool, "train_det", "--resume", killed, log=log)
+        process.join(300)
+        assert process.exitcode == 0, log.read_text()
+        expect_equal(killed, whole)
+        info = Run.open(killed).info()
+        assert info.sha256 == Run.open(killed).checksums()
+        assert info.resumed and str(killed) in info.resumed[-1]
 
 
 # Stopped by a signal
@@ -146,40 +154,44 @@ def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
         ("train_det", DETECTION, ["data.augment.crop=1", "train.epochs=2"], 7),
     ],
 )
-def test_a_stopped_run_goes_on_exactly(monkeypatch, capsys, tmp_path, name, values, overrides, step):
+def test_a_stopped_run_goes_on_exactly(attempt, monkeypatch, capsys, tmp_path, name, values, overrides, step):
     recipe = write_recipe(tmp_path, values)
     run_tool(monkeypatch, name, recipe, *overrides, "--out", tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stop_after(patch, step)
-        with pytest.raises(SystemExit) as stop:
-            run_tool(monkeypatch, name, recipe, *overrides, "--out", tmp_path / "run")
-    assert stop.value.code == 128 + signal.SIGTERM
-    sentence = capsys.readouterr().err.splitlines()[-1]
-    assert sentence.startswith("stopped ") and f"hoyer-det train --resume {tmp_path / 'run'}" in sentence
-    run_tool(monkeypatch, name, "--resume", tmp_path / "run")
-    expect_equal(tmp_path / "run", tmp_path / "whole")
-    run_tool(monkeypatch, name, "--resume", tmp_path / "run")
-    assert "finished already" in capsys.readouterr().out
+    with attempt("kills"):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            with pytest.raises(SystemExit) as stop:
+                run_tool(monkeypatch, name, recipe, *overrides, "--out", tmp_path / "run")
+        assert stop.value.code == 128 + signal.SIGTERM
+        sentence = capsys.readouterr().err.splitlines()[-1]
+        assert sentence.startswith("stopped ") and f"hoyer-det train --resume {tmp_path / 'run'}" in sentence
+        run_tool(monkeypatch, name, "--resume", tmp_path / "run")
+        expect_equal(tmp_path / "run", tmp_path / "whole")
+        run_tool(monkeypatch, name, "--resume", tmp_path / "run")
+        assert "finished already" in capsys.readouterr().out
 
 
-def test_ctrl_c_in_an_evaluation_breaks_it_off(monkeypatch, capsys, tmp_path):
+def test_ctrl_c_in_an_evaluation_breaks_it_off(attempt, monkeypatch, capsys, tmp_path):
     recipe = write_recipe(tmp_path, CLASSIFICATION)
     run_tool(monkeypatch, "train_cls", recipe, "--out", tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(ClassificationTask, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
-        with pytest.raises(SystemExit) as stop:
-            run_tool(monkeypatch, "train_cls", recipe, "--out", tmp_path / "run")
-    assert stop.value.code == 128 + signal.SIGINT
-    assert "stopped in epoch 1 of 2 after step 8 of 8" in capsys.readouterr().err
-    run_tool(monkeypatch, "train_cls", "--resume", tmp_path / "run")
-    expect_equal(tmp_path / "run", tmp_path / "whole")
+    with attempt("kills"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                ClassificationTask, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5)
+            )
+            with pytest.raises(SystemExit) as stop:
+                run_tool(monkeypatch, "train_cls", recipe, "--out", tmp_path / "run")
+        assert stop.value.code == 128 + signal.SIGINT
+        assert "stopped in epoch 1 of 2 after step 8 of 8" in capsys.readouterr().err
+        run_tool(monkeypatch, "train_cls", "--resume", tmp_path / "run")
+        expect_equal(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_second_ctrl_c_does_not_wait(monkeypatch, tmp_path):
     recipe = write_recipe(tmp_path, CLASSIFICATION)
     with monkeypatch.context() as patch:
         patch.setattr(SaveClock, "due", lambda self: os.kill(os.getpid(), signal.SIGINT) or True)
-        patch.setattr(Trainer, "save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(trainer, "save", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(SystemExit) as stop:
             run_tool(monkeypatch, "train_cls", recipe, "--out", tmp_path / "run")
     assert stop.value.code == 130
@@ -219,17 +231,18 @@ def refusal(monkeypatch, capsys, name: str, *arguments) -> str:
     return line
 
 
-def test_another_recipe_is_refused_by_its_key(stopped, monkeypatch, capsys, tmp_path):
+def test_another_recipe_is_refused_by_its_key(attempt, stopped, monkeypatch, capsys, tmp_path):
     run = copy_of(stopped, tmp_path)
-    message = refusal(monkeypatch, capsys, "train_cls", "--resume", run, "--train.epochs", "5")
-    assert "trained with train.epochs 2, wanted is 5" in message
-    config = run / "config.yaml"
-    config.write_text(config.read_text().replace("ema_decay: 0.9", "ema_decay: 0.0"))
-    message = refusal(monkeypatch, capsys, "train_cls", "--resume", run)
-    assert "state.safetensors: trained with train.ema_decay 0.9, wanted is 0.0" in message
-    assert "--resume" in refusal(monkeypatch, capsys, "train_cls", "recipe.yaml", "--resume", run)
-    message = refusal(monkeypatch, capsys, "train_cls", write_recipe(tmp_path, CLASSIFICATION).name, "--out", run)
-    assert "no such config file" in message or "or go on with --resume" in message
+    with attempt("wrong values", 4):
+        message = refusal(monkeypatch, capsys, "train_cls", "--resume", run, "--train.epochs", "5")
+        assert "trained with train.epochs 2, wanted is 5" in message
+        config = run / "config.yaml"
+        config.write_text(config.read_text().replace("ema_decay: 0.9", "ema_decay: 0.0"))
+        message = refusal(monkeypatch, capsys, "train_cls", "--resume", run)
+        assert "state.safetensors: trained with train.ema_decay 0.9, wanted is 0.0" in message
+        assert "--resume" in refusal(monkeypatch, capsys, "train_cls", "recipe.yaml", "--resume", run)
+        message = refusal(monkeypatch, capsys, "train_cls", write_recipe(tmp_path, CLASSIFICATION).name, "--out", run)
+        assert "no such config file" in message or "or go on with --resume" in message
 
 
 def test_what_may_differ_does(stopped, monkeypatch, tmp_path):
@@ -243,24 +256,26 @@ def test_no_run_to_go_on_with(monkeypatch, capsys, tmp_path):
     assert "is not a run folder" in refusal(monkeypatch, capsys, "train_cls", "--resume", tmp_path)
 
 
-def test_a_run_without_state_starts_from_its_beginning(stopped, monkeypatch, capsys, tmp_path):
+def test_a_run_without_state_starts_from_its_beginning(attempt, stopped, monkeypatch, capsys, tmp_path):
     recipe = write_recipe(tmp_path, CLASSIFICATION)
     run_tool(monkeypatch, "train_cls", recipe, "--out", tmp_path / "whole")
     run = copy_of(stopped, tmp_path)
     (run / "state.safetensors").unlink()
-    run_tool(monkeypatch, "train_cls", "--resume", run)
-    assert "no state saved yet" in capsys.readouterr().err
-    assert Run.open(run).checksums() == Run.open(tmp_path / "whole").checksums()
-    assert [line.epoch for line in Run.open(run).history()] == [1, 2]
+    with attempt("damaged files"):
+        run_tool(monkeypatch, "train_cls", "--resume", run)
+        assert "no state saved yet" in capsys.readouterr().err
+        assert Run.open(run).checksums() == Run.open(tmp_path / "whole").checksums()
+        assert [line.epoch for line in Run.open(run).history()] == [1, 2]
 
 
-def test_a_log_without_its_state_is_not_overwritten(stopped, monkeypatch, capsys, tmp_path):
+def test_a_log_without_its_state_is_not_overwritten(attempt, stopped, monkeypatch, capsys, tmp_path):
     run = copy_of(stopped, tmp_path)
     (run / "state.safetensors").unlink()
     log = run / "metrics.jsonl"
     log.write_text(2 * log.read_text())
-    message = refusal(monkeypatch, capsys, "train_cls", "--resume", run)
-    assert "2 epochs in its log but no state.safetensors" in message
+    with attempt("damaged files"):
+        message = refusal(monkeypatch, capsys, "train_cls", "--resume", run)
+        assert "2 epochs in its log but no state.safetensors" in message
 
 
 @pytest.mark.parametrize("everyone", [False, True])
@@ -284,21 +299,49 @@ def test_a_stop_of_the_whole_group_or_of_every_process(tmp_path, everyone):
     assert everyone or "state saved" in sentence
 
 
+class Numbers(Dataset):
+    """0, 1, 2 as tensors."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(float(index))
+
+
+def test_a_loader_process_that_ends_is_an_error_where_it_is_waited_for(attempt):
+    for _ in range(3):
+        loader = Loader(Numbers(), **loader_options(1) | {"prefetch_factor": 1})
+        batches = iter(loader)
+        assert next(batches).tolist() == [0.0]
+        with attempt("batch jobs"):
+            (process,) = loader._iterator._workers
+            os.kill(process.pid, signal.SIGKILL)
+            state = Path(f"/proc/{process.pid}/stat")
+            while state.read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.01)  # its end is signalled here, where a step or a write may be under way
+            started = time.monotonic()
+            with pytest.raises(LoaderError, match=r"a loader process ended .*data\.workers 0 the main process reads"):
+                list(batches)
+            assert time.monotonic() - started < 10
+
+
 def tool_in_its_own_group(*arguments) -> None:
     os.setpgid(0, 0)
     tool(*arguments)
 
 
-def test_state_of_another_network(stopped, monkeypatch, capsys, tmp_path):
+def test_state_of_another_network(attempt, stopped, monkeypatch, capsys, tmp_path):
     run = copy_of(stopped, tmp_path)
     state = Checkpoint.load(run)
     state.network["another.weight"] = state.network.pop("backbone.stages.0.0.weight")
     state.save(run)
-    message = refusal(monkeypatch, capsys, "train_cls", "--resume", run)
-    assert "does not fit the network" in message and "another.weight" in message
-    state.processes *= 2
-    state.save(run)
-    assert "saved by 2 processes, started with 1" in refusal(monkeypatch, capsys, "train_cls", "--resume", run)
+    with attempt("damaged files", 2):
+        message = refusal(monkeypatch, capsys, "train_cls", "--resume", run)
+        assert "does not fit the network" in message and "another.weight" in message
+        state.processes *= 2
+        state.save(run)
+        assert "saved by 2 processes, started with 1" in refusal(monkeypatch, capsys, "train_cls", "--resume", run)
 
 
 def test_recipes_are_compared_key_by_key():

@@ -36,7 +36,10 @@ class Batches:
 class Goal:
     """What the trainer asks of a task, of one whose evaluations find nothing."""
 
-    best_by, headline = "none", ("none",)
+    best_by, headline, prediction_layers = "none", ("none",), ()
+
+    def is_at_chance(self, metrics) -> bool:
+        return False
 
     def describe_batch(self, batch) -> str:
         return f"image ids {', '.join(str(target['image_id']) for target in batch[1])}"
@@ -201,29 +204,38 @@ def write_tree(folder: Path, tree: object) -> None:
     (folder / FILE).write_bytes(tensors_to_bytes({"0": torch.ones(2)}, json.dumps(tree)))
 
 
-def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_path):
+def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_path, attempt):
     """0.1 had no version in it, and other keys: it must not be taken for this one's."""
     keys = {"recipe": {"items": [["train.seed", 0]]}, "progress": {"items": [["epoch", 2], ["step", 1]]}}
     keys |= {"network": {"items": [["weight", {"tensor": "0"}]]}, "processes": []}
     keys |= {"average": None, "optimizer": {"items": []}, "schedule": {"items": []}, "scaler": None}
     old = {"items": [[key, value] for key, value in keys.items()]}
     write_tree(tmp_path, old)
-    with pytest.raises(ValueError) as error:
+    with attempt("damaged files"), pytest.raises(ValueError) as error:
         Checkpoint.load(tmp_path)
     assert str(error.value).startswith(f"{tmp_path / FILE}: a checkpoint of version 1, this program reads version 2; ")
     assert "finish that training with the version that began it" in str(error.value)
     write_tree(tmp_path, {"items": [*old["items"], ["version", 3]]})
-    with pytest.raises(ValueError, match="a checkpoint of version 3, this program reads version 2"):
+    with (
+        attempt("damaged files"),
+        pytest.raises(ValueError, match="a checkpoint of version 3, this program reads version 2"),
+    ):
         Checkpoint.load(tmp_path)
     write_tree(tmp_path, {"items": [*old["items"], ["version", 2]]})
     assert torch.equal(Checkpoint.load(tmp_path).network["weight"], torch.ones(2))
 
 
-def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path):
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, attempt):
     (tmp_path / FILE).write_bytes(tensors_to_bytes({"weight": torch.ones(2)}))
-    with pytest.raises(ValueError, match=r"state\.safetensors: not the checkpoint of a training"):
+    with (
+        attempt("damaged files"),
+        pytest.raises(ValueError, match=r"state\.safetensors: not the checkpoint of a training"),
+    ):
         Checkpoint.load(tmp_path)
     for tree in ([1, 2], "text", {"other": 1}, {"tensor": "9"}, {"items": [["version", 2], ["network", 3]]}):
         write_tree(tmp_path, tree)
-        with pytest.raises(ValueError, match=r"state\.safetensors: not the checkpoint of a training"):
+        with (
+            attempt("damaged files"),
+            pytest.raises(ValueError, match=r"state\.safetensors: not the checkpoint of a training"),
+        ):
             Checkpoint.load(tmp_path)

@@ -7,7 +7,6 @@ OUT/ablation.png are made from the logs.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
@@ -17,9 +16,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from detection.cli.common import make_parser
+from detection.cli.common import Parser
 from detection.config import FREE_KEYS, find_recipe, flatten, override, read_recipe, require_same
 from detection.records import EpochLog
+from detection.text import say, spread
+from detection.training.signals import PARENT
 
 VARIANTS = {
     "hoyer": [],
@@ -42,10 +43,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         raise ValueError(f"--variants {' '.join(options.variants)}: a name stands there twice")
     path = find_recipe(options.config)
     recipe = read_recipe(path)
-    recipes = {  # all of them, before hours are spent on some
-        name: override(recipe, [*common, *overrides], prog=f"{parser.prog}, {name}")
-        for name, overrides in variants.items()
-    }
+    recipes = {}
+    for name, overrides in variants.items():  # all of them, before hours are spent on some
+        try:
+            recipes[name] = override(recipe, [*common, *overrides])
+        except ValueError as error:
+            raise ValueError(f"--variants {name}: {error}") from None
 
     from detection.tasks import task_of
 
@@ -57,9 +60,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     compare(options.out, variants)
 
 
-def build_parser(prog: str | None) -> argparse.ArgumentParser:
+def build_parser(prog: str | None) -> Parser:
     """Return the parser of the verb."""
-    parser = make_parser(__doc__, prog)
+    parser = Parser(__doc__, prog)
     parser.add_argument("config", metavar="RECIPE", help="a YAML file, or a name of `hoyer-det recipes`")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs, the table and the plot")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of every variant (default: 0)")
@@ -89,7 +92,10 @@ def parse_variant(text: str) -> tuple[str, list[str]]:
         raise ValueError(
             f"--variants {text}: the name becomes part of a folder's (allowed: letters, digits, '-' and '_', not _seed)"
         )
-    return name, shlex.split(overrides) if equals else VARIANTS[name]
+    try:
+        return name, shlex.split(overrides) if equals else VARIANTS[name]
+    except ValueError as error:
+        raise ValueError(f"--variants {text}: {str(error).lower()}") from None
 
 
 def train(recipe: Path, folder: Path, overrides: Sequence[str], seed: int) -> None:
@@ -106,17 +112,33 @@ def train(recipe: Path, folder: Path, overrides: Sequence[str], seed: int) -> No
         # Classes are filled in from the data.
         require_same(flatten(run.config), wanted, str(folder), free=FREE_KEYS | {"data.classes"})
         if run.finished:
-            print(f"{folder}: finished already")
+            say(f"{folder}: finished already")
             return
         arguments = ["--resume", str(folder), "--data.root", str(wanted.data.root)]
     else:
         arguments = [str(recipe), *overrides, "--train.seed", str(seed), "--out", str(folder)]
-    print(f"{folder}: hoyer-det train {shlex.join(arguments)}", flush=True)
+    say(f"{folder}: hoyer-det train {shlex.join(arguments)}")
+    if run_child(arguments):
+        raise ChildProcessError(f"{folder}: this run failed, see above; the finished ones are kept")
+
+
+def run_child(arguments: Sequence[str]) -> int:
+    """Return the status of a training in a process of its own, which is stopped when this one ends, however it does."""
     # The package of this process, wherever it lies.
     places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
-    if subprocess.run([sys.executable, "-m", "detection", "train", *arguments], env=environment).returncode:
-        raise ChildProcessError(f"{folder}: this run failed, see above; the finished ones are kept")
+    watched, held = os.pipe()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places)), PARENT: str(watched)}
+    try:
+        command = [sys.executable, "-m", "detection", "train", *arguments]
+        child = subprocess.Popen(command, env=environment, pass_fds=[watched])
+        os.close(watched)
+        try:
+            return child.wait()
+        except KeyboardInterrupt:  # which it has heard, too
+            child.wait()
+            raise
+    finally:
+        os.close(held)
 
 
 def compare(out: Path, variants: Mapping[str, Sequence[str]]) -> None:
@@ -143,15 +165,9 @@ def compare(out: Path, variants: Mapping[str, Sequence[str]]) -> None:
         activity = [line.metrics["activity"] for line in lines[name] if "activity" in line.metrics]
         changed = f"`{shlex.join(variants[name])}`" if variants[name] else "none"
         gap = "" if name == first else f"{statistics.mean(found) - statistics.mean(values[first]):+.4f}"
-        spikes = spread(activity) if activity else "none"
-        rows.append(f"| {name} | {changed} | {len(found)} | {spread(found)} | {gap} | {spikes} |")
+        spikes = spread(activity, 4) if activity else "none"
+        rows.append(f"| {name} | {changed} | {len(found)} | {spread(found, 4)} | {gap} | {spikes} |")
     rows.append("\n![Variants](ablation.png)\n")
-    (out / "README.md").write_text("\n".join(rows), encoding="utf-8")
+    (out / "README.md").write_text("\n".join(rows), encoding="utf-8", errors="backslashreplace")
     save_png(draw_comparison(values, f"{metric}, in [0, 1]"), out / "ablation.png")
-    print(f"{out / 'README.md'}, {out / 'ablation.png'}")
-
-
-def spread(values: Sequence[float]) -> str:
-    """Return the mean, and the standard deviation where there are several values."""
-    text = f"{statistics.mean(values):.4f}"
-    return f"{text} ± {statistics.stdev(values):.4f}" if len(values) > 1 else text
+    say(f"{out / 'README.md'}, {out / 'ablation.png'}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -17,16 +17,16 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 
 from detection.config import Recipe, flatten, require_same
-from detection.files import remove_parts, require_writable
-from detection.records import DataFingerprint, EpochLog, Evaluation
-from detection.runs import Run, RunInfo, Weights, describe_environment
+from detection.files import require_writable
+from detection.records import DataFingerprint, EpochLog, Evaluation, RunInfo, Weights
+from detection.runs import Run, describe_environment
 from detection.tasks import task_of
 from detection.tasks.base import Dataset, Task
+from detection.text import plural, say
 from detection.training import checkpoint
 from detection.training.distillation import learn_from
 from detection.training.distributed import is_broken_connection, synchronise
 from detection.training.precision import choose_precision
-from detection.training.resume import resume as resume_training
 from detection.training.trainer import Losses, Trainer
 
 
@@ -53,17 +53,18 @@ def train_run(
     accelerator = make_accelerator(config, folder)
     run, main = Run(Path(folder), config), accelerator.is_main_process
     if main and resume:
-        run.lock.acquire()
+        run.lock()
     try:
+        if main and resume and run.finished:  # by another process, just now
+            raise FileExistsError(f"{folder}: finished already, nothing to go on with")
         task, train, val = read_splits(task, accelerator, download=download)
         run.config = task.config
         set_seed(config.train.seed)
-        model = task.build_model()
-        batches, val_batches = task.training_batches(train, accelerator), task.evaluation_batches(val, accelerator)
-        model, losses = prepare_model(task, model, accelerator)
+        model, losses = prepare_model(task, build_model(task), accelerator)
+        val_batches = task.evaluation_batches(val, accelerator)
         trainer = Trainer(
             model,
-            batches,
+            task.training_batches(train, accelerator),
             losses=losses,
             evaluate=lambda network: task.evaluate(network, val_batches, val, accelerator),
             goal=task,
@@ -78,7 +79,7 @@ def train_run(
             run.write_info(run.info().model_copy(update={"sha256": run.checksums()}))
             (run.folder / checkpoint.FILE).unlink(missing_ok=True)
     finally:
-        run.lock.release()
+        run.unlock()
     return line
 
 
@@ -129,24 +130,30 @@ def make_accelerator(config: Recipe, folder: str | Path | None = None) -> Accele
     torch.use_deterministic_algorithms(train.deterministic)
     # accelerate keeps the first precision for the whole process, in which runs of others may follow.
     AcceleratorState._reset_state()
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
+        _refuse_processes("no process has a RANK and a MASTER_ADDR")
     accelerator = Accelerator(
         # Without a GPU several processes have to be told to use the CPU, or each would train for itself.
-        cpu=size > 1 and not torch.cuda.is_available(),
+        cpu=several and not torch.cuda.is_available(),
         mixed_precision=choose_precision(train.precision),
         log_with="tensorboard" if train.tensorboard and folder else None,
         project_dir=folder if train.tensorboard else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=train.timeout_minutes))],
     )
-    if accelerator.num_processes != size:
-        raise ValueError(
-            f"WORLD_SIZE is {size}, but accelerate has {accelerator.num_processes} process(es): start all of them with "
-            "torchrun or accelerate launch, or unset WORLD_SIZE"
-        )
+    if str(accelerator.num_processes) != os.environ.get("WORLD_SIZE", "1"):
+        _refuse_processes(f"{plural(accelerator.num_processes, 'process', 'processes')} would train together")
     if train.precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would train in float32 without a word; torch knows fp16 on a CPU, slow as it is.
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     return accelerator
+
+
+def _refuse_processes(what: str) -> NoReturn:
+    raise ValueError(
+        f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')}, but {what}: start all of them with torchrun or accelerate "
+        "launch, or unset WORLD_SIZE"
+    )
 
 
 def prepare_model(task: Task, model: nn.Module, accelerator: Accelerator) -> tuple[nn.Module, Losses]:
@@ -154,22 +161,30 @@ def prepare_model(task: Task, model: nn.Module, accelerator: Accelerator) -> tup
     config, losses = task.config, task.losses
     model = synchronise(model, spikes=config.hoyer.sync, batch_norm=config.train.sync_batchnorm)
     if config.distillation.teacher is not None:
-        teacher = load_teacher(task)
-        losses = learn_from(
-            teacher,
-            model,
-            losses,
-            config.distillation,
-            accelerator,
-            head_of=task.head_of,
-            ask=task.teacher_pass(model),
-            distance=task.distance,
-        )
+        losses = learn_from(load_teacher(task), model, task, accelerator)
     if config.train.channels_last:  # of the weights; the feature maps follow them
         model.to(memory_format=torch.channels_last)
     if config.train.compile:
         model.backbone.compile()
     return model, losses
+
+
+def build_model(task: Task) -> nn.Module:
+    """Return the new network of a task.
+
+    Raises:
+        ValueError: it cannot be built as the recipe says, or there is no memory for it.
+    """
+    try:
+        return task.build_model()
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        reason = (str(error).strip() or "no memory").splitlines()[0]
+        raise ValueError(
+            f"the network of this recipe does not fit into the memory ({reason}); a smaller model.backbone.width or "
+            "narrower neck and head may"
+        ) from None
 
 
 def load_teacher(task: Task) -> nn.Module:
@@ -204,15 +219,14 @@ def fit(trainer: Trainer, info: RunInfo, *, resume: bool) -> EpochLog:
     """
     run, accelerator, main = trainer.run, trainer.accelerator, trainer.is_main
     if resume:
-        require_same_data(run, info)
-        resume_training(trainer)  # before anything is written
+        require_same_origin(run, info)
+        checkpoint.resume(trainer)  # before anything is written
     try:
         if main and resume:
-            remove_parts(run.folder)
             run.forget_after(trainer.progress.epoch - 1)
             run.note_resumption(info)
         elif main:
-            run.is_own = Run.create(run.folder, run.config, info).is_own
+            run.begin(info)
         accelerator.init_trackers("tensorboard")
         line = trainer.fit()
     except BaseException as error:
@@ -228,9 +242,16 @@ def fit(trainer: Trainer, info: RunInfo, *, resume: bool) -> EpochLog:
     return line
 
 
-def require_same_data(run: Run, info: RunInfo) -> None:
-    """Raise ValueError where the data are not those that a run began with; older runs do not know."""
-    before = run.info().data if (run.folder / "run.json").is_file() else {}
+def require_same_origin(run: Run, info: RunInfo) -> None:
+    """Raise ValueError where data or precision are not those that a run began with; older runs do not know."""
+    if not (run.folder / "run.json").is_file():
+        return
+    before, precision = run.info().data, run.info().precision
+    if precision is not None and precision != info.precision:
+        raise ValueError(
+            f"{run.folder}: trained in the precision {precision}, for which train.precision auto stood; here it stands "
+            f"for {info.precision}: go on where it stands for the same, or begin a new run"
+        )
     for split, now in info.data.items():
         if split in before and before[split] != now:
             raise ValueError(
@@ -255,7 +276,7 @@ def tell_dropped(**splits: Dataset) -> None:
     """Say on standard error what had to be left out of splits."""
     for name, dataset in splits.items():
         for sentence in dataset.dropped:
-            print(f"{name}: {sentence}", file=sys.stderr)
+            say(f"{name}: {sentence}", error=True)
 
 
 def load_model(run: Run, weights: Weights = "last") -> nn.Module:
@@ -267,7 +288,7 @@ def load_model(run: Run, weights: Weights = "last") -> nn.Module:
     """
     config = run.config.model_copy(deep=True)
     config.model.backbone.weights = None  # what the training started from: the run brings its own
-    model = task_of(config).build_model()
+    model = build_model(task_of(config))
     run.load(model, weights)
     if config.train.channels_last:  # as in training, for the same rounding
         model.to(memory_format=torch.channels_last)

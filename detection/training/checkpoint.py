@@ -1,26 +1,37 @@
-"""The checkpoint: everything that changes while a network is trained, in one file."""
+"""The checkpoint: everything that changes while a network is trained, in one file; saving into it and going on."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from backbones import read_tensors, tensors_to_bytes
+from detection.config import flatten, require_same
 from detection.files import write_whole
+from detection.text import say
+
+if TYPE_CHECKING:
+    from detection.training.trainer import Trainer
 
 FILE = "state.safetensors"
 VERSION = 2  # of the checkpoint's keys; 1, without a version in it, was that of 0.1
+CHECKED = ConfigDict(arbitrary_types_allowed=True)  # types are checked where one of these is made, as from a file
+# What torch raises for a state that is not its own.
+MISFITS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class Progress:
     """The place that a training has come to.
 
@@ -32,17 +43,21 @@ class Progress:
         evaluated: whether there has been an evaluation.
         seconds: spent on the steps of this epoch.
         num_images: this process's images of these steps.
+        left_out: those of the steps that had no batch to learn from.
         sums: of each loss and, under "layers", of each spike layer's H, over these steps of this process.
+        shares: `backbones.record_gradient_shares` of the epoch's last step.
     """
 
-    epoch: int = 1
-    step: int = 0
+    epoch: int = Field(1, ge=1)
+    step: int = Field(0, ge=0)
     lr: float = 0.0
     best: float = float("-inf")
     evaluated: bool = False
     seconds: float = 0.0
     num_images: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    left_out: int = Field(0, ge=0)
+    sums: dict[str, Tensor] = Field(default_factory=dict)
+    shares: dict[str, dict[str, float]] = Field(default_factory=dict)
 
     def count(self, name: str, value: Tensor) -> None:
         """Add a value of this step to a sum."""
@@ -50,32 +65,27 @@ class Progress:
 
     def next_epoch(self) -> None:
         """Go on to the beginning of the next epoch."""
-        self.epoch, self.step, self.seconds, self.num_images, self.sums = self.epoch + 1, 0, 0.0, 0, {}
+        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+        self.num_images, self.left_out, self.sums, self.shares = 0, 0, {}, {}
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class ProcessState:
-    """The part of the state that each process of a training has for itself.
-
-    Attributes:
-        random: `random_states`.
-        sums: see `Progress`.
-        num_images: see `Progress`.
-    """
+    """The part of the state that each process has for itself: `random_states`, and `sums` and `num_images` so far."""
 
     random: dict[str, Any]
     sums: dict[str, Tensor]
     num_images: int
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class Checkpoint:
     """The state of a training on disk.
 
     Attributes:
         recipe: flat, see `detection.config.flatten`.
         progress: of the main process, without `sums` and `num_images`.
-        processes: of each process.
+        processes: a `ProcessState` of each process.
         network: its state dict.
         average: state dict of the averaged weights, None without.
         optimizer, schedule, scaler: their state dicts; no scaler but for fp16.
@@ -86,7 +96,7 @@ class Checkpoint:
     processes: list[dict[str, Any]]
     network: dict[str, Tensor]
     average: dict[str, Any] | None
-    optimizer: dict[str, Any]
+    optimizer: dict[Any, Any]
     schedule: dict[str, Any]
     scaler: dict[str, Any] | None
 
@@ -97,8 +107,7 @@ class Checkpoint:
             OSError: it cannot be written; the one before is still there.
         """
         tensors: dict[str, Tensor] = {}
-        content = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        tree = _pack({"version": VERSION, **content}, tensors)
+        tree = _pack({"version": VERSION, **vars(self)}, tensors)
         write_whole(folder / FILE, tensors_to_bytes(tensors, json.dumps(tree)))
 
     @classmethod
@@ -115,16 +124,88 @@ class Checkpoint:
         try:
             content = _unpack(json.loads(tree), tensors)
             version = content.pop("version", 1)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (*MISFITS, RecursionError):
             raise ValueError(f"{path}: not the checkpoint of a training") from None
         if version != VERSION:
             raise ValueError(
-                f"{path}: a checkpoint of version {version}, this program reads version {VERSION}; finish that "
+                f"{path}: a checkpoint of version {version!r}, this program reads version {VERSION}; finish that "
                 "training with the version that began it (its run.json), or start a new one"
             )
-        if content.keys() != {entry.name for entry in fields(cls)}:
-            raise ValueError(f"{path}: not the checkpoint of a training; it has the keys {', '.join(content)}")
-        return cls(**content)
+        try:
+            return cls(**content)
+        except (ValueError, TypeError):
+            keys = ", ".join(map(str, content))[:200]
+            raise ValueError(f"{path}: not the checkpoint of a training; it has the keys {keys}") from None
+
+
+def save(trainer: Trainer, randoms: dict[str, Any]) -> None:
+    """Write the state of all processes; all of them call it, with their `random_states`."""
+    progress = dataclasses.asdict(trainer.progress)
+    own = {"random": randoms, "sums": progress.pop("sums"), "num_images": progress.pop("num_images")}
+    processes = gather_object([own])
+    if trainer.is_main:
+        scaler = trainer.accelerator.scaler
+        Checkpoint(
+            recipe=flatten(trainer.config),
+            progress=progress,
+            processes=processes,
+            network=trainer.network.state_dict(),
+            average=trainer.average and trainer.average.state_dict(),
+            optimizer=trainer.optimizer.state_dict(),
+            schedule=trainer.schedule.state_dict(),
+            scaler=scaler and scaler.state_dict(),
+        ).save(trainer.run.folder)
+
+
+def resume(trainer: Trainer) -> None:
+    """Take over the run's checkpoint, or start from the beginning if it has none.
+
+    Raises:
+        ValueError: it belongs to another network, recipe or number of processes, or it is missing where there
+            should be one.
+    """
+    folder, accelerator = trainer.run.folder, trainer.accelerator
+    state = Checkpoint.load(folder)
+    if state is None:
+        number = len(trainer.run.history()) if trainer.run.has_log else 0
+        if number > 1:  # more than starting anew may cost
+            raise ValueError(
+                f"{folder}: {number} epochs in its log but no {FILE} to go on from: it has finished, or "
+                "lost its state; name another folder for a new run"
+            )
+        if trainer.is_main:
+            say(f"{folder}: no state saved yet, starts from its beginning", error=True)
+        return
+    require_same(state.recipe, trainer.config, str(folder / FILE))
+    if len(state.processes) != accelerator.num_processes:
+        raise ValueError(
+            f"{folder / FILE}: saved by {len(state.processes)} processes, started with {accelerator.num_processes}; an "
+            "exact continuation needs as many"
+        )
+    try:
+        _take_over(trainer, state, ProcessState(**state.processes[accelerator.process_index]))
+    except MISFITS as error:
+        raise ValueError(
+            f"{folder / FILE} does not fit the network of {folder / 'config.yaml'}: {' '.join(str(error).split())}"
+        ) from None
+
+
+def _take_over(trainer: Trainer, state: Checkpoint, own: ProcessState) -> None:
+    trainer.network.load_state_dict(state.network)
+    if trainer.average:
+        trainer.average.load_state_dict(state.average)
+    trainer.optimizer.load_state_dict(state.optimizer)
+    # As when they were made: in the memory order of their weights, or else sums would round otherwise.
+    for parameter, values in trainer.optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter).copy_(value)
+    trainer.schedule.load_state_dict(state.schedule)
+    if trainer.accelerator.scaler:
+        trainer.accelerator.scaler.load_state_dict(state.scaler)
+    sums = {name: value.to(trainer.accelerator.device) for name, value in own.sums.items()}
+    trainer.progress = Progress(**state.progress, sums=sums, num_images=own.num_images)
+    set_random_states(own.random)
 
 
 def random_states() -> dict[str, Any]:

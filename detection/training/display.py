@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,16 +18,9 @@ from detection.runs import Run
 LINE_SECONDS = 60  # between two lines about the steps, where there is no terminal for a bar
 
 
-def silent_layers(line: EpochLog) -> list[str]:
-    """Return the spike layers that did not fire: no potential above 0 in training, or no spike in evaluation."""
-    training = {name for name, value in line.layers.get("hoyer_per_layer", {}).items() if value == 0}
-    rates = line.evaluation.activity_per_layer if line.evaluation else {}
-    return sorted(training | {name for name, rate in rates.items() if rate == 0})
-
-
 def resume_command(run: Run) -> str:
     """Return the command that continues a run."""
-    return f"hoyer-det train --resume {run.folder}"
+    return f"hoyer-det train --resume {shlex.quote(str(run.folder))}"
 
 
 def summary(line: EpochLog, num_epochs: int, best_by: str, headline: Sequence[str]) -> str:

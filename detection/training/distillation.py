@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from detection.config import schema
 from detection.training.trainer import Losses
 
-Distance = Callable[[Tensor, Tensor, float], Tensor]
+if TYPE_CHECKING:
+    from detection.tasks.base import Task
 
 
-def learn_from(
-    teacher: nn.Module,
-    student: nn.Module,
-    losses: Losses,
-    settings: schema.Distillation,
-    accelerator: Accelerator,
-    *,
-    head_of: Callable[[nn.Module], nn.Module],
-    ask: Callable[[nn.Module, Any], None],
-    distance: Distance,
-) -> Losses:
-    """Return `losses` with "distillation" and, if wanted, "features" beside the task's losses, weighted.
+def learn_from(teacher: nn.Module, student: nn.Module, task: Task, accelerator: Accelerator) -> Losses:
+    """Return the task's losses with "distillation" and, if wanted, "features" beside them, weighted.
 
     "distillation" compares the class predictions, "features" what the classification head sees: the last map of a
     classifier's backbone, the pyramid of a detector.
@@ -35,22 +25,20 @@ def learn_from(
     Args:
         teacher: trained network, in evaluation mode; it is moved to the device of the training.
         student: watched by hooks; may be wrapped later.
-        losses: the task's.
-        settings: the weights.
+        task: of the recipe, which says what is compared and how.
         accelerator: of the training.
-        head_of: the module of a network whose input are the features and whose output are the class predictions.
-        ask: (teacher, batch): runs it on what the student has just seen of a batch.
-        distance: (student's predictions, teacher's predictions, temperature) -> ().
     """
+    settings = task.config.distillation
     teacher = teacher.to(accelerator.device).requires_grad_(False)
-    seen, known = watch(head_of(student)), watch(head_of(teacher))
+    ask = task.teacher_pass(student)
+    seen, known = watch(task.head_of(student)), watch(task.head_of(teacher))
 
     def compute(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        found = losses(model, batch)
+        found = task.losses(model, batch)
         with torch.no_grad(), accelerator.autocast():
             ask(teacher, batch)
         if settings.logits:
-            gap = distance(seen["logits"].float(), known["logits"].float(), settings.temperature)
+            gap = task.distance(seen["logits"].float(), known["logits"].float(), settings.temperature)
             found["distillation"] = settings.logits * gap
         if settings.features:
             found["features"] = settings.features * feature_distance(seen["features"], known["features"])

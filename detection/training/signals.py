@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from rich.console import Console
+
+PARENT = "HOYER_DET_PARENT"  # variable: a pipe that is closed when the process that started this one ends
+
+
+def end_with_parent() -> None:
+    """Stop this process, as SIGTERM does, as soon as the one that started it has ended, if that left a pipe for it."""
+    descriptor = os.environ.pop(PARENT, None)
+    if descriptor is not None:
+
+        def wait() -> None:
+            os.read(int(descriptor), 1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=wait, daemon=True).start()
 
 
 class Interrupted(Exception):
@@ -20,6 +37,14 @@ class Interrupted(Exception):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.number = number
+
+
+class Screen(Console):
+    """A console whose lost reader, such as `head`, is an error as for `print`; rich would end with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is being handled."""
+        raise
 
 
 class StopSignals:
@@ -57,6 +82,13 @@ class StopSignals:
             yield
         finally:
             self._impatient = False
+
+    def wait(self, seconds: float = 1.0) -> int:
+        """Return `received`, after a moment if need be: who stops several processes tells one after the other."""
+        end = time.monotonic() + seconds
+        while not self.received and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.received
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.received and number == signal.SIGINT

@@ -5,30 +5,28 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from rich.console import Console
 from torch import Tensor, nn
 
-from backbones import hoyer_penalties, logged_state, recompute_activations, spike_layers
+from backbones import hoyer_penalties, logged_state, recompute_activations, record_gradient_shares, spike_layers
 from detection.config import Recipe
+from detection.data.batches import Batches
 from detection.data.loaders import LoaderError
-from detection.records import EpochLog, Evaluation, Values
+from detection.records import EpochLog, Evaluation
 from detection.runs import Run
-from detection.training import checkpoint
-from detection.training.checkpoint import random_states
-from detection.training.collapse import ask_gradient_shares, take_gradient_shares, warnings_of
-from detection.training.display import LineClock, progress_bar, resume_command, silent_layers, summary
+from detection.text import say
+from detection.training.checkpoint import Progress, random_states, save
+from detection.training.collapse import silent_layers, warnings_of
+from detection.training.display import LineClock, progress_bar, resume_command, summary
 from detection.training.distributed import any_process, share_buffers
 from detection.training.optim import average_weights, build_optimizer, build_schedule
-from detection.training.resume import save
-from detection.training.signals import Interrupted, SaveClock, StopSignals
+from detection.training.signals import Interrupted, SaveClock, Screen, StopSignals
 
 Losses = Callable[[nn.Module, Any], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module], Evaluation]
@@ -37,35 +35,20 @@ Evaluate = Callable[[nn.Module], Evaluation]
 LEAST_SCALE = 2.0**-10
 
 
-class Batches(Protocol):
-    """Training batches of this process, as many in every epoch and in every process; a batch begins with its images."""
-
-    def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Make the next pass that of `epoch`, from 1, without its first `first` batches."""
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-    def __len__(self) -> int: ...
-
-
 class Goal(Protocol):
-    """The part of a task that the trainer asks.
-
-    Attributes:
-        best_by: the metric whose highest value decides which weights are kept as "best".
-        headline: the metrics that stand in the lines on the screen.
-        prediction_layers: parts of names of the layers whose outputs are predictions.
-    """
+    """The part of a task that the trainer needs, see `detection.tasks.base.Task`."""
 
     best_by: str
-    headline: Sequence[str]
-    prediction_layers: Sequence[str]
+    headline: tuple[str, ...]
+    prediction_layers: tuple[str, ...]
 
-    def is_at_chance(self, metrics: Values) -> bool:
-        """Return whether an evaluation is no better than guessing."""
+    def describe_batch(self, batch: Any) -> str: ...
 
-    def describe_batch(self, batch: Any) -> str:
-        """Say which images a batch has, for an error; empty if that is not known."""
+    def is_at_chance(self, metrics: Mapping[str, float]) -> bool: ...
+
+
+class SingleValueError(ValueError):
+    """A batch of which BatchNorm cannot learn."""
 
 
 class Trainer:
@@ -109,10 +92,10 @@ class Trainer:
         self.schedule = build_schedule(optimizer, config.optimizer, self.num_steps * config.train.epochs)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = average_weights(self.network, config.train.ema_decay)
-        self.progress = checkpoint.Progress()
+        self.progress = Progress()
         self.signals = StopSignals()
         self.clock = SaveClock(config.train.save_minutes, config.train.save_steps)
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not self.is_main)
+        self.console = Screen(highlight=False, markup=False, soft_wrap=True, quiet=not self.is_main)
         self._lines = LineClock(self.console)
 
     @property
@@ -137,11 +120,18 @@ class Trainer:
         line = None
         with self.signals.watch(), progress_bar(self.console) as self.bar:
             self.task = self.bar.add_task("", total=self.num_steps)
-            while self.progress.epoch <= epochs:
-                line = self.run_epoch()
-                self.progress.next_epoch()
-                if self.progress.epoch <= epochs:
-                    self.save_or_stop(always=line.epoch == 1)  # from then on the log never is without a checkpoint
+            try:
+                while self.progress.epoch <= epochs:
+                    line = self.run_epoch()
+                    self.progress.next_epoch()
+                    if self.progress.epoch <= epochs:
+                        self.save_or_stop(always=line.epoch == 1)  # from then on the log never is without a checkpoint
+            except LoaderError:
+                if not self.signals.wait():
+                    raise
+                # All processes were told to stop, the loader's too: in the middle of a step there is nothing to save.
+                sentence = f"stopped together with its loader processes; go on with: {resume_command(self.run)}"
+                raise Interrupted(sentence if self.is_main else "", self.signals.received) from None
         return self.run.history()[-1] if line is None else line
 
     def run_epoch(self) -> EpochLog:
@@ -150,14 +140,7 @@ class Trainer:
         self.bar.reset(self.task, completed=progress.step, description=f"epoch {progress.epoch}/{train.epochs}")
         if progress.step == 0:
             progress.lr = self.schedule.get_last_lr()[0]
-        try:
-            line = self.train_epoch()
-        except LoaderError:
-            if not self.signals.received:
-                raise
-            # All processes were told to stop, the loader's too: in the middle of a step there is nothing to save.
-            sentence = f"stopped together with its loader processes; go on with: {resume_command(self.run)}"
-            raise Interrupted(sentence if self.is_main else "", self.signals.received) from None
+        line = self.train_epoch()
         if progress.epoch % train.eval_every == 0 or progress.epoch == train.epochs:
             self.evaluate(line)
         line.silent = silent_layers(line)
@@ -173,9 +156,9 @@ class Trainer:
         started = time.perf_counter() - progress.seconds
         for step in range(progress.step + 1, self.num_steps + 1):
             num_parts = min(accumulate, len(self.batches) - (step - 1) * accumulate)
-            if step == self.num_steps and not self.config.train.compile:
-                ask_gradient_shares(self.network)
-            loss = self.step(source, num_parts, f"epoch {progress.epoch}, step {step}")
+            asks = step == self.num_steps and not self.config.train.compile
+            with record_gradient_shares(self.network) if asks else contextlib.nullcontext({}) as progress.shares:
+                loss = self.step(source, num_parts, f"epoch {progress.epoch}, step {step}")
             progress.step, progress.seconds = step, time.perf_counter() - started
             self.bar.advance(self.task)
             where = f"epoch {progress.epoch}/{self.config.train.epochs}  step {step}/{self.num_steps}"
@@ -185,8 +168,31 @@ class Trainer:
         return self.describe_epoch()
 
     def step(self, source: Iterator[Any], num_parts: int, where: str) -> Tensor:
-        """Make one optimiser step from the mean gradient of so many batches, and return its loss."""
-        parts = [self.backward(next(source), part, num_parts) for part in range(1, num_parts + 1)]
+        """Make one optimiser step from the mean gradient of so many batches, and return its loss.
+
+        A batch of which BatchNorm cannot learn is left out with a warning, so that a run can go on behind it.
+
+        Raises:
+            ValueError: the first step of the training has such a batch, or one of several processes.
+        """
+        parts = []
+        for part in range(1, num_parts + 1):
+            batch = next(source)
+            try:
+                parts.append(self.backward(batch, part, num_parts))
+            except SingleValueError as error:
+                described = self.goal.describe_batch(batch)
+                sentence = f"{error}{f'; {described}' if described else ''}"
+                if self.accelerator.num_processes > 1 or (self.progress.epoch, self.progress.step) == (1, 0):
+                    raise SingleValueError(f"{where}: {sentence}") from None
+                say(f"warning: {where}: left out: {sentence}", error=True)
+                for layer in spike_layers(self.network).values():
+                    layer.drop_penalty()
+        if not parts:
+            self.progress.left_out += 1
+            self.optimizer.zero_grad()
+            self.schedule.step()
+            return torch.zeros(())
         losses = {name: torch.stack([losses[name] for _, losses in parts]).sum() for name in parts[0][1]}
         loss = torch.stack(list(losses.values())).sum()
         self.accelerator.unscale_gradients(self.optimizer)
@@ -211,13 +217,24 @@ class Trainer:
 
         H of the reduction "sum" grows with the batch, so there the batches' H are added up, as for one batch of all
         their images.
+
+        Raises:
+            SingleValueError: a BatchNorm has a single value per channel to learn from.
         """
         hoyer, low_memory = self.config.hoyer, self.config.train.low_memory
         batch = send_to_device(batch, self.accelerator.device)
         # Gradients are averaged over the processes once a step.
         with self.accelerator.no_sync(self.model) if part < num_parts else contextlib.nullcontext():
-            with recompute_activations() if low_memory else contextlib.nullcontext():
-                losses = self.forward(batch)
+            try:
+                with recompute_activations() if low_memory else contextlib.nullcontext():
+                    losses = self.losses(self.model, batch)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise SingleValueError(
+                    f"a BatchNorm has one value per channel in a batch of {len(batch[0])} image(s): {error}; larger "
+                    "images, or in a new run a larger train.batch_size, give it more"
+                ) from None
             penalties = hoyer_penalties(self.network, hoyer.reduction)
             if penalties:
                 each = (num_parts if hoyer.reduction == "sum" else 1) * torch.stack(list(penalties.values()))
@@ -226,22 +243,6 @@ class Trainer:
             self.accelerator.backward(torch.stack(list(losses.values())).sum() / num_parts)
         self.progress.num_images += len(batch[0])
         return batch, {name: value.detach() / num_parts for name, value in losses.items()}
-
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        """Return the task's losses of a batch.
-
-        Raises:
-            ValueError: a BatchNorm has a single value per channel to learn from.
-        """
-        try:
-            return self.losses(self.model, batch)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise ValueError(
-                f"a BatchNorm has one value per channel in a batch of {len(batch[0])} image(s): {error}; take a larger "
-                "train.batch_size or larger images"
-            ) from None
 
     def hoyer_weight(self) -> float:
         """Return the weight of the regulariser in the step under way, which rises over `hoyer.warmup_epochs`."""
@@ -273,20 +274,23 @@ class Trainer:
     def describe_epoch(self) -> EpochLog:
         """Return what the log says of an epoch's steps."""
         progress, num_processes = self.progress, self.accelerator.num_processes
-        means = {name: self.accelerator.reduce(value / self.num_steps, "mean") for name, value in progress.sums.items()}
+        number = self.num_steps - progress.left_out
+        means = {name: self.accelerator.reduce(value / number, "mean") for name, value in progress.sums.items()}
         layers = {}
         if "layers" in means:
             names = [name for name, layer in spike_layers(self.network).items() if layer.has_penalty]
             layers["hoyer_per_layer"] = dict(zip(names, means.pop("layers").tolist(), strict=True))
+        layers |= logged_state(self.network)
+        layers |= {f"hoyer_share_of_{name}": shares for name, shares in progress.shares.items() if shares}
         return EpochLog(
             epoch=progress.epoch,
             step=progress.epoch * self.num_steps,
             lr=progress.lr,
-            loss=means.pop("loss").item(),
+            loss=means.pop("loss", torch.tensor(math.nan)).item(),  # NaN: every batch was left out
             losses={name.removeprefix("loss/"): value.item() for name, value in means.items()},
             seconds=round(progress.seconds, 3),
             images_per_second=round(progress.num_images * num_processes / progress.seconds, 3),
-            layers=layers | logged_state(self.network) | take_gradient_shares(self.network),
+            layers=layers,
         )
 
     def evaluate(self, line: EpochLog) -> None:
@@ -321,17 +325,17 @@ class Trainer:
                 self.run.save(self.average.module, "ema")
             if better:
                 self.run.save(self.network, "best")
-            history = self.run.history() if (self.run.folder / "metrics.jsonl").is_file() else []
+            history = self.run.history() if self.run.has_log else []
             warmup = max(self.config.hoyer.warmup_epochs, self.config.optimizer.warmup_steps / self.num_steps)
             line.warnings = warnings_of([*history, line], self.goal.is_at_chance, warmup)
             self.run.log(line)
             if line.silent:
                 silent = ", ".join(line.silent)
-                print(f"warning: spike layers silent in epoch {line.epoch}: {silent}", file=sys.stderr)
-            known = {kind for before in history[-1:] for kind in before.warnings}
+                say(f"warning: spike layers silent in epoch {line.epoch}: {silent}", error=True)
+            known = next((before.warnings for before in reversed(history) if before.evaluation is not None), {})
             for kind, sentence in line.warnings.items():
                 if kind not in known:
-                    print(f"warning: epoch {line.epoch}: {sentence}", file=sys.stderr)
+                    say(f"warning: epoch {line.epoch}: {sentence}", error=True)
         scalars = {key: value for key, value in line.to_json().items() if isinstance(value, float)}
         self.accelerator.log(scalars, step=line.epoch)
         self.console.print(summary(line, self.config.train.epochs, self.goal.best_by, self.goal.headline))
