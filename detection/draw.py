@@ -21,7 +21,8 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor
 
-from detection.figures import TEXT_SIZE, WIDTH, set_title
+from detection.figures import TEXT_SIZE, WIDTH, set_title, shorten
+from detection.fonts import drawable, take_literally
 from detection.spikemaps import SpikeMap
 
 DPI = 100  # pixels per inch: a figure of 12 inches is 1200 pixels wide
@@ -148,18 +149,10 @@ def draw_classes(image: np.ndarray, rows: Sequence[tuple[str, float]]) -> np.nda
     """
 
     def draw(axes: Axes) -> None:
-        axes.text(
-            0.01,
-            0.99,
-            "\n".join(f"{probability:.3f}  {name}" for name, probability in rows),
-            transform=axes.transAxes,
-            fontsize=11,
-            color="white",
-            va="top",
-            linespacing=1.3,
-            parse_math=False,
-            bbox={"facecolor": "black", "alpha": 0.65, "edgecolor": "none", "pad": 4},
-        )
+        text = "\n".join(f"{probability:.3f}  {drawable(shorten(name))}" for name, probability in rows)
+        ground = {"facecolor": "black", "alpha": 0.65, "edgecolor": "none", "pad": 4}
+        style = {"transform": axes.transAxes, "fontsize": 11, "color": "white", "va": "top", "linespacing": 1.3}
+        take_literally(axes.text(0.01, 0.99, text, bbox=ground, **style))
 
     return _draw_over(image, draw)
 
@@ -219,7 +212,7 @@ def draw_spike_maps(
     bar.set_label("share of channels that fire", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(shorten(title, 80), fontsize=11)
     return figure
 
 
@@ -328,10 +321,10 @@ def _draw_boxes(axes: Axes, boxes: Sequence[Box], font_size: float = 7) -> None:
         if box.title:
             set_title(patch, box.title)
         if box.label:
-            style = {"fontsize": font_size, "color": _readable_on(box.colour), "parse_math": False}
+            style = {"fontsize": font_size, "color": _readable_on(box.colour), "zorder": 5 - index / 1e4}
             ground = {"facecolor": box.colour, "edgecolor": "none", "pad": 1}
-            text = axes.text(0, 0, box.label, va="bottom", clip_on=True, bbox=ground, zorder=5 - index / 1e4, **style)
-            taken.append(_place(text, axes, box.corners, taken))
+            text = axes.text(0, 0, drawable(shorten(box.label)), va="bottom", clip_on=True, bbox=ground, **style)
+            taken.append(_place(take_literally(text), axes, box.corners, taken))
 
 
 def _place(text: Text, axes: Axes, box: Sequence[float], taken: Sequence[Bbox]) -> Bbox:

@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -25,6 +26,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from PIL import Image
 
 from detection.files import write_whole
+from detection.fonts import make_drawable, one_line, take_literally
 
 # A panel of 4 inches is as wide as a telephone, on which letters of 8.5 points can just be read. All in inches.
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, MARGIN, LEGEND_ROW = 4.0, 2.05, 0.55, 0.58, 0.5, 0.13, 0.17
@@ -154,6 +156,7 @@ def clean(axes: Axes, size: float = TEXT_SIZE) -> None:
 
 def shorten(name: str, length: int = MAX_NAME) -> str:
     """Return a name of at most so many letters: its end, which tells it from others more often than its beginning."""
+    name = one_line(name)
     if len(name) <= length:
         return name
     return ELLIPSIS + re.sub(r"^[^.]*\.(?=[a-z_])", "", name[1 - length :])  # a layer's name from a whole word on
@@ -172,7 +175,7 @@ def short_number(value: float) -> str:
 
 def set_title(artist: Artist, title: str) -> None:
     """Give a part of a figure a title, which a browser shows when the pointer rests on it."""
-    artist.set_gid(f"title: {title}")
+    artist.set_gid(f"title: {one_line(title)}")
 
 
 def save_png(figures: Figure | Sequence[Figure], path: str | PathLike[str]) -> None:
@@ -195,7 +198,7 @@ def save_png(figures: Figure | Sequence[Figure], path: str | PathLike[str]) -> N
 
 
 def _pixels(figure: Figure) -> Image.Image:
-    _take_text_literally(figure)
+    make_drawable(figure)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -211,28 +214,31 @@ def to_svg(figure: Figure, name: str = "figure") -> str:
         figure: the figure.
         name: begins all ids in it, so that no two figures of a page share one.
     """
-    _take_text_literally(figure)
+    for text in figure.findobj(Text):
+        text.set_text("\n".join(map(one_line, text.get_text().split("\n"))))
+        take_literally(text)
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "hoyer-det", "svg.fonttype": "none"}):
+    style = matplotlib.rc_context({"svg.hashsalt": "hoyer-det", "svg.fonttype": "none"})
+    with style, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a browser has fonts of its own
         figure.savefig(buffer, format="svg", dpi=PICTURE_DPI, metadata={"Date": None})
     svg = buffer.getvalue().decode()
     svg = re.sub(r"\n\s*", " ", svg[svg.index('<g id="figure_1"') :])  # behind metadata, and a style for the whole page
     svg = re.sub("[^\t\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", svg)  # XML cannot hold the others
-    svg = re.sub('<g id="title: ([^"]*)">', r"<g><title>\1</title>", svg.replace("xlink:href", "href"))
-    svg = re.sub(r'(<[^<>]* (?:id="|href="#|clip-path="url\(#))', rf"\g<1>{name}-", svg)
-    svg = re.sub(' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
-    svg = re.sub("'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
-    svg = re.sub('data:image/png;base64,([^"]*)', lambda found: _to_jpeg(found[1]), svg)
+    svg = re.sub(r"""<g id=(["'])title: (.*?)\1>""", r"<g><title>\2</title>", svg.replace("xlink:href", "href"))
+    svg = re.sub("<[^<>]*>", lambda found: _shorten_tag(found[0], name), svg)  # between them stand foreign names
     box = " ".join(f"{72 * inches:g}" for inches in figure.get_size_inches())
-    label = html.escape(re.sub("[\x00-\x1f]", "\ufffd", str(figure.get_label())))
+    label = html.escape(one_line(str(figure.get_label())))
     start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {box}" role="img" aria-label="{label}"'
     return f'{start} style="stroke-linejoin: round">{svg}'
 
 
-def _take_text_literally(figure: Figure) -> None:
-    """Keep matplotlib from taking a class with two dollar signs in its name for mathematics."""
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)
+def _shorten_tag(tag: str, name: str) -> str:
+    """A tag with an id of its own, fewer digits, any font and a smaller picture."""
+    tag = re.sub(r'(<.* (?:id="|href="#|clip-path="url\(#))', rf"\g<1>{name}-", tag)
+    tag = re.sub(' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), tag)
+    tag = re.sub("'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", tag)
+    return re.sub('data:image/png;base64,([^"]*)', lambda found: _to_jpeg(found[1]), tag)
 
 
 def _to_jpeg(png: str) -> str:

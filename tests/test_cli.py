@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
+import traceback
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import ROOT, run_tool
 
 import detection
 from detection.cli import VERBS, export, main, recipes, zoo
-from detection.cli.common import check_run, run_verb
+from detection.cli.common import check_run, parse_recipe, recipe_parser, run_verb
 from detection.config import read_recipe, recipe_names
 from detection.exporters import SUFFIXES
 from detection.runs import Run, command_line
@@ -158,6 +163,7 @@ def test_mistyped_verbs_name_the_nearest(capsys):
         (["check-data", "scenes_retinanet"], "did you mean 'scenes_retinanet_resnet18'?"),
         (["compare", "none.yaml", "--out", "x"], "none.yaml: no such config file"),
         (["compare", "cifar10_vgg11", "--out", "x", "--variants", "rleu"], "--variants rleu: unknown (allowed: hoyer"),
+        (["compare", "cifar10_vgg11", "--out", "x", "--variants", "a='--x"], "--variants a='--x: no closing quotation"),
         (["summary", "none"], "none: no such recipe"),
         (["summary", "zoo:none"], "zoo:none: no such entry of the zoo (allowed: bccd"),
         (["summary", "configs"], "configs is not a run folder"),
@@ -175,11 +181,12 @@ def test_mistyped_verbs_name_the_nearest(capsys):
         (["recipes", "show", "bcd"], "no such recipe"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_sentence(arguments, sentence, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    text = " ".join(re.sub("[│╭╮╰╯─]", " ", call(capsys, *arguments, status=2)).split())
-    assert sentence in text
-    assert "Traceback" not in text
+def test_what_is_wrong_is_said_in_a_sentence(arguments, sentence, attempt, capsys, monkeypatch):
+    with attempt("wrong values"):
+        monkeypatch.chdir(ROOT)
+        text = " ".join(re.sub("[│╭╮╰╯─]", " ", call(capsys, *arguments, status=2)).split())
+        assert sentence in text
+        assert "Traceback" not in text
 
 
 def test_help_and_mistyped_names_do_not_wait_for_torch(tmp_path):
@@ -198,19 +205,23 @@ def test_help_and_mistyped_names_do_not_wait_for_torch(tmp_path):
         assert text.strip() and "Traceback" not in text
 
 
+def fail(error: BaseException):
+    """A verb that ends with this error."""
+
+    def verb(arguments, prog) -> None:
+        raise error
+
+    return verb
+
+
 def test_errors_become_sentences_and_statuses(capsys):
-    def fail(error: BaseException):
-        def verb(arguments, prog) -> None:
-            raise error
-
-        return verb
-
     loader = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
     for error, status, sentence in (
         (ValueError("no such thing"), 2, "error: no such thing\n"),
         (FileNotFoundError("x: no such file"), 2, "error: x: no such file\n"),
         (ImportError("needs a package"), 2, "error: needs a package\n"),
         (ValueError(f"{loader}ValueError: a.png: cut off\n"), 2, "error: a.png: cut off\n"),
+        (ValueError("\x1b[31mred\x07: no such class"), 2, "error: \\x1b[31mred\\x07: no such class\n"),
         (FloatingPointError("loss is not finite"), 1, "error: loss is not finite\n"),
         (Interrupted("stopped, state saved", signal.SIGTERM), 143, "stopped, state saved\n"),
         (Interrupted("", signal.SIGINT), 130, ""),
@@ -219,8 +230,120 @@ def test_errors_become_sentences_and_statuses(capsys):
         with pytest.raises(SystemExit) as stop:
             run_verb(fail(error))
         assert (stop.value.code, capsys.readouterr().err) == (status, sentence)
-    with pytest.raises(KeyError):  # a mistake of the program keeps its traceback
-        run_verb(fail(KeyError("x")))
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), TypeError("y\nz"), RecursionError(), UnicodeEncodeError("a", "b", 0, 1, "c")]
+)
+def test_an_error_that_nobody_thought_of_has_a_log_file(error, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        run_verb(fail(error), ["RUN"])
+    said = capsys.readouterr().err
+    (log,) = tmp_path.iterdir()
+    first = str(error).partition("\n")[0]
+    what = f"error: {type(error).__name__}: {first}; nobody thought of this error, its details are in {log}\n"
+    assert (stop.value.code, said) == (3, what)
+    text = log.read_text()
+    assert text.startswith(f"{sys.argv}\npython {sys.version}\n") and f"torch {torch.__version__}" in text
+    assert text.endswith("".join(traceback.format_exception_only(error))) and "in verb\n    raise error\n" in text
+    with pytest.raises(SystemExit) as stop:
+        run_verb(fail(error), ["RUN", "--debug"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 3 and "in verb\n    raise error\n" in said and "error: " not in said.splitlines()[0]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(SystemExit) as stop:
+        run_verb(fail(error), ["RUN"])
+    assert stop.value.code == 3
+    said = capsys.readouterr().err
+    assert (
+        said
+        == f"error: {type(error).__name__}: {first}; nobody thought of this error, --debug shows where it comes from\n"
+    )
+
+
+def test_debug_anywhere_is_no_argument_of_the_verb(capsys):
+    def verb(arguments, prog) -> None:
+        assert (arguments, prog) == (["a", "b"], "prog")
+        raise ValueError("known")
+
+    with pytest.raises(SystemExit) as stop:
+        run_verb(verb, ["--debug", "a", "b"], "prog")
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("Traceback (most recent call last):\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["--debug", "recipes", "show", "none"])
+    assert stop.value.code == 2 and "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", ["recipes", "recipes show cifar10_vgg11", "--help", "--version", "train cifar10_vgg11 --help"]
+)
+def test_a_reader_that_ends_ends_the_command_quietly(arguments):
+    """As with `| head`: here the reader is gone before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "detection", *arguments.split()]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "value"),
+    [
+        (["--data.root", "x date=2024"], "data.root", Path("x date=2024")),
+        (["--data.root=a=b=c"], "data.root", Path("a=b=c")),
+        (["data.root=runs/lr=0.1"], "data.root", Path("runs/lr=0.1")),
+        (["--data.root", "train.epochs=3"], "data.root", Path("train.epochs=3")),
+        (["data.root=--odd"], "data.root", Path("--odd")),
+        (["--data.root", "-odd"], "data.root", Path("-odd")),
+        (["--model.backbone.weights", "runs/lr=0.1"], "model.backbone.weights", "runs/lr=0.1"),
+        (["--train.epochs=2"], "train.epochs", 2),
+        (["train.epochs=2"], "train.epochs", 2),
+        (["--hoyer.weight", "-0"], "hoyer.weight", 0.0),
+        (["--data.classes", "a=b", "$x$ = 1", "-c", "--train.epochs", "2"], "data.classes", ["a=b", "$x$ = 1", "-c"]),
+        (["--data.classes", "a", "train.epochs=2"], "data.classes", ["a"]),
+        (["--data.classes"], "data.classes", []),
+        (["--model.backbone.weights", "None"], "model.backbone.weights", None),
+    ],
+)
+def test_equals_signs_in_overrides(attempt, arguments, key, value, tmp_path):
+    recipe = tmp_path / "lr=0.1.yaml"
+    recipe.write_text("data: {format: synthetic, root: x}\nmodel: {backbone: {weights: y}}\n")
+    with attempt("wrong values"):
+        parser = recipe_parser("", "prog")
+        parser.add_argument("--out")
+        options = ["--out", "runs/lr=0.1 x=2"]
+        for given in ([str(recipe), *arguments, *options], [str(recipe), *options, *arguments]):
+            found, rest = parse_recipe(parser, given)
+            for part in key.split("."):
+                found = getattr(found, part)
+            assert (found, rest.out) == (value, "runs/lr=0.1 x=2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["data.rot=x"], "--data.rot: no such key of a recipe; did you mean --data.root? (RECIPE --help lists all)"),
+        (
+            ["--data.root", "x", "date=2024"],
+            "--date: no such key of a recipe; did you mean --data.verify? (RECIPE --help",
+        ),
+        (["--data.root", "x", "y"], "'y': no option and no key of a recipe; expected --section.key VALUE"),
+        (["--data.root"], "--data.root: its value is missing (one that begins with -- is given by data.root=VALUE)"),
+        (["--data.root", "--train.epochs", "2"], "--data.root: its value is missing"),
+        (["--train.epochs=2=3"], "train.epochs: Input should be a valid integer"),
+        (["--train.epochs="], "train.epochs: Input should be a valid integer"),
+        (["=3"], "--: no such key of a recipe"),
+        (["--data", "x"], "--data: no such key of a recipe"),
+        (["--train.epochs.more", "3"], "--train.epochs.more: no such key of a recipe; did you mean --train.epochs?"),
+        (["--\x1b[31m", "3"], "--\\x1b[31m: no such key of a recipe"),
+    ],
+)
+def test_wrong_overrides_are_a_sentence(attempt, arguments, sentence, capsys):
+    with attempt("wrong values"):
+        said = call(capsys, "train", "scenes_retinanet_resnet18", *arguments, status=2)
+        assert sentence in said and said.count("\n") == 1
 
 
 def test_a_run_is_found_without_its_package(tmp_path):

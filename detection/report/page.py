@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -15,6 +16,7 @@ from detection.report.source import Source, complete, read_source
 from detection.report.views import UNKNOWN, compare, describe
 from detection.report.words import format_number, run_names
 from detection.runs import Weights
+from detection.text import printable
 
 GENERATOR = "hoyer-det report"  # stands in every page, by which a page is known that may be replaced
 
@@ -96,13 +98,14 @@ def render(sources: Sequence[Source], command: Sequence[str] = ()) -> str:
         loader=PackageLoader("detection"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_without_commands,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     figures = itertools.count(1)
     environment.filters |= {
         "number": format_number,
-        "breakable": lambda name: escape(name).replace(".", Markup(".<wbr>")),
+        "breakable": lambda name: escape(_without_commands(name)).replace(".", Markup(".<wbr>")),
         "svg": lambda figure: Markup(to_svg(figure, f"figure{next(figures)}")),
     }
     names = run_names([source.run.folder for source in sources])
@@ -117,3 +120,8 @@ def render(sources: Sequence[Source], command: Sequence[str] = ()) -> str:
         unknown=UNKNOWN,
         command=" ".join(command),
     )
+
+
+def _without_commands(value: Any) -> Any:
+    """A text without the control characters that HTML does not allow; anything else as it is."""
+    return printable(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -69,6 +69,9 @@ def complete(source: Source, num_images: int, data_root: Path | None) -> Source:
         source: the run.
         num_images: best and worst images to show, so many each.
         data_root: where the evaluation data are; they must be there. None: where the recipe says.
+
+    Raises:
+        ValueError: the weights are damaged, not finite, or not those of run.json.
     """
     run, weights = source.run, source.weights
     stored = read_analysis(run, weights)
@@ -76,6 +79,7 @@ def complete(source: Source, num_images: int, data_root: Path | None) -> Source:
     if not path.is_file():
         missing = dict.fromkeys(source.missing, f"The weights, {path.name}, are not in the run folder.")
         return replace(source, analysis=stored, missing=missing)
+    run.read(weights)
     steps = {
         "evaluation": lambda: examine(Run.open(run.folder, data_root), weights, num_images),
         "analysis": lambda: stored or analyze_run(run.folder, weights, data_root=data_root).to_dict(),

@@ -17,7 +17,13 @@ from detection.sections import Bar, Bars, Cell, Charts, Details, Section, Table,
 from detection.text import plural
 
 UNKNOWN = ("not yet", "none", "unknown", "not checked")  # in the headline in place of a number
-QUANTITIES = {"extremum": "extremum E", "hoyer_per_layer": "H"}  # of spike layers; others have their own names
+# Of spike layers; others have their own names.
+QUANTITIES = {
+    "extremum": "extremum E",
+    "hoyer_per_layer": "H",
+    "hoyer_share_of_potential": "regulariser's share of du",
+    "hoyer_share_of_threshold": "regulariser's share of dv_th",
+}
 
 
 class Number(NamedTuple):
@@ -123,7 +129,7 @@ def sections(source: Source) -> list[Section]:
 
 
 def curves_section(source: Source) -> Section:
-    """Return the curves of the log, and the log in numbers."""
+    """Return the last warning of each kind, the curves of the log, and the log in numbers."""
     task, log = source.task, source.log
     losses = dict.fromkeys(name for line in log for name in line.losses)
     columns = {"loss": [line.loss for line in log]}
@@ -137,7 +143,9 @@ def curves_section(source: Source) -> Section:
     ]
     table = Table("Log", ("epoch", *columns), rows, sortable=False)
     charts = Charts(curves.draw_curves(log, task.metrics, task.score))
-    return Section("curves", "Curves", "Curves", [charts, Details("The log in numbers", [table])])
+    said = {kind: (line.epoch, sentence) for line in log for kind, sentence in line.warnings.items()}
+    warnings = [Words(f"Warning after epoch {epoch}: {sentence}.", "note") for epoch, sentence in said.values()]
+    return Section("curves", "Curves", "Curves", [*warnings, charts, Details("The log in numbers", [table])])
 
 
 def layers_section(source: Source) -> Section:
