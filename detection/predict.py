@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detection.data.pictures import ImageLike, read_image
 from detection.runs import Run, Weights
 from detection.spikemaps import SpikeMap, spike_maps
 from detection.tasks import task_of
+from detection.tasks.base import Task
 from detection.tasks.predictions import AnyPrediction
 from detection.tasks.run import load_model
 from detection.training.precision import autocast
@@ -50,48 +53,64 @@ class Predictor:
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the options of `predict` that the task has, such as "score_threshold"."""
-        given = ("model", "pictures", "batch_size", "precision")
-        return tuple(name for name in inspect.signature(self.task.predict).parameters if name not in given)
+        return options_of(self.task)
 
     def predict(
         self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 8, **options: Any
     ) -> AnyPrediction | list[AnyPrediction]:
-        """Return what the network makes of an image, or a list of that for a list.
-
-        A detector gives `Prediction`s, a classifier `ClassPrediction`s.
-
-        Args:
-            images: one image or several: path, array, PIL image or tensor, see `read_image`.
-            batch_size: images at a time.
-            options: of the task: score_threshold and nms_threshold, a detector's; see `Task.predict`.
-
-        Raises:
-            ValueError: an image that cannot be read, an option that the task does not have or a value out of range.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        for name in options:
-            if name not in self.options:
-                allowed = ", ".join(self.options) or "none"
-                raise ValueError(f"{name}: no option of {self.task.name} (allowed: {allowed})")
-        several = isinstance(images, (list, tuple))
-        items = list(images) if several else [images]
-        pictures = [_read(item, f"image at index {index}: " if several else "") for index, item in enumerate(items)]
-        found = self.task.predict(
-            self.model,
-            pictures,
-            batch_size=batch_size,
-            precision=autocast(self.run.config.train.precision, self.device),
-            **options,
-        )
-        paths = [Path(item) if isinstance(item, (str, Path)) else None for item in items]
-        named = [dataclasses.replace(each, path=path) for each, path in zip(found, paths, strict=True)]
-        return named if several else named[0]
+        """Return what the network makes of an image, or a list of that for a list; see `predict_images`."""
+        precision = autocast(self.run.config.train.precision, self.device)
+        return predict_images(self.task, self.model, images, batch_size=batch_size, precision=precision, **options)
 
     def spike_maps(self, image: ImageLike) -> list[SpikeMap]:
         """Return where the network fires on what it sees of an image; empty for a network without spike layers."""
         with autocast(self.run.config.train.precision, self.device):
             return spike_maps(self.model, self.task.prepare(self.model, read_image(image)))
+
+
+def options_of(task: Task) -> tuple[str, ...]:
+    """Return the names of the options of a task's `predict` that a caller may choose."""
+    given = ("model", "pictures", "batch_size", "precision")
+    return tuple(name for name in inspect.signature(task.predict).parameters if name not in given)
+
+
+def predict_images(
+    task: Task,
+    model: nn.Module,
+    images: ImageLike | Sequence[ImageLike],
+    *,
+    batch_size: int = 8,
+    precision: AbstractContextManager = contextlib.nullcontext(),  # noqa: B008, it has no state
+    **options: Any,
+) -> AnyPrediction | list[AnyPrediction]:
+    """Return what a network makes of an image, or a list of that for a list.
+
+    A detector gives `Prediction`s, a classifier `ClassPrediction`s.
+
+    Args:
+        task: of the network.
+        model: the network, in evaluation mode.
+        images: one image or several: path, array, PIL image or tensor, see `read_image`.
+        batch_size: images at a time; fewer where they are large.
+        precision: context of the passes.
+        options: of the task: score_threshold and nms_threshold, a detector's; see `Task.predict`.
+
+    Raises:
+        ValueError: an image that cannot be read, an option that the task does not have or a value out of range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    allowed = options_of(task)
+    for name in options:
+        if name not in allowed:
+            raise ValueError(f"{name}: no option of {task.name} (allowed: {', '.join(allowed) or 'none'})")
+    several = isinstance(images, (list, tuple))
+    items = list(images) if several else [images]
+    pictures = [_read(item, f"image at index {index}: " if several else "") for index, item in enumerate(items)]
+    found = task.predict(model, pictures, batch_size=batch_size, precision=precision, **options)
+    paths = [Path(item) if isinstance(item, (str, Path)) else None for item in items]
+    named = [dataclasses.replace(each, path=path) for each, path in zip(found, paths, strict=True)]
+    return named if several else named[0]
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

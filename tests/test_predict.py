@@ -130,18 +130,19 @@ def test_every_kind_of_input_gives_the_same_boxes(predictor, scenes):
 
 
 @pytest.mark.parametrize("kind", ["L", "P", "I;16", "RGBA"])
-def test_files_of_every_mode(predictor, tmp_path, kind):
+def test_files_of_every_mode(predictor, tmp_path, kind, attempt):
     grey = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))
     image = Image.fromarray(grey.astype(np.uint16) * 257) if kind == "I;16" else Image.fromarray(grey).convert(kind)
     image.save(tmp_path / "image.png")
     assert Image.open(tmp_path / "image.png").mode == kind
-    prediction = predictor.predict(tmp_path / "image.png")
-    assert prediction.size == (64, 48)
     expected = np.repeat(grey[:, :, None], 3, axis=2)
-    assert np.abs(prediction.image.astype(int) - expected).max() <= 1
+    with attempt("mutated images"):
+        prediction = predictor.predict(tmp_path / "image.png")
+        assert prediction.size == (64, 48)
+        assert np.abs(prediction.image.astype(int) - expected).max() <= 1
 
 
-def test_exif_orientation_turns_files_and_pil_images_but_not_the_training_data(predictor, tmp_path):
+def test_exif_orientation_turns_files_and_pil_images_but_not_the_training_data(predictor, tmp_path, attempt):
     pixels = np.zeros((20, 40, 3), dtype=np.uint8)
     pixels[:, :10] = 255  # white at the left end: on top once it is upright
     exif = Image.Exif()
@@ -150,9 +151,10 @@ def test_exif_orientation_turns_files_and_pil_images_but_not_the_training_data(p
     Image.fromarray(pixels).save(path, exif=exif)
     assert load_image(path).shape == (20, 40, 3)
     for source in (path, Image.open(path)):
-        prediction = predictor.predict(source)
-        assert prediction.size == (20, 40)
-        assert (prediction.image[:10] == 255).all() and (prediction.image[10:] == 0).all()
+        with attempt("mutated images"):
+            prediction = predictor.predict(source)
+            assert prediction.size == (20, 40)
+            assert (prediction.image[:10] == 255).all() and (prediction.image[10:] == 0).all()
 
 
 def test_result_does_not_depend_on_the_batch(predictor, scenes):
@@ -175,18 +177,19 @@ def test_padded_size_is_that_of_the_network(predictor):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20000, 20), (20, 20000), (1, 3000)])
-def test_extreme_shapes(predictor, size):
+def test_extreme_shapes(predictor, size, attempt):
     width, height = size
     image = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    prediction = predictor.predict(image, score_threshold=0.0)
-    assert prediction.size == size
-    assert len(prediction) > 0
-    assert (prediction.boxes >= 0).all()
-    assert (prediction.boxes[:, 2:] <= torch.tensor(size)).all()
-    assert (prediction.boxes[:, 2:] > prediction.boxes[:, :2]).all()
-    drawn = predictor.predict(image).draw()
-    assert min(drawn.size) >= 120 and 640 <= max(drawn.size) <= 2560
-    assert all(0 <= entry.activity <= 1 for entry in predictor.spike_maps(image))
+    with attempt("mutated images"):
+        prediction = predictor.predict(image, score_threshold=0.0)
+        assert prediction.size == size
+        assert len(prediction) > 0
+        assert (prediction.boxes >= 0).all()
+        assert (prediction.boxes[:, 2:] <= torch.tensor(size)).all()
+        assert (prediction.boxes[:, 2:] > prediction.boxes[:, :2]).all()
+        drawn = predictor.predict(image).draw()
+        assert min(drawn.size) >= 120 and 640 <= max(drawn.size) <= 2560
+        assert all(0 <= entry.activity <= 1 for entry in predictor.spike_maps(image))
 
 
 @pytest.mark.parametrize("name", ["retinanet", "fcos", "ssd", "fasterrcnn"])
@@ -219,7 +222,7 @@ def test_lower_threshold_than_the_recipes(predictor, scenes):
     assert predictor.model.score_thresh == 0.05 and predictor.model.nms_thresh == 0.5
 
 
-def test_wrong_input_is_named(predictor, finished, scenes, tmp_path):
+def test_wrong_input_is_named(predictor, finished, scenes, tmp_path, attempt):
     image = np.zeros((8, 8, 3), dtype=np.uint8)
     for wrong, *parts in (
         (image.astype(float) + 2, "floats in [0, 1]", "found 2 to 2"),
@@ -233,9 +236,10 @@ def test_wrong_input_is_named(predictor, finished, scenes, tmp_path):
         (tmp_path, "a folder, not an image"),
         (tmp_path / "no.jpg", "no such file"),
     ):
-        with pytest.raises(ValueError) as error:
-            predictor.predict(wrong)
-        assert all(part in str(error.value) for part in parts), str(error.value)
+        with attempt("mutated images"):
+            with pytest.raises(ValueError) as error:
+                predictor.predict(wrong)
+            assert all(part in str(error.value) for part in parts), str(error.value)
     with pytest.raises(ValueError, match=r"image at index 1: .*no\.jpg: no such file"):
         predictor.predict([scenes[0], tmp_path / "no.jpg"])
     for options in ({"score_threshold": 1.5}, {"nms_threshold": -0.1}, {"score_threshold": float("nan")}):
@@ -437,7 +441,7 @@ def test_tool_writes_pictures_and_coco_results(finished, scenes, monkeypatch, ca
         assert row["bbox"] == pytest.approx(other["bbox"], abs=1e-2)
 
 
-def test_tool_goes_on_past_what_cannot_be_read(finished, scenes, monkeypatch, capsys, tmp_path):
+def test_tool_goes_on_past_what_cannot_be_read(finished, scenes, monkeypatch, capsys, tmp_path, attempt):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.jpg").write_text("no image")
     content = scenes[0].read_bytes()
@@ -450,14 +454,15 @@ def test_tool_goes_on_past_what_cannot_be_read(finished, scenes, monkeypatch, ca
     lines = [line for line in error.splitlines() if line.startswith("failed: ")]
     assert len(lines) == 6
     for name, reason in (
-        ("text.jpg", "does not decode: cannot identify"),
+        ("text.jpg", "does not decode: no image of a known format (allowed: JPEG, "),
         ("cut.png", "does not decode"),
         ("empty", "no images in this folder"),
         ("no.jpg", "no such file or folder"),
         ("*.zzz", "no file matches"),
         ("camera 98", "no such camera"),
     ):
-        assert any(name in line and reason in line for line in lines), lines
+        with attempt("batch jobs"):
+            assert any(name in line and reason in line for line in lines), lines
     # Two images of one name: both are kept.
     stem = scenes[0].stem
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {f"{stem}.png", f"{stem}_2.png"}
@@ -511,7 +516,7 @@ def test_tool_never_overwrites(finished, scenes, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("code", ["avi", "mp4"])
-def test_tool_draws_videos_and_keeps_what_a_cut_one_has(finished, monkeypatch, capsys, tmp_path, code):
+def test_tool_draws_videos_and_keeps_what_a_cut_one_has(finished, monkeypatch, capsys, tmp_path, code, attempt):
     whole, cut = tmp_path / f"whole.{code}", tmp_path / f"cut.{code}"
     write_video(whole, {"avi": "MJPG", "mp4": "mp4v"}[code], 12)
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
@@ -522,13 +527,14 @@ def test_tool_draws_videos_and_keeps_what_a_cut_one_has(finished, monkeypatch, c
     images = json.loads((out / "images.json").read_text())["images"]
     frames = [(entry["id"], entry["frame"]) for entry in images if entry["file_name"] == str(whole)]
     assert frames == [(number + 1, number) for number in range(12)]
-    if code == "mp4":  # whose index lies at its end
-        assert "cut.mp4: no readable video" in error
-    else:
-        kept = len(images) - 12
-        assert 4 <= kept < 12
-        assert f"cut.avi: cut off or damaged, {kept} of 12 frames could be read" in error
-        assert count_frames(out / "cut.mp4")[0] == kept
+    with attempt("batch jobs"):
+        if code == "mp4":  # whose index lies at its end
+            assert "cut.mp4: no readable video" in error
+        else:
+            kept = len(images) - 12
+            assert 4 <= kept < 12
+            assert f"cut.avi: cut off or damaged, {kept} of 12 frames could be read" in error
+            assert count_frames(out / "cut.mp4")[0] == kept
 
 
 def test_camera_runs_until_it_is_stopped(finished, monkeypatch, capsys, tmp_path):

@@ -7,19 +7,12 @@ than 0 and 1, in a part that the recipe does not declare analogue.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from detection.cli.common import check_run, saved_run_parser, table_console
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from detection.analysis import TextTable
-    from detection.runs import Run
+from detection.cli.common import check_run, saved_run_parser, show_table
+from detection.text import say
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -28,21 +21,24 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--images", type=int, metavar="N", help="the first N evaluation images only (default: all)")
     parser.add_argument("--costs", metavar="FILE", help="YAML or JSON, picojoules by operation (default: 45 nm)")
     parser.add_argument("--strict", action="store_true", help="no layer but the first may see real values")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="for the files (default: RUN/analysis, with --images N RUN/analysis_N_images; RUN of zoo:NAME is "
-        "runs/zoo/NAME)",
+    help = (
+        "for the files (default: RUN/analysis, with --images N RUN/analysis_N_images; RUN of zoo:NAME is runs/zoo/NAME)"
     )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=help)
     options = parser.parse_args(arguments)
     check_run(options.run)
 
     from backbones import HOROWITZ_45NM, read_costs
     from detection.analysis import analyze_run
+    from detection.files import require_writable
     from detection.runs import Run
 
-    out = output_folder(Run.open(options.run), options)
+    # Less than the whole analysis does not take its place.
+    part = f"_{options.images}_images" if options.images else "_strict" if options.strict else ""
+    out = options.out or Run.open(options.run).products / f"analysis{part}"
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out {out}: a file; a folder is needed")
+    require_writable(out)
     analysis = analyze_run(
         options.run,
         options.weights,
@@ -52,41 +48,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         strict=options.strict,
     )
     analysis.save(out)
-    console = table_console()
     for table in analysis.tables():
-        console.print(as_rich(table))
+        show_table(table.title, table.header, table.rows)
     metrics = [key for key in ("AP", "AP50", "top1", "activity") if key in analysis.metrics]
     print(f"{analysis.measured.num_images} images,", ", ".join(f"{key} {analysis.metrics[key]:.4f}" for key in metrics))
-    print(f"written to {out}: analysis.json, layers.csv, analysis.md")
+    say(f"written to {out}: analysis.json, layers.csv, analysis.md")
     if not analysis.certificate.is_binary:
-        first = analysis.certificate.violations[0]
-        number = len(analysis.certificate.violations)
-        print(f"error: not binary, {number} violations; the first: {first.layer}: {first.reason}", file=sys.stderr)
+        first, number = analysis.certificate.violations[0], len(analysis.certificate.violations)
+        say(f"error: not binary, {number} violations; the first: {first.layer}: {first.reason}", error=True)
         sys.exit(1)
-
-
-def output_folder(run: Run, options: argparse.Namespace) -> Path:
-    """Return the folder of the files; less than the whole analysis does not take its place.
-
-    Raises:
-        OSError: it is a file, or cannot be written into.
-    """
-    from detection.files import require_writable
-
-    part = f"_{options.images}_images" if options.images else "_strict" if options.strict else ""
-    out = options.out or run.products / f"analysis{part}"
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"--out {out}: a file; a folder is needed")
-    require_writable(out)
-    return out
-
-
-def as_rich(table: TextTable) -> Table:
-    """Return the table for a terminal."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    drawn = Table(*map(escape, table.header), title=escape(table.title))
-    for row in table.rows:
-        drawn.add_row(*map(escape, row))
-    return drawn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from detection.cli.common import check_run, saved_run_parser, table_console
+from detection.cli.common import check_run, saved_run_parser, show_table
 
 if TYPE_CHECKING:
     from detection.records import Evaluation
@@ -15,16 +15,12 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Evaluate the run of a command line and print a table of its numbers, now and logged."""
     parser = saved_run_parser(__doc__, prog)
-    parser.add_argument(
-        "--save",
-        metavar="FOLDER",
-        help="detectors: new folder for predictions.json (COCO results), metrics.json and pictures",
-    )
+    help = "detectors: new folder for predictions.json (COCO results), metrics.json and pictures"
+    parser.add_argument("--save", metavar="FOLDER", help=help)
     options = parser.parse_args(arguments)
     check_run(options.run)
 
     from accelerate import PartialState
-    from rich.table import Table
 
     from detection.api import evaluate
     from detection.runs import Run
@@ -34,15 +30,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     if not PartialState().is_main_process:  # of several, one tells
         return
     task, logged = task_of(Run.open(options.run).config), found.logged
-    before = logged.metrics
-    title = f"{options.run}, {options.weights} weights"
-    table = Table("metric", "now", f"logged in epoch {logged.epoch}", title=title)
-    for key, value in found.metrics.items():
-        table.add_row(key, shown(value), shown(before.get(key)))
-    logged_rows = dict(rows(task, logged.evaluation)) if logged.evaluation else {}
-    for name, value in rows(task, found.evaluation):
-        table.add_row(name, shown(value), shown(logged_rows.get(name)))
-    table_console().print(table)
+    pairs = [(key, value, logged.metrics.get(key)) for key, value in found.metrics.items()]
+    before = dict(rows(task, logged.evaluation)) if logged.evaluation else {}
+    pairs += [(name, value, before.get(name)) for name, value in rows(task, found.evaluation)]
+    columns = ("metric", "now", f"logged in epoch {logged.epoch}")
+    shown = [(name, show(now), show(then)) for name, now, then in pairs]
+    show_table(f"{options.run}, {options.weights} weights", columns, shown)
     different = ", ".join(found.different)
     print(f"not equal to the log: {different}" if different else "equal to the log in every digit")
 
@@ -59,7 +52,7 @@ def rows(task: Task, evaluation: Evaluation) -> Iterator[tuple[str, float]]:
                 yield task.words.get(name, name), value
 
 
-def shown(value: float | None) -> str:
+def show(value: float | None) -> str:
     """Return four digits; COCO's -1, of what has no objects, in words; nothing for a number that is not there."""
     if value is None:
         return ""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from detection.cli.common import check_run, saved_run_parser, table_console
+from detection.cli.common import check_run, saved_run_parser, show_table
+from detection.text import say
 
 FORMATS = ("onnx", "torch", "nir")
 
@@ -17,31 +18,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     """Export the run of a command line and print how well the file agrees."""
     parser = saved_run_parser(__doc__, prog)
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
-    parser.add_argument(
-        "--int8", action="store_true", help="int8 weights and integer thresholds wherever a layer sees spikes"
-    )
-    parser.add_argument(
-        "--analogue-int8",
-        action="store_true",
-        help="with --int8: 8 bits for analogue convolutions too, but the first and those of prediction",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="new file (default: model.onnx, ... in the run folder, of zoo:NAME in runs/zoo/NAME)",
-    )
-    parser.add_argument(
-        "--calibration",
-        type=int,
-        metavar="N",
-        help="with --int8: training images to set thresholds on (64 for a detector, 256 for a classifier)",
-    )
-    parser.add_argument(
-        "--evaluate",
-        action="store_true",
-        help="measure an ONNX file's accuracy on the evaluation images, beside what the run has logged",
-    )
+    help = "int8 weights and integer thresholds wherever a layer sees spikes"
+    parser.add_argument("--int8", action="store_true", help=help)
+    help = "with --int8: 8 bits for analogue convolutions too, but the first and those of prediction"
+    parser.add_argument("--analogue-int8", action="store_true", help=help)
+    help = "new file (default: model.onnx, ... in the run folder, of zoo:NAME in runs/zoo/NAME)"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=help)
+    help = "with --int8: training images to set thresholds on (64 for a detector, 256 for a classifier)"
+    parser.add_argument("--calibration", type=int, metavar="N", help=help)
+    help = "measure an ONNX file's accuracy on the evaluation images, beside what the run has logged"
+    parser.add_argument("--evaluate", action="store_true", help=help)
     parser.add_argument("--height", type=int, help="of the images, with --width: that size only (default: free)")
     parser.add_argument("--width", type=int)
     options = parser.parse_args(arguments)
@@ -67,17 +53,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         evaluate=options.evaluate,
     )
     parity = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in description["parity"].items())
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, beside it {path.name}.json")
+    say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, beside it {path.name}.json")
     print(f"agrees with PyTorch: {parity}")
     if options.evaluate:
-        print_evaluation(str(path), **description["evaluation"])
-
-
-def print_evaluation(title: str, file: dict[str, float], run: dict[str, float]) -> None:
-    """Print the metrics of a file beside those that its run has logged."""
-    from rich.table import Table
-
-    table = Table("metric", "file", "logged by the run", title=title)
-    for key, value in file.items():
-        table.add_row(key, f"{value:.4f}", f"{run[key]:.4f}")
-    table_console().print(table)
+        found = description["evaluation"]
+        rows = [(key, f"{value:.4f}", f"{found['run'][key]:.4f}") for key, value in found["file"].items()]
+        show_table(str(path), ("metric", "file", "logged by the run"), rows)

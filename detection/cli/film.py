@@ -1,9 +1,10 @@
-"""Predictions of the frames of videos and cameras."""
+"""Predictions of the frames of films and cameras."""
 
 from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,28 +12,25 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from detection.cli.pictures import Output, Session, in_batches
+from detection.cli.call import Call
+from detection.cli.sources import is_camera
 from detection.data.pictures import read_image
-from detection.tasks.predictions import AnyPrediction
+from detection.tasks.predictions import in_batches
 
 
-class VideoOutput:
-    """The drawn frames of one video, written as they come.
+class FilmOutput:
+    """The drawn frames of one film, written as they come.
 
     Args:
-        output: the files of the call.
-        stem: of the file's name.
+        path: the file; it is there when all frames are.
         rate: frames per second, as the source has it.
-
-    Attributes:
-        entry: what images.json says of the file, once there is one.
     """
 
-    def __init__(self, output: Output, stem: str, rate: float) -> None:
-        self.output, self.stem = output, stem
+    def __init__(self, path: Path, rate: float) -> None:
+        self.path = path
         self.rate = rate if math.isfinite(rate) and rate > 0 else 25.0  # many cameras do not say
-        self.entry: dict[str, str] = {}
         self._writer: cv2.VideoWriter | None = None
+        self._place = tempfile.TemporaryDirectory()
 
     def write(self, picture: np.ndarray) -> None:
         """Append a frame (H, W, 3), RGB; all are of one size.
@@ -41,48 +39,75 @@ class VideoOutput:
             OSError: OpenCV cannot write MPEG-4 here.
         """
         if self._writer is None:
-            path, code = self.output.free_name(self.stem, ".mp4"), cv2.VideoWriter_fourcc(*"mp4v")
-            self._writer = cv2.VideoWriter(str(path), code, self.rate, picture.shape[1::-1])
+            part = Path(plain_path(self.path.parent, self._place.name), ".film.mp4")
+            self._writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, picture.shape[1::-1])
             if not self._writer.isOpened():
-                raise OSError(f"{path}: OpenCV cannot write MPEG-4 videos here; --no-images writes the boxes alone")
-            self.entry = {"drawn": path.name}
+                raise OSError(f"{self.path}: OpenCV cannot write MPEG-4 films here; --no-images writes the boxes alone")
         self._writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
 
     def close(self) -> None:
         """Finish the file."""
         if self._writer is not None:
             self._writer.release()
+            os.replace(self.path.with_name(".film.mp4"), self.path)
+        self._place.cleanup()
 
 
-def film(source: str, session: Session, advance: Callable[[], None]) -> str | None:
-    """Take in every frame of a video or camera, drawn as a video; return a sentence, None if nothing was read.
+def plain_path(path: Path, place: str) -> str:
+    """Return another path to a file or folder, in plain letters.
+
+    OpenCV and FFmpeg take "%", ":" and bytes that are no UTF-8 for something else than a part of a name.
+
+    Args:
+        path: the path.
+        place: an empty folder, for a link.
+    """
+    link = Path(place, f"link{path.suffix if path.suffix.isascii() else ''}")
+    try:
+        link.symlink_to(path.absolute())
+    except OSError:  # no links here
+        return str(path)
+    return str(link)
+
+
+def film(source: str, call: Call, advance: Callable[[], None]) -> str | None:
+    """Take in every frame of a film or camera, drawn as a film; return a sentence, None if nothing was read.
 
     Args:
         source: file, or number of a camera.
-        session: makes the predictions; its `failures` get a sentence about what could not be read.
+        call: makes the predictions; its `failures` get a sentence about what could not be read.
         advance: called after each frame.
     """
-    camera = source.isdecimal() and not Path(source).exists()
+    camera = is_camera(source)
     name = f"camera {source}" if camera else source
     # OpenCV and FFmpeg write lines of their own about what is said in one sentence here.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    capture = cv2.VideoCapture(int(source) if camera else source)
+    output, names = call.output, []
+    stem, found = f"camera{source}" if camera else Path(source).stem, output.num_found
+    with tempfile.TemporaryDirectory() as place:
+        capture = cv2.VideoCapture(int(source) if camera else plain_path(Path(source), place))
     if not capture.isOpened():
-        session.failures.append(
-            f"{name}: {'no such camera, or it cannot be opened' if camera else 'no readable video'}"
-        )
+        reason = "no such camera, or it cannot be opened" if camera else "no readable video"
+        call.failures.append(f"{name}: {reason}")
         return None
     # As the header has it; negative or 0 if it does not, as for a camera.
     expected = 0 if camera else int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    stem, found = f"camera{source}" if camera else Path(source).stem, session.output.num_found
-    video = VideoOutput(session.output, stem, capture.get(cv2.CAP_PROP_FPS))
-    number = 0
+    number, drawn, more = 0, None, {}
     try:
         # The pictures of a camera are drawn at once, whatever the batch size.
-        for frames in in_batches(read_frames(capture), 1 if camera else session.asked["batch_size"]):
-            for prediction in session.predict(frames):
-                add_frame(prediction, number, source, Path(name).name, video)
+        size = 1 if camera else call.options["batch_size"]
+        for frames in in_batches(read_frames(capture), size, lambda frame: frame[0].numel()):
+            for prediction in call.predict(frames, [f"{name}: frame {number + step}" for step in range(len(frames))]):
+                if prediction is not None:
+                    if call.draw:
+                        if drawn is None:
+                            drawn = FilmOutput(output.free_name(stem, ".mp4"), capture.get(cv2.CAP_PROP_FPS))
+                            more, names = {"drawn": drawn.path.name}, [drawn.path.name]
+                        drawn.write(np.asarray(prediction.draw()))
+                    if number == 0 and call.spikes:
+                        names.append(call.save_spikes(prediction, stem, f"{Path(name).name}, first frame"))
+                    output.add(prediction, source, frame=number, **more)
                 number += 1
                 advance()
     except KeyboardInterrupt:
@@ -90,32 +115,25 @@ def film(source: str, session: Session, advance: Callable[[], None]) -> str | No
             raise
     finally:
         capture.release()
-        video.close()
+        if drawn is not None:
+            drawn.close()
     if not number:
-        session.failures.append(f"{name}: not one frame could be read")
+        call.failures.append(f"{name}: not one frame could be read")
         return None
     if number < expected - 1:  # where the header has no count, OpenCV's estimate may be one too many
-        session.failures.append(
-            f"{name}: cut off or damaged, {number} of {expected} frames could be read; these are kept"
-        )
-    total = session.output.num_found
+        call.failures.append(f"{name}: cut off or damaged, {number} of {expected} frames could be read; these are kept")
+    output.finish(source, names)
+    total = output.num_found
     return f"{name}: {number} frames" + ("" if total is None else f", {total - (found or 0)} detections")
 
 
-def add_frame(prediction: AnyPrediction, number: int, source: str, title: str, video: VideoOutput) -> None:
-    """Take in one frame; the first one with its spike maps, where they were asked for."""
-    output = video.output
-    if output.draw:
-        video.write(np.asarray(prediction.draw()))
-    if output.spikes and number == 0:
-        output.save_spikes(prediction, video.stem, f"{title}, first frame")
-    output.add(prediction, source, frame=number, **video.entry)
-
-
 def read_frames(capture: cv2.VideoCapture) -> Iterator[Tensor]:
-    """Yield the frames of a video, RGB (3, H, W) uint8, up to its end or the first one that cannot be read."""
+    """Yield the frames of a film, RGB (3, H, W) uint8, up to its end or the first one that cannot be read."""
     while True:
-        found, frame = capture.read()
+        try:
+            found, frame = capture.read()
+        except cv2.error:  # of damage
+            return
         if not found:
             return
         yield read_image(frame[:, :, ::-1])

@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from detection.cli.common import make_parser, table_console
+from detection.cli.common import Parser, show_table
 from detection.config import find_recipe, read_recipe, recipe_names
+from detection.text import printable, say
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """List, show or copy recipes, as a command line says."""
-    parser = make_parser(__doc__, prog)
+    parser = Parser(__doc__, prog)
     actions = parser.add_subparsers(dest="action", metavar="{list,show,copy}")
     actions.add_parser("list", help="a table of all recipes (also without any argument)")
     actions.add_parser("show", help="the text of a recipe").add_argument("name", metavar="NAME")
@@ -21,23 +22,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     copying.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path(), help="default: this one")
     options = parser.parse_args(arguments)
     if options.action == "show":
-        print(find_recipe(options.name).read_text(encoding="utf-8"), end="")
+        print(printable(find_recipe(options.name).read_text(encoding="utf-8"), keep="\n\t"), end="")
     elif options.action == "copy":
-        print(copy(options.name, options.folder))
+        say(copy(options.name, options.folder))
     else:
-        print_table()
-
-
-def print_table() -> None:
-    """Print a row per recipe: its name, its task and the first sentence of its comment."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("name", "task", "recipe", title="hoyer-det train NAME")
-    for name in recipe_names():
-        path = find_recipe(name)
-        table.add_row(name, read_recipe(path).task, escape(first_sentence(path.read_text(encoding="utf-8"))))
-    table_console().print(table)
+        paths = [find_recipe(name) for name in recipe_names()]
+        rows = [(path.stem, read_recipe(path).task, first_sentence(path.read_text(encoding="utf-8"))) for path in paths]
+        show_table("hoyer-det train NAME", ("name", "task", "recipe"), rows)
 
 
 def first_sentence(text: str) -> str:

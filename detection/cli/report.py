@@ -11,21 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detection.cli.common import check_run, saved_run_parser
+from detection.text import say
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Write the page that a command line asks for."""
     parser = saved_run_parser(__doc__, prog, several=True)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE.html",
-        help="page to write (default: RUN/report.html, where RUN of zoo:NAME is runs/zoo/NAME, or report.html here for "
-        "several runs)",
+    help = (
+        "page to write (default: RUN/report.html, where RUN of zoo:NAME is runs/zoo/NAME, or report.html here for "
+        "several runs)"
     )
-    parser.add_argument(
-        "--images", type=int, default=3, metavar="N", help="best and worst images to show, N each (default: 3)"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help=help)
+    help = "best and worst images to show, N each (default: 3)"
+    parser.add_argument("--images", type=int, default=3, metavar="N", help=help)
     parser.add_argument("--log-only", action="store_true", help="evaluate nothing, leave out what needs it")
     options = parser.parse_args(arguments)
     if options.images < 0:
@@ -45,4 +43,4 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         log_only=options.log_only,
         command=command_line(),
     )
-    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
+    say(f"{out}: {out.stat().st_size / 1e6:.2f} MB")

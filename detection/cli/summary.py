@@ -8,15 +8,14 @@ the usual convention, padding included.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detection.cli.common import check_run, parse_recipe, recipe_parser, table_console
+from detection.cli.common import check_run, parse_recipe, recipe_parser, show_table
 from detection.text import plural
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import nn
 
     from backbones import Measurement, SpikeLayer
@@ -32,8 +31,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--classes", type=int, metavar="N", help="number of classes (default: those that it names)")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     source = arguments[0] if arguments else ""
-    if is_run(source):
-        arguments[0] = str(check_run(arguments[0]) / "config.yaml")
+    if source.startswith("zoo:") or Path(source).is_dir():  # no recipe, but a run
+        arguments[0] = str(check_run(source) / "config.yaml")
     config, options = parse_recipe(parser, arguments)
     if options.classes is not None and options.classes < 1:
         raise ValueError(f"--classes {options.classes}: at least one class is needed")
@@ -45,16 +44,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     model, measured, shapes = measure(task)
     backbone = config.model.backbone
     title = f"{source}: {backbone.name} x{backbone.width:g}, activation {backbone.activation}"
-    table_console().print(layer_table(title, measured, shapes, dict(model.named_modules()), task.analogue_parts(model)))
+    numeric = ("output", "parameters", "million MACs")
+    rows = layer_rows(measured, shapes, dict(model.named_modules()), task.analogue_parts(model))
+    show_table(title, ("layer", "kind", *numeric, "sees"), rows, numeric=numeric)
     for line in totals(model, measured):
         print(line)
     if not (options.classes or config.data.classes):
         print(f"built with {NUM_CLASSES} classes, since the recipe names none; --classes N says how many")
-
-
-def is_run(source: str) -> bool:
-    """Return whether the first argument is "zoo:NAME" or a folder, and so no recipe."""
-    return source.startswith("zoo:") or Path(source).is_dir()
 
 
 def with_classes(task: Task, number: int | None) -> Task:
@@ -91,38 +87,28 @@ def measure(task: Task) -> tuple[nn.Module, Measurement, dict[str, list[tuple[in
     return model, measured, shapes
 
 
-def layer_table(
-    title: str,
+def layer_rows(
     measured: Measurement,
     shapes: Mapping[str, Sequence[tuple[int, ...]]],
     modules: Mapping[str, nn.Module],
     analogue: Mapping[str, str],
-) -> Table:
-    """Return a row per layer that ran, in the order of the first calls.
+) -> Iterator[Sequence[str]]:
+    """Yield a row per layer that ran, in the order of the first calls.
 
     Args:
-        title: of the table.
         measured: counts for one image.
         shapes: of each layer's outputs.
         modules: of the network by name.
         analogue: the parts that are meant to see real values.
     """
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title))
-    table.add_column("layer", overflow="fold")
-    table.add_column("kind")
-    for name in ("output", "parameters", "million MACs"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("sees")
     for name in measured.ran:
         own = sum(parameter.numel() for parameter in modules[name].parameters())
         layer = measured.layers.get(name)
         macs = "" if layer is None else f"{layer.num_macs / 1e6:,.3f}"
         seen = "potentials" if layer is None else seen_by(name, measured, analogue)
-        table.add_row(name, describe(modules[name]), show_shapes(shapes[name]), f"{own:,}", macs, seen)
-    return table
+        # Of a shared head the output's shape is the first one.
+        calls = f" ({len(shapes[name])} calls)" if len(shapes[name]) > 1 else ""
+        yield name, describe(modules[name]), "x".join(map(str, shapes[name][0])) + calls, f"{own:,}", macs, seen
 
 
 def seen_by(name: str, measured: Measurement, analogue: Mapping[str, str]) -> str:
@@ -148,12 +134,6 @@ def describe(module: nn.Module) -> str:
         step = f" /{stride}" if stride > 1 else ""
         return f"conv {size} {module.in_channels} -> {module.out_channels}{step}{groups}"
     return type(module).__name__
-
-
-def show_shapes(shapes: Sequence[tuple[int, ...]]) -> str:
-    """Return the shape of a layer's output without its batch, of a shared head the first one and how many calls."""
-    text = "x".join(map(str, shapes[0]))
-    return text if len(shapes) == 1 else f"{text} ({len(shapes)} calls)"
 
 
 def totals(model: nn.Module, measured: Measurement) -> list[str]:

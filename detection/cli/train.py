@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detection.cli.common import parse_recipe, recipe_parser
+from detection.text import say
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -23,12 +24,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
     from accelerate import PartialState
 
+    from detection.config import flatten, require_same
     from detection.runs import Run, command_line
     from detection.tasks import task_of
     from detection.tasks.run import train_run
+    from detection.training.signals import end_with_parent
 
+    end_with_parent()
     if options.resume and Run.open(folder).finished:
-        print(f"{folder}: finished already, nothing to go on with")
+        require_same(flatten(Run.open(folder).config), config, f"{folder} has finished")
+        say(f"{folder}: finished already, nothing to go on with")
         return
     task = task_of(config)
     task.check_names(options.config)
@@ -36,5 +41,5 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     if not PartialState().is_main_process:  # of several, one tells
         return
     numbers = [f"{key} {line.metrics[key]:.4f}" for key in (*task.shown, "activity") if key in line.metrics]
-    print(f"{'  '.join(numbers)}  run folder: {folder}")
-    print(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+    say(f"{'  '.join(numbers)}  run folder: {folder}")
+    say(f"pictures: {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from detection.cli.common import add_saved_run_options, check_run, make_parser, table_console
+from detection.cli.common import Parser, add_saved_run_options, check_run, show_table
 from detection.config import Recipe, save_config
 from detection.files import require_writable
 from detection.records import EpochLog, RunInfo, Weights
+from detection.text import say
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import Tensor, nn
 
     from detection.runs import Run
@@ -29,48 +29,42 @@ MAX_BYTES = 10_000_000  # an entry lies in the repository and in every installat
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """List the zoo or add an entry, as a command line says."""
-    parser = make_parser(__doc__, prog)
+    parser = Parser(__doc__, prog)
     actions = parser.add_subparsers(dest="action", metavar="{list,add}")
     actions.add_parser("list", help="a table of all entries (also without any argument)")
     adding = actions.add_parser("add", help="makes an entry of a run")
     adding.add_argument("run", help="folder of a finished run")
     adding.add_argument("name", help="of the new entry: a to z, 0 to 9 and _")
     add_saved_run_options(adding)
-    adding.add_argument(
-        "--trained-in",
-        type=Path,
-        metavar="FOLDER",
-        help="folder of the repository that keeps the training's log; its run.json must have these weights' SHA-256",
-    )
+    help = "folder of the repository that keeps the training's log; its run.json must have these weights' SHA-256"
+    adding.add_argument("--trained-in", type=Path, metavar="FOLDER", help=help)
     options = parser.parse_args(arguments)
     if options.action == "add":
         add(options.run, options.name, options.weights, options.data_root, options.trained_in)
-    else:
-        table_console().print(table())
+        return
+
+    from backbones import zoo
+
+    columns = ("name", "task", "network", "data", "metric", "activity", "MB", "SHA-256")
+    show_table("zoo", columns, map(row_of, zoo.names()))
 
 
-def table() -> Table:
-    """Return a row per entry."""
-    from rich.table import Table
-
+def row_of(name: str) -> Sequence[str]:
+    """Return the row of an entry."""
     from backbones import zoo
     from detection.runs import Run
     from detection.tasks import task_of
 
-    columns = ("name", "task", "network", "data", "metric", "activity", "MB", "SHA-256")
-    listed = Table(*columns, title="zoo")
-    for name in zoo.names():
-        run = Run.open(f"{zoo.PREFIX}{name}")
-        (line,), model, task = run.history(), run.config.model, task_of(run.config)
-        network = f"{model.backbone.name} x{model.backbone.width:g}"
-        detector = getattr(model, "detector", None)
-        metrics = ", ".join(f"{key} {line.metrics[key]:.4f}" for key in task.shown)
-        activity = f"{line.metrics['activity']:.4f}" if "activity" in line.metrics else "none"
-        size = (run.folder / "last.safetensors").stat().st_size / 1e6
-        digest = run.info().sha256["last.safetensors"][:16]
-        network = f"{detector}, {network}" if detector else network
-        listed.add_row(name, task.name, network, run.config.data.root.name, metrics, activity, f"{size:.1f}", digest)
-    return listed
+    run = Run.open(f"{zoo.PREFIX}{name}")
+    (line,), model, task = run.history(), run.config.model, task_of(run.config)
+    network = f"{model.backbone.name} x{model.backbone.width:g}"
+    detector = getattr(model, "detector", None)
+    metrics = ", ".join(f"{key} {line.metrics[key]:.4f}" for key in task.shown)
+    activity = f"{line.metrics['activity']:.4f}" if "activity" in line.metrics else "none"
+    size = (run.folder / "last.safetensors").stat().st_size / 1e6
+    digest = run.info().sha256["last.safetensors"][:16]
+    network = f"{detector}, {network}" if detector else network
+    return name, task.name, network, run.config.data.root.name, metrics, activity, f"{size:.1f}", digest
 
 
 def add(
@@ -84,7 +78,7 @@ def add(
         ValueError: the name is not allowed, the run is not finished, its weights are not those that it or `trained_in`
             says, or do not fit into `MAX_BYTES` or 16 bits.
     """
-    from backbones import tensors_to_bytes, zoo
+    from backbones import logged_state, tensors_to_bytes, zoo
     from detection.runs import Run, describe_environment
     from detection.tasks import task_of
     from detection.tasks.run import load_model, read_evaluation_data
@@ -114,17 +108,15 @@ def add(
         "sha256": {"last.safetensors": hashlib.sha256(content).hexdigest()},
         **task.facts(read_evaluation_data(run)),
     }
-    line = store(entry, run, content, origin.model_copy(update=facts), stored_line(before, model))
-    print_changes(f"{zoo.PREFIX}{name}", before, line, task.shown)
-    print(f"{zoo.PREFIX}{name}: {len(content) / 1e6:.1f} MB, {entry}")
-
-
-def stored_line(line: EpochLog, model: nn.Module) -> EpochLog:
-    """Return the log line of an entry but its evaluation: one epoch's times would pass for those of the training."""
-    from backbones import logged_state
-
+    # One epoch's times would pass for those of the training.
     left_out = {"ema": None, "seconds": None, "images_per_second": None, "eval_seconds": None}
-    return line.model_copy(update=left_out | {"layers": line.layers | logged_state(model)})
+    line = before.model_copy(update=left_out | {"layers": before.layers | logged_state(model)})
+    line = store(entry, run, content, origin.model_copy(update=facts), line)
+    old, new = before.metrics, line.metrics
+    keys = [key for key in (*task.shown, "activity") if key in new and key in old]  # older logs have no activity
+    rows = [(key, f"{old[key]:.4f}", f"{new[key]:.4f}", f"{new[key] - old[key]:+.4f}") for key in keys]
+    show_table(f"{zoo.PREFIX}{name}", ("metric", "trained", "stored", "change"), rows)
+    say(f"{zoo.PREFIX}{name}: {len(content) / 1e6:.1f} MB, {entry}")
 
 
 def store(entry: Path, run: Run, content: bytes, info: RunInfo, line: EpochLog) -> EpochLog:
@@ -149,18 +141,6 @@ def store(entry: Path, run: Run, content: bytes, info: RunInfo, line: EpochLog) 
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return line
-
-
-def print_changes(title: str, before: EpochLog, after: EpochLog, keys: Sequence[str]) -> None:
-    """Print the metrics of the training beside those of what is stored."""
-    from rich.table import Table
-
-    changes = Table("metric", "trained", "stored", "change", title=title)
-    old, new = before.metrics, after.metrics
-    for key in (*keys, "activity"):
-        if key in new and key in old:  # older logs have no activity
-            changes.add_row(key, f"{old[key]:.4f}", f"{new[key]:.4f}", f"{new[key] - old[key]:+.4f}")
-    table_console().print(changes)
 
 
 def read_origin(run: Run, weights: Weights, trained_in: Path | None) -> RunInfo:

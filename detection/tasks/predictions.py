@@ -4,15 +4,42 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from detection.runs import Run
+
+PIXELS = 2**26  # of the images that are in memory at a time, if they are several: 800 MB as floats
+Item = TypeVar("Item")
+
+
+def in_batches(items: Iterable[Item], most: int, size: Callable[[Item], int] = lambda item: 0) -> Iterator[list[Item]]:
+    """Yield the items in lists of at most `most`, which have `PIXELS` at most, or are of one item.
+
+    Args:
+        items: images, or what stands for them.
+        most: length of a list.
+        size: pixels of an item.
+    """
+    batch, total = [], 0
+    for item in items:
+        pixels = size(item)
+        if batch and total + pixels > PIXELS:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += pixels
+        if len(batch) == most:  # at once, since a camera may take its time over the next one
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +106,9 @@ class Prediction(AnyPrediction):
 
     def draw(self) -> Image.Image:
         """Return the image with its boxes, see `draw.draw_detections`."""
-        found = {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
         from detection.draw import draw_detections
 
+        found = {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
         return Image.fromarray(draw_detections(self.image, found, self.class_names))
 
     def __len__(self) -> int:
@@ -124,11 +151,12 @@ class ClassPrediction(AnyPrediction):
 def read_category_ids(run: Run) -> tuple[tuple[int, ...], Path | None]:
     """Return COCO's category of label 1, 2, ..., K, and the file that says so.
 
-    That is run.json. Runs of earlier versions have them there not yet, and other ones than 1..K only if they are on
-    COCO files: then their annotation file says it. Where that is gone, or has other classes by now, it is 1..K and no
-    file.
+    That is run.json. Where that is missing, or of an earlier version, which did not write them, they are other ones
+    than 1..K only if the run is on COCO files: then their annotation file says it. Where that is gone, or has other
+    classes by now, it is 1..K and no file.
     """
-    recorded, config = run.info().category_ids, run.config
+    known, config = (run.folder / "run.json").is_file(), run.config
+    recorded = run.info().category_ids if known else None
     if recorded is not None:
         return tuple(recorded), run.folder / "run.json"
     classes = config.data.classes
