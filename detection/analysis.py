@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +25,27 @@ from detection.files import write_whole
 from detection.runs import Run, Weights
 from detection.tasks import task_of
 from detection.tasks.run import load_for_evaluation, read_evaluation_data
+from detection.text import printable
 
 MILLION = 1e6  # pJ per uJ, and the unit of counts and bits in tables
+LAYER_COLUMNS = ("layer", "input", "active in", "active out", "MAC", "synaptic operations", "rate x MAC")
+NETWORK_ROWS = {
+    "MAC, millions": "macs",
+    "AC, millions": "acs",
+    "comparisons, millions": "comparisons",
+    "compute, uJ": "compute_pj",
+    "comparisons, uJ": "comparison_pj",
+    "operations, uJ": "total_pj",
+    "weights read, Mbit": "weight_bits",
+    "activations read, Mbit": "read_bits",
+    "activations written, Mbit": "write_bits",
+    "memory if SRAM, uJ": "memory_sram_pj",
+    "memory if DRAM, uJ": "memory_dram_pj",
+    "all with SRAM, uJ": "total_sram_pj",
+    "all with DRAM, uJ": "total_dram_pj",
+}
+RATIO_COLUMNS = {"operations": "operations", "with SRAM": "with_sram", "with DRAM": "with_dram"}
+NOT_ALL = "no: real values from in front of this spike layer are needed elsewhere too"
 
 
 class TextTable(NamedTuple):
@@ -63,6 +81,8 @@ class Analysis:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON; counts, bits and picojoules are per image, layers in the order of their calls."""
         certificate, first_layer = self.certificate, self.report.first_layer
+        order = {name: position for position, name in enumerate(self.measured.ran)}
+        layers = sorted(self.measured.layers.values(), key=lambda layer: order.get(layer.name, len(order)))
         return {
             "run": self.run,
             "weights": self.weights,
@@ -71,10 +91,10 @@ class Analysis:
             "levels": certificate.levels,
             "costs": asdict(self.report.costs),
             "metrics": self.metrics,
-            "layers": [self._layer(layer) for layer in self._layers()],
-            "networks": {name: network.to_dict() for name, network in self.report.networks.items()},
+            "layers": [self._layer(layer) for layer in layers],
+            "networks": {name: asdict(network) for name, network in self.report.networks.items()},
             "ratios": self.report.ratios,
-            "first_layer": first_layer.to_dict() if first_layer else None,
+            "first_layer": asdict(first_layer) if first_layer else None,
             "unhandled": self.measured.unhandled,
             "certificate": {
                 "binary": certificate.is_binary,
@@ -86,51 +106,19 @@ class Analysis:
             },
         }
 
-    def tables(self) -> list[TextTable]:
-        """Return layers, networks side by side, their ratios, the first layer and the certificate, for people."""
-        tables = [self._layer_table(), self._network_table()]
-        if self.report.ratios:
-            columns = {"operations": "operations", "with SRAM": "with_sram", "with DRAM": "with_dram"}
-            rows = [
-                (name, *("-" if ratio[key] is None else f"{ratio[key]:.3f}" for key in columns.values()))
-                for name, ratio in self.report.ratios.items()
-            ]
-            tables.append(TextTable("Energy ratios", ("networks", *columns), rows))
-        if self.report.first_layer:
-            tables.append(self._first_layer_table())
-        return [*tables, self._certificate_table()]
-
-    def summary(self) -> str:
-        """Return the most important metrics and the activity in a line."""
-        keys = [key for key in self.metrics if key in (*self.headline, "activity")]
-        return ", ".join(f"{key} {self.metrics[key]:.4f}" for key in keys)
-
-    def save(self, folder: str | Path) -> None:
-        """Write analysis.json, layers.csv and analysis.md into `folder`, which is made if need be."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "analysis.json", (json.dumps(self.to_dict(), indent=2) + "\n").encode())
-        write_whole(folder / "layers.csv", self._csv().encode())
-        write_whole(folder / "analysis.md", self._markdown().encode())
-
-    def _layers(self) -> list[WeightedLayer]:
-        order = {name: position for position, name in enumerate(self.measured.ran)}
-        return sorted(self.measured.layers.values(), key=lambda layer: order.get(layer.name, len(order)))
-
     def _layer(self, layer: WeightedLayer) -> dict[str, Any]:
         number, energies = self.measured.num_images, self.report.layers[layer.name]
         output = [self.measured.spikes[name] for name in layer.spikes_to]
         neurons = sum(spikes.num_neurons for spikes in output)
         comparisons = sum(self.measured.spikes[name].num_neurons for name in layer.spikes_from)
+        example = layer.example
         return {
             "name": layer.name,
             "kind": layer.kind,
             "input": ("spikes" if layer.is_binary else "real") if layer.num_calls else None,
             "input_activity": layer.input_rate,
             # JSON knows no NaN or infinity.
-            "input_example": layer.example
-            if layer.example is None or math.isfinite(layer.example)
-            else str(layer.example),
+            "input_example": example if example is None or math.isfinite(example) else str(example),
             "output": "spikes" if layer.output_bits is not None else "real",
             "output_activity": sum(spikes.num_spikes for spikes in output) / neurons if neurons else None,
             "output_spike_layers": layer.spikes_to,
@@ -151,63 +139,41 @@ class Analysis:
             "memory_dram_pj": {name: network.memory_dram_pj for name, network in energies.items()},
         }
 
-    def _layer_table(self) -> TextTable:
-        networks = [name for name in ("spiking", "twin") if name in self.report.networks]
-        header = ("layer", "input", "active in", "active out", "MAC", "synaptic operations", "rate x MAC")
-        rows = []
-        for layer in map(self._layer, self._layers()):
-            output = layer["output_activity"]
-            rows.append(
-                (
-                    layer["name"],
-                    layer["input"] or "never ran",
-                    f"{layer['input_activity']:.1%}",
-                    "-" if output is None else f"{output:.1%}",
-                    *(_millions(layer[key]) for key in ("exact_macs", "num_synops", "rate_times_macs")),
-                    *(_millions(layer["energy_pj"][name]) for name in networks),
-                )
-            )
-        title = "Layers, per image; MAC and operations in millions, energy without memory in uJ"
-        return TextTable(title, (*header, *(f"{name} uJ" for name in networks)), rows)
-
-    def _network_table(self) -> TextTable:
-        lines = {
-            "MAC, millions": "macs",
-            "AC, millions": "acs",
-            "comparisons, millions": "comparisons",
-            "compute, uJ": "compute_pj",
-            "comparisons, uJ": "comparison_pj",
-            "operations, uJ": "total_pj",
-            "weights read, Mbit": "weight_bits",
-            "activations read, Mbit": "read_bits",
-            "activations written, Mbit": "write_bits",
-            "memory if SRAM, uJ": "memory_sram_pj",
-            "memory if DRAM, uJ": "memory_dram_pj",
-            "all with SRAM, uJ": "total_sram_pj",
-            "all with DRAM, uJ": "total_dram_pj",
-        }
-        networks = self.report.networks
-        rows = [
-            (title, *(_millions(getattr(network, key)) for network in networks.values()))
-            for title, key in lines.items()
-        ]
-        return TextTable(f"Networks, per image; {self.report.costs.name}", ("", *networks), rows)
-
-    def _first_layer_table(self) -> TextTable:
-        first = self.report.first_layer.to_dict()
-        rows = [
-            ("spike layer", f"{first['spike_layer']}, {first['firing_rate']:.1%} active"),
-            ("raw image", f"{first['image_bits']:,.0f} bits"),
-            ("spikes, 1 bit per neuron", f"{first['spike_bits']:,.0f} bits, {_times(first['reduction'])} fewer"),
-            ("their entropy", f"{first['entropy_bits']:,.0f} bits, {_times(first['entropy_reduction'])} fewer"),
+    def tables(self) -> list[TextTable]:
+        """Return layers, networks side by side, their ratios, the first layer and the certificate, for people."""
+        found = self.to_dict()
+        networks, first = found["networks"], found["first_layer"]
+        shown = [name for name in ("spiking", "twin") if name in networks]
+        layers = [
             (
-                "is that all that has to leave?",
-                "yes"
-                if first["spikes_suffice"]
-                else "no: real values from in front of this spike layer are needed elsewhere too",
-            ),
+                layer["name"],
+                layer["input"] or "never ran",
+                *(_percent(layer[key]) for key in ("input_activity", "output_activity")),
+                *(_millions(layer[key]) for key in ("exact_macs", "num_synops", "rate_times_macs")),
+                *(_millions(layer["energy_pj"][name]) for name in shown),
+            )
+            for layer in found["layers"]
         ]
-        return TextTable("A first layer in the sensor: what leaves it, per image", ("", ""), rows)
+        title = "Layers, per image; MAC and operations in millions, energy without memory in uJ"
+        tables = [TextTable(title, (*LAYER_COLUMNS, *(f"{name} uJ" for name in shown)), layers)]
+        rows = [(row, *(_millions(network[key]) for network in networks.values())) for row, key in NETWORK_ROWS.items()]
+        tables.append(TextTable(f"Networks, per image; {self.report.costs.name}", ("", *networks), rows))
+        if self.report.ratios:
+            rows = [
+                (name, *("-" if ratio[key] is None else f"{ratio[key]:.3f}" for key in RATIO_COLUMNS.values()))
+                for name, ratio in self.report.ratios.items()
+            ]
+            tables.append(TextTable("Energy ratios", ("networks", *RATIO_COLUMNS), rows))
+        if first:
+            rows = [
+                ("spike layer", f"{first['spike_layer']}, {first['firing_rate']:.1%} active"),
+                ("raw image", f"{first['image_bits']:,.0f} bits"),
+                ("spikes, 1 bit per neuron", f"{first['spike_bits']:,.0f} bits, {_times(first['reduction'])} fewer"),
+                ("their entropy", f"{first['entropy_bits']:,.0f} bits, {_times(first['entropy_reduction'])} fewer"),
+                ("is that all that has to leave?", "yes" if first["spikes_suffice"] else NOT_ALL),
+            ]
+            tables.append(TextTable("A first layer in the sensor: what leaves it, per image", ("", ""), rows))
+        return [*tables, self._certificate_table()]
 
     def _certificate_table(self) -> TextTable:
         certificate = self.certificate
@@ -222,21 +188,27 @@ class Analysis:
         )
         return TextTable(title, ("", "layer", "reason"), rows)
 
-    def _csv(self) -> str:
-        rows = [dict(_flat(self._layer(layer))) for layer in self._layers()]
+    def summary(self) -> str:
+        """Return the most important metrics and the activity in a line."""
+        keys = [key for key in self.metrics if key in (*self.headline, "activity")]
+        return ", ".join(f"{key} {self.metrics[key]:.4f}" for key in keys)
+
+    def save(self, folder: str | Path) -> None:
+        """Write analysis.json, layers.csv and analysis.md into `folder`, which is made if need be."""
+        folder, found = Path(folder), self.to_dict()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "analysis.json", (json.dumps(found, indent=2) + "\n").encode())
+        rows = [_flat(layer) for layer in found["layers"]]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        return text.getvalue()
-
-    def _markdown(self) -> str:
-        parts = [f"# {self.run}, {self.weights} weights, {self.measured.num_images} images"]
-        parts.append(self.summary())
+        write_whole(folder / "layers.csv", text.getvalue().encode())
+        parts = [f"# {printable(self.run)}, {self.weights} weights, {self.measured.num_images} images", self.summary()]
         for table in self.tables():
             lines = [table.header, tuple("---" for _ in table.header), *table.rows]
             parts += [f"## {table.title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
-        return "\n\n".join(parts) + "\n"
+        write_whole(folder / "analysis.md", printable("\n\n".join(parts) + "\n", keep="\n").encode())
 
 
 def analyze_run(
@@ -278,17 +250,23 @@ def analyze_run(
     return Analysis(run.address, weights, metrics, task.headline, measured, energy(measured, costs), certificate)
 
 
-def _flat(layer: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flat(layer: dict[str, Any]) -> dict[str, Any]:
+    """Return a layer as a row of a table: values by network get columns of their own, lists become texts."""
+    row = {}
     for key, value in layer.items():
         if isinstance(value, dict):
-            for name, number in value.items():
-                yield f"{key}.{name}", number
+            row |= {f"{key}.{name}": number for name, number in value.items()}
         else:
-            yield key, " ".join(value) if isinstance(value, list) else value
+            row[key] = " ".join(value) if isinstance(value, list) else value
+    return row
 
 
 def _millions(value: float) -> str:
     return f"{value / MILLION:,.3f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _times(value: float | None) -> str:

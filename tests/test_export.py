@@ -9,10 +9,12 @@ import pytest
 import torch
 import yaml
 from helpers import run_tool
+from PIL import Image
 from test_fold import classifier, detector, scramble
 from torch import fx, nn
 
 import backbones
+import detection
 from backbones.deploy.fold import ChannelThreshold, fold
 from backbones.deploy.integer import IntegerSpikes, fix_size, to_integers
 from detection.config import parse_recipe
@@ -36,6 +38,7 @@ from detection.models.dense import DensePredictions, DetectorOf, resize_and_pad
 from detection.records import EpochLog, RunInfo
 from detection.runs import Run
 from detection.tasks import task_of
+from detection.tasks.predictions import Prediction
 from detection.tasks.run import evaluate_run, load_model
 
 onnx = pytest.importorskip("onnx")
@@ -270,11 +273,66 @@ def test_a_detector_as_onnx_finds_the_same_boxes(detector_run, monkeypatch, caps
     images = [torch.rand(3, 70, 101), torch.rand(3, 96, 64), torch.rand(3, 33, 31)]
     with torch.no_grad():
         expected = model(images)
-    found = exported.predict(images)
+    found = exported(images)
     scores = [torch.cat([each["scores"] for each in result]) for result in (found, expected)]
     torch.testing.assert_close(*scores, rtol=1e-2, atol=1e-3)
     share = torch.cat([(a["labels"] == b["labels"]).float() for a, b in zip(found, expected, strict=True)]).mean()
     assert share > 0.98 and len(scores[0]) > 100
+
+
+def test_a_file_predicts_on_what_its_run_predicts_on(detector_run, classifier_run, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (70, 101, 3), dtype=np.uint8)
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels).save(path)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    kinds = [path, str(path), Image.open(path), pixels, pixels / 255, tensor, tensor / 255]
+    thresholds = {"score_threshold": 0.0, "nms_threshold": 0.3}
+    for run, cls, options in ((detector_run, OnnxDetector, thresholds), (classifier_run, OnnxClassifier, {})):
+        predictor = detection.load(run, device="cpu")
+        file = cls(export_run(run, "onnx", tmp_path / f"{run.name}.onnx")[0], threads=1)
+        several, expected = (each.predict(kinds, batch_size=3, **options) for each in (file, predictor))
+        assert [type(each) for each in several] == [type(each) for each in expected]
+        for kind, ours, theirs in zip(kinds, several, expected, strict=True):
+            agree(file.predict(kind, **options), theirs)
+            agree(ours, theirs)
+        for wrong in (iter(kinds), tmp_path / "none.png", 3.5):
+            sentences = []
+            for each in (file, predictor):
+                with pytest.raises(ValueError, match=r"expected a path|no such file") as error:
+                    each.predict(wrong)
+                sentences.append(str(error.value))
+            assert sentences[0] == sentences[1]
+        with pytest.raises(ValueError, match=rf"colour: no option of {predictor.task.name} \(allowed: "):
+            file.predict(path, colour="red")
+
+
+def agree(ours, theirs) -> None:
+    """Two predictions that differ by rounding at most."""
+    assert (type(ours), ours.path, ours.class_names) == (type(theirs), theirs.path, theirs.class_names)
+    assert np.array_equal(ours.image, theirs.image)
+    if not isinstance(ours, Prediction):
+        torch.testing.assert_close(ours.probabilities, theirs.probabilities, rtol=1e-2, atol=1e-3)
+        return
+    assert len(ours) == len(theirs) > 10 and ours.category_ids == theirs.category_ids
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-2, atol=1e-3)
+    same = (ours.boxes - theirs.boxes).abs().amax(1) < 0.1
+    assert same.float().mean() > 0.9 and (ours.labels == theirs.labels)[same].all()
+
+
+def test_thin_images_in_a_file(detector_run, tmp_path, attempt):
+    """Of 3000x10 pixels resizing to 96 would leave a third of one."""
+    predictor = detection.load(detector_run, device="cpu")
+    file = OnnxDetector(export_run(detector_run, "onnx", tmp_path / "net.onnx")[0], threads=1)
+    for height, width in ((10, 3000), (3000, 10), (1, 500), (1, 1)):
+        with attempt("mutated images"):
+            pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+            ours, theirs = (each.predict(pixels, score_threshold=0) for each in (file, predictor))
+            agree(ours, theirs)
+            assert (ours.boxes >= 0).all() and (ours.boxes <= torch.tensor([width, height] * 2)).all()
+            (called,) = file([torch.from_numpy(pixels).permute(2, 0, 1).float() / 255])
+            assert torch.equal(called["boxes"], ours.boxes)
+    thin = [torch.rand(3, 10, 3000), torch.rand(3, 64, 64)]
+    assert resize_and_pad(predictor.model.transform, thin).shape == (2, 3, 64, 96)
 
 
 def test_a_detector_in_integers_for_one_size(detector_run, monkeypatch, tmp_path):
@@ -395,7 +453,7 @@ def test_a_file_that_differs_is_not_left(detector_run, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_input_is_one_sentence(detector_run, classifier_run, monkeypatch, capsys, tmp_path):
+def test_bad_input_is_one_sentence(detector_run, classifier_run, monkeypatch, capsys, tmp_path, attempt):
     assert "invalid choice: 'tflite'" in error_of(monkeypatch, capsys, detector_run, "--format", "tflite")
     with pytest.raises(ValueError, match=r"format 'tflite' \(allowed: onnx, torch, nir\)"):
         export_run(detector_run, "tflite")
@@ -419,7 +477,7 @@ def test_bad_input_is_one_sentence(detector_run, classifier_run, monkeypatch, ca
     regions["model"] |= {"detector": "fasterrcnn", "neck": {"out_channels": 16}, "head": {"representation_size": 16}}
     assert "it pools regions" in error_of(monkeypatch, capsys, make_run(tmp_path / "regions", regions))
     (tmp_path / "net.onnx").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="damaged, or no ONNX file"):
+    with attempt("damaged files"), pytest.raises(ValueError, match="damaged, or no ONNX file"):
         OnnxDetector(tmp_path / "net.onnx")
 
 
@@ -461,7 +519,7 @@ def test_a_file_of_an_earlier_version_opens(kind, detector_run, classifier_run, 
     entry.value = json.dumps(description | {"plugins": []})
     onnx.save(model, tmp_path / "old.onnx")
     images = [torch.rand(3, 64, 96)] if kind == "detector" else torch.rand(2, 3, 32, 32)
-    ours, theirs = (OnnxFile(tmp_path / name, threads=1).predict(images) for name in ("net.onnx", "old.onnx"))
+    ours, theirs = (OnnxFile(tmp_path / name, threads=1)(images) for name in ("net.onnx", "old.onnx"))
     if kind == "detector":
         assert all(torch.equal(ours[0][key], theirs[0][key]) for key in ("boxes", "scores", "labels"))
         assert len(ours[0]["scores"]) > 0

@@ -22,23 +22,10 @@ from detection.curves import draw_robustness
 from detection.data.synthetic import CATEGORIES
 from detection.figures import save_png
 from detection.records import Evaluation, RunInfo
-from detection.robustness import (
-    ALL_LAYERS,
-    IMAGE_KINDS,
-    RANDOM_KINDS,
-    SEVERITIES,
-    SPIKE_KINDS,
-    CorruptedBatches,
-    Subject,
-    corrupt,
-    curves_of,
-    open_runs,
-    potential_noise,
-    prepare,
-    record_margins,
-    study,
-    sum_margins,
-)
+from detection.robustness import ALL_LAYERS, IMAGE_KINDS, RANDOM_KINDS, SEVERITIES, SPIKE_KINDS
+from detection.robustness.corruptions import corrupt, corrupt_batches
+from detection.robustness.noise import potential_noise, record_margins, sum_margins
+from detection.robustness.studies import Subject, curves_of, open_runs, prepare, study
 from detection.runs import Run
 from detection.tasks import task_of
 from detection.tasks.run import make_accelerator
@@ -320,12 +307,12 @@ def test_corruptions_are_what_they_say():
 
 def test_batches_are_corrupted_image_by_image():
     pixels = torch.rand(5, 3, 16, 16)
-    found = list(CorruptedBatches([(pixels[:3], "a"), (pixels[3:], "b")], "gaussian_noise", 0.1, 4))
+    found = list(corrupt_batches([(pixels[:3], "a"), (pixels[3:], "b")], "gaussian_noise", 0.1, 4))
     assert [target for _, target in found] == ["a", "b"]
     expected = corrupt(pixels, "gaussian_noise", 0.1, seed=4)
     assert torch.equal(torch.cat([images for images, _ in found]), expected)
     lists = [([pixels[0], pixels[1, :, :9]], "a"), ([pixels[2]], "b")]
-    first, second = (images for images, _ in CorruptedBatches(lists, "gaussian_noise", 0.1, 4))
+    first, second = (images for images, _ in corrupt_batches(lists, "gaussian_noise", 0.1, 4))
     torch.testing.assert_close(first[0], expected[0])
     assert first[1].shape == (3, 9, 16)
     torch.testing.assert_close(second[0], expected[2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -119,3 +121,19 @@ def test_weights_file_that_is_not_safetensors(content, tmp_path):
     with pytest.raises(ValueError, match=r"text\.safetensors: damaged weights file"):
         load_weights(backbone, path)
     assert_equal_state(backbone.state_dict(), before)
+
+
+def test_files_of_torch_save_are_refused_with_the_way_to_convert_them(tmp_path, attempt):
+    expected = snapshot(trained("vgg11").backbone)
+    for name, options in (("new.pth", {}), ("old.pt", {"_use_new_zipfile_serialization": False})):
+        with attempt("damaged files"):
+            torch.save(expected, tmp_path / name, **options)
+            backbone = classifier("vgg11", "cifar").backbone
+            with pytest.raises(ValueError, match=r"written by torch\.save.*only \.safetensors files are read") as error:
+                load_weights(backbone, tmp_path / name)
+            assert "damaged" not in str(error.value)
+            command = shlex.split(str(error.value).splitlines()[-1])
+            assert command[:2] == ["python", "-c"]
+            exec(command[2], {})
+            load_weights(backbone, (tmp_path / name).with_suffix(".safetensors"))
+            assert_equal_state(backbone.state_dict(), expected)

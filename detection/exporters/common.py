@@ -54,11 +54,6 @@ def difference_of(ours: Tensor, theirs: Tensor, name: str) -> float:
     return (ours - theirs).abs().max().item() / (scale or 1.0) if ours.numel() else 0.0
 
 
-def columns(value: Tensor, dim: int) -> Tensor:
-    """Return a value per channel in a shape for tensors of `dim` dimensions; one value for all stays as it is."""
-    return value.detach().reshape(-1, *[1] * (dim - 2)) if value.dim() else value.detach()
-
-
 def pair(value: int | Sequence[int]) -> list[int]:
     """Return height and width of what torch takes as one number or two."""
     return [value, value] if isinstance(value, int) else list(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,12 +12,15 @@ from accelerate.utils import find_device, send_to_device
 from torch import Tensor, nn
 
 from detection.config import Recipe, parse_recipe
+from detection.data.pictures import ImageLike
 from detection.exporters.common import import_extra, open_session
+from detection.predict import predict_images
 from detection.runs import Run, Weights
 from detection.tasks import task_of
 from detection.tasks.base import Task
 from detection.tasks.classification import ClassificationTask
 from detection.tasks.detection import DetectionTask
+from detection.tasks.predictions import AnyPrediction
 from detection.tasks.run import make_accelerator, read_evaluation_data
 
 METADATA_KEY = "hoyer_det"
@@ -58,7 +61,8 @@ class OnnxFile:
         if not isinstance(self.task, self.kind):
             raise ValueError(f"{path}: not a {self.words} exported by this project")
         self.class_names = tuple(self.description["classes"])
-        self.names = [output.name for output in self.session.get_outputs()]
+        if self.description.get("categories"):
+            self.task.category_ids = tuple(each["id"] for each in self.description["categories"])
         self.model = self.task.model_around(self.run)
 
     def run(self, batch: Tensor) -> dict[str, Tensor]:
@@ -73,25 +77,33 @@ class OnnxFile:
                 f"{self.path}: for batches of {wanted[0]}x{wanted[1]} pixels, these images reach it, perhaps resized "
                 f"and padded, as {found[0]}x{found[1]}; export without --height and --width"
             )
+        names = [output.name for output in self.session.get_outputs()]
         results = self.session.run(None, {"images": batch.numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(self.names, results, strict=True)}
+        return {name: torch.from_numpy(value) for name, value in zip(names, results, strict=True)}
 
-    def predict(self, images: Any) -> Any:
-        """Return what the network gives in evaluation for images in [0, 1] on the CPU.
-
-        Raises:
-            ValueError: the file is for images of one size, and these have another.
-        """
+    def __call__(self, images: Any) -> Any:
+        """Return what the network gives in evaluation for tensors in [0, 1] on the CPU; ValueError as in `run`."""
         return self.model(images)
 
-    __call__ = predict
+    def predict(
+        self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 8, **options: Any
+    ) -> AnyPrediction | list[AnyPrediction]:
+        """Return what the file makes of an image, or a list of that for a list; see `predict.predict_images`.
+
+        Raises:
+            ValueError: the file was written by an earlier version, which did not say how images are prepared.
+        """
+        if "data" not in self.description:
+            raise ValueError(f"{self.path}: does not say how images are prepared; export it again, or give it tensors")
+        return predict_images(self.task, _OnTheCpu(self).eval(), images, batch_size=batch_size, **options)
 
 
 class OnnxDetector(OnnxFile):
     """An `OnnxFile` that is a detector: sizes, anchors and boxes by torchvision, the rest by ONNX Runtime.
 
-    Shape: [(3, H_i, W_i)] in [0, 1] -> [{"boxes": (M, 4) in pixels of the image, "scores": (M,), "labels": (M,) in
-    1..K}], as torchvision's; label k is class_names[k - 1].
+    `predict` takes images of any kind and gives `Prediction`s, as `detection.load(run).predict` does. To be called
+    it takes tensors, and gives what torchvision's detectors do: [(3, H_i, W_i)] in [0, 1] -> [{"boxes": (M, 4) in
+    pixels of the image, "scores": (M,), "labels": (M,) in 1..K}]; label k is class_names[k - 1].
     """
 
     kind, words = DetectionTask, "detector"
@@ -100,7 +112,8 @@ class OnnxDetector(OnnxFile):
 class OnnxClassifier(OnnxFile):
     """An `OnnxFile` that is a classifier.
 
-    Shape: (N, 3, H, W) in [0, 1] -> logits (N, K); class k is class_names[k].
+    `predict` takes images of any kind and gives `ClassPrediction`s. To be called it takes tensors: (N, 3, H, W) in
+    [0, 1] -> logits (N, K); class k is class_names[k].
     """
 
     kind, words = ClassificationTask, "classifier"
@@ -109,17 +122,23 @@ class OnnxClassifier(OnnxFile):
 def _recipe_of(description: Mapping[str, Any], source: str) -> Recipe:
     """Return a recipe of the network in a file."""
     values = {key: description[key] for key in ("task", "plugins", "model") if key in description}
-    recipe = parse_recipe(values | {"data": {"classes": description["classes"]}}, source)
+    recipe = parse_recipe(values | {"data": {"classes": description["classes"], **description.get("data", {})}}, source)
     recipe.model.backbone.weights = None  # what its training started from
     return recipe
 
 
 class _OnTheCpu(nn.Module):
-    """A file where an evaluation expects a network, whose parameters say where it wants its images."""
+    """A file in the place of a network, whose first parameter says where it wants its images.
+
+    Attributes:
+        detector: of a detector, the one of torchvision around the file.
+    """
 
     def __init__(self, file: OnnxFile) -> None:
         super().__init__()
         self.file, self.nothing = file, nn.Parameter(torch.empty(0))
+        if hasattr(file.model, "detector"):
+            self.detector = file.model.detector
 
     def forward(self, images: Any) -> Any:
         return send_to_device(self.file(send_to_device(images, "cpu")), find_device(images))
@@ -128,16 +147,13 @@ class _OnTheCpu(nn.Module):
 def evaluate_file(
     path: str | Path, folder: str | Path, weights: Weights = "last", *, data_root: str | Path | None = None
 ) -> dict[str, dict[str, float]]:
-    """Return the metrics of an exported ONNX file on its run's evaluation images, beside the run's own.
+    """Return an exported ONNX file's metrics on its run's evaluation images ("file"), beside the run's own ("run").
 
     Args:
         path: the file.
         folder: the run that it was made of, as `Run.open` takes it.
         weights: the weights that it was made of.
         data_root: where the run's data lie now; None: where they lay when it was trained.
-
-    Returns:
-        "file": the file's metrics; "run": those that the run has logged of the same weights.
 
     Raises:
         FileNotFoundError: no such file, run, or data.

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from backbones.deploy.fold import ChannelThreshold, module_of
-from backbones.deploy.integer import fix_size, is_binary
-from detection.exporters.common import columns, import_extra, pair
+from backbones.deploy.fold import ChannelThreshold, channels_first, module_of
+from backbones.deploy.integer import fix_size, is_binary, shape_of
+from detection.exporters.common import import_extra, pair
 
 
 def to_nir(network: fx.GraphModule, example: Tensor) -> Any:
@@ -31,107 +31,88 @@ def to_nir(network: fx.GraphModule, example: Tensor) -> Any:
         ImportError: the package nir is not installed.
         ValueError: the network does something that NIR cannot say.
     """
-    return _NirWriter(fix_size(network, example[:1]), example[:1]).write()
+    return _NirWriter(fix_size(network, example[:1])).write()
 
 
 class _NirWriter:
-    def __init__(self, network: fx.GraphModule, example: Tensor) -> None:
+    """Writer of NIR, node by node from the graph of a folded network for images of one size."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
         self.nir = import_extra("nir")
-        self.network, self.example = network, example
+        self.network = network
         self.nodes: dict[str, Any] = {}
         self.edges: list[tuple[str, str]] = []
         self.sources: dict[fx.Node, list[str]] = {}  # whose sum the value is
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def write(self) -> Any:
-        record = self.shapes
-
-        class Shapes(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                value = super().run_node(n)
-                if isinstance(value, Tensor):
-                    record[n] = tuple(value.shape[1:])
-                return value
-
-        with torch.no_grad():
-            Shapes(self.network).run(self.example)
         for node in self.network.graph.nodes:
             if node.op == "placeholder":
-                self.nodes["input"] = self.nir.Input({"input": np.array(self.shapes[node])})
+                self._add("input", self.nir.Input({"input": np.array(_shape(node))}), [])
                 self.sources[node] = ["input"]
             elif node.op == "call_module":
-                self._call_module(node)
+                self._module(node)
             elif node.op == "call_function" and node.target is operator.add:
                 first, second = node.args
                 self.sources[node] = [*self.sources[first], *self.sources[second]]
             elif node.op == "output":
-                self._outputs(node.args[0])
+                outputs = node.args[0]
+                named = outputs if isinstance(outputs, dict) else {"": outputs}
+                for name, value in named.items():
+                    output = self.nir.Output({"output": np.array(_shape(value))})
+                    self._add(f"output_{name}" if name else "output", output, self.sources[value])
             else:
                 raise ValueError(f"NIR has nothing for {node.name} ({node.target})")
         return self.nir.NIRGraph(self.nodes, self.edges)
-
-    def _outputs(self, value: Any) -> None:
-        outputs = value if isinstance(value, dict) else {"output": value}
-        for name, node in outputs.items():
-            name = name if name == "output" else f"output_{name}"
-            self._add(name, self.nir.Output({"output": np.array(self.shapes[node])}), self.sources[node])
 
     def _add(self, name: str, node: Any, sources: Sequence[str]) -> list[str]:
         self.nodes[name] = node
         self.edges += [(source, name) for source in sources]
         return [name]
 
-    def _call_module(self, node: fx.Node) -> None:
+    def _module(self, node: fx.Node) -> None:
         module, x = module_of(self.network, node), node.args[0]
         if isinstance(module, ChannelThreshold):
-            if not (isinstance(module_of(self.network, x), nn.MaxPool2d) and x not in self.sources):
-                self.sources[node] = self._threshold(node.name, module, self.sources[x], self.shapes[x])
-                return
-            self.sources[node] = self._pooled_threshold(node, module, x)
+            pool = module_of(self.network, x)
+            if isinstance(pool, nn.MaxPool2d) and x not in self.sources:
+                self.sources[node] = self._pooled_threshold(node, module, pool)
+            else:
+                self.sources[node] = self._threshold(node.name, module, self.sources[x], _shape(x))
         elif isinstance(module, nn.MaxPool2d):
             if is_binary(self.network, x):
-                self.sources[node] = self._sum_pool(node, node, self.sources[x])
+                self.sources[node] = self._sum_pool(node, node, self.sources[x], torch.tensor(0.5))
             elif not all(isinstance(module_of(self.network, user), ChannelThreshold) for user in node.users):
                 raise ValueError(f"NIR has no maximum of real values, which {node.target} takes")
-        elif isinstance(module, nn.Conv2d):
-            bias = torch.zeros(module.out_channels) if module.bias is None else module.bias
-            size = tuple(self.shapes[x][1:])
-            kernel = (module.stride, module.padding, module.dilation, 1)
-            layer = self.nir.Conv2d(size, _array(_ungrouped(module)), *kernel, _array(bias))
-            self.sources[node] = self._add(node.name, layer, self.sources[x])
-        elif isinstance(module, nn.Linear):
-            bias = torch.zeros(module.out_features) if module.bias is None else module.bias
-            layer = self.nir.Affine(_array(module.weight), _array(bias))
-            self.sources[node] = self._add(node.name, layer, self.sources[x])
-        elif isinstance(module, nn.Flatten):
-            shape = {"input": np.array(self.shapes[x])}
-            layer = self.nir.Flatten(shape, start_dim=0, end_dim=-1)
-            self.sources[node] = self._add(node.name, layer, self.sources[x])
-        elif isinstance(module, nn.BatchNorm2d):
-            raise ValueError(f"NIR has nothing for {node.target}, a BatchNorm with no convolution to go into")
-        elif isinstance(module, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
-            size = self.shapes[x][1:]
-            kernel = size if isinstance(module, nn.AdaptiveAvgPool2d) else pair(module.kernel_size)
-            layer = self.nir.AvgPool2d(np.array(kernel), np.array(kernel), np.array([0, 0]))
-            self.sources[node] = self._add(node.name, layer, self.sources[x])
         else:
-            raise ValueError(f"NIR has nothing for {node.target} ({module})")
+            self.sources[node] = self._add(node.name, self._layer(node, module, _shape(x)), self.sources[x])
+
+    def _layer(self, node: fx.Node, module: nn.Module | None, shape: tuple[int, ...]) -> Any:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            bias = torch.zeros(len(module.weight)) if module.bias is None else module.bias
+            if isinstance(module, nn.Linear):
+                return self.nir.Affine(_array(module.weight), _array(bias))
+            kernel = (module.stride, module.padding, module.dilation, 1)
+            return self.nir.Conv2d(shape[1:], _array(_ungrouped(module)), *kernel, _array(bias))
+        if isinstance(module, nn.Flatten):
+            return self.nir.Flatten({"input": np.array(shape)}, start_dim=0, end_dim=-1)
+        if isinstance(module, nn.BatchNorm2d):
+            raise ValueError(f"NIR has nothing for {node.target}, a BatchNorm with no convolution to go into")
+        if isinstance(module, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
+            kernel = shape[1:] if isinstance(module, nn.AdaptiveAvgPool2d) else pair(module.kernel_size)
+            return self.nir.AvgPool2d(np.array(kernel), np.array(kernel), np.array([0, 0]))
+        raise ValueError(f"NIR has nothing for {node.target} ({module})")
 
     def _threshold(
         self, name: str, layer: ChannelThreshold, sources: Sequence[str], shape: tuple[int, ...]
     ) -> list[str]:
-        def everywhere(value: Tensor) -> np.ndarray:
-            value = value.float()
-            return _array(columns(value, len(shape) + 1).expand(shape))
-
         if layer.has_falling:
-            sources = self._add(f"{name}_turned", self.nir.Scale(everywhere(layer.sign)), sources)
+            sources = self._add(f"{name}_turned", self.nir.Scale(_everywhere(layer.sign, shape)), sources)
         below = torch.nextafter(layer.threshold.float(), torch.full_like(layer.threshold, float("-inf")).float())
-        return self._add(name, self.nir.Threshold(everywhere(below)), sources)
+        return self._add(name, self.nir.Threshold(_everywhere(below, shape)), sources)
 
-    def _pooled_threshold(self, node: fx.Node, layer: ChannelThreshold, pooled: fx.Node) -> list[str]:
-        x, pool = pooled.args[0], module_of(self.network, pooled)
-        spikes = self._threshold(f"{node.name}_each", layer, self.sources[x], self.shapes[x])
+    def _pooled_threshold(self, node: fx.Node, layer: ChannelThreshold, pool: nn.MaxPool2d) -> list[str]:
+        pooled = node.args[0]
+        x = pooled.args[0]
+        spikes = self._threshold(f"{node.name}_each", layer, self.sources[x], _shape(x))
         # A turned comparison holds for the maximum if it holds for every cell, an ordinary one if it does for any.
         cells = int(np.prod(pair(pool.kernel_size)))
         level = torch.where(layer.sign < 0, cells - 0.5, 0.5).float()
@@ -139,13 +120,9 @@ class _NirWriter:
             raise ValueError(f"NIR has nothing for {pooled.target}: a padded maximum in front of a turned comparison")
         return self._sum_pool(node, pooled, spikes, level)
 
-    def _sum_pool(
-        self, node: fx.Node, pooled: fx.Node, sources: Sequence[str], level: Tensor | None = None
-    ) -> list[str]:
-        """Add as `node` whether a window has more spikes than `level`, or than none; `pooled` is the pool."""
-        pool = module_of(self.network, pooled)
-        level = torch.tensor(0.5) if level is None else level
-        shape = self.shapes[pooled.args[0]]
+    def _sum_pool(self, node: fx.Node, pooled: fx.Node, sources: Sequence[str], level: Tensor) -> list[str]:
+        """Add as `node` whether a window has more spikes than `level`; `pooled` is the pool."""
+        pool, shape = module_of(self.network, pooled), _shape(pooled.args[0])
         kernel, stride, padding = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)
         for side, k, s, p in zip(shape[1:], kernel, stride, padding, strict=True):
             if pool.ceil_mode and (side + 2 * p - k) % s:
@@ -153,11 +130,19 @@ class _NirWriter:
                     f"NIR pools whole windows only, and {pooled.target} has a map of {shape[1]}x{shape[2]} cells: "
                     "choose a height and a width that are multiples of the network's last stride"
                 )
-        name = f"{node.name}_sum"
         layer = self.nir.SumPool2d(np.array(kernel), np.array(stride), np.array(padding))
-        summed = self._add(name, layer, sources)
-        out = self.shapes[node]
-        return self._add(node.name, self.nir.Threshold(_array(columns(level, len(out) + 1).expand(out))), summed)
+        summed = self._add(f"{node.name}_sum", layer, sources)
+        return self._add(node.name, self.nir.Threshold(_everywhere(level, _shape(node))), summed)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """Return the shape of a value without its batch."""
+    return shape_of(node)[1:]
+
+
+def _everywhere(value: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a number per channel, or one for all, for every neuron."""
+    return _array(channels_first(value.float(), len(shape) + 1).expand(shape))
 
 
 def _ungrouped(conv: nn.Conv2d) -> Tensor:
@@ -195,27 +180,26 @@ def run_nir(graph: Any, x: Tensor) -> dict[str, Tensor]:
         return tuple(int(number) for number in np.broadcast_to(value, 2))
 
     def run(name: str, node: Any) -> Tensor:
-        if isinstance(node, nir.Input):
-            return x
         total = sum(values[source] for source in incoming[name])
-        if isinstance(node, nir.Output):
-            return total
-        if isinstance(node, nir.Conv2d):
-            options = (ints(node.stride), ints(node.padding), ints(node.dilation), int(node.groups))
-            return F.conv2d(total, tensor(node.weight), tensor(node.bias), *options)
-        if isinstance(node, nir.Affine):
-            return F.linear(total, tensor(node.weight), tensor(node.bias))
-        if isinstance(node, nir.Threshold):
-            return (total > tensor(node.threshold)).to(x.dtype)
-        if isinstance(node, nir.Scale):
-            return total * tensor(node.scale)
-        if isinstance(node, (nir.SumPool2d, nir.AvgPool2d)):
-            divisor = 1 if isinstance(node, nir.SumPool2d) else None
-            return F.avg_pool2d(
-                total, ints(node.kernel_size), ints(node.stride), ints(node.padding), divisor_override=divisor
-            )
-        if isinstance(node, nir.Flatten):
-            return total.flatten(1)
+        match node:
+            case nir.Input():
+                return x
+            case nir.Output():
+                return total
+            case nir.Conv2d():
+                options = (ints(node.stride), ints(node.padding), ints(node.dilation), int(node.groups))
+                return F.conv2d(total, tensor(node.weight), tensor(node.bias), *options)
+            case nir.Affine():
+                return F.linear(total, tensor(node.weight), tensor(node.bias))
+            case nir.Threshold():
+                return (total > tensor(node.threshold)).to(x.dtype)
+            case nir.Scale():
+                return total * tensor(node.scale)
+            case nir.SumPool2d() | nir.AvgPool2d():
+                window = ints(node.kernel_size), ints(node.stride), ints(node.padding)
+                return F.avg_pool2d(total, *window, divisor_override=1 if isinstance(node, nir.SumPool2d) else None)
+            case nir.Flatten():
+                return total.flatten(1)
         raise ValueError(f"{name}: a node of the kind {type(node).__name__}")
 
     waiting = list(graph.nodes)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from backbones.deploy.fold import ChannelThreshold, module_of
-from backbones.deploy.integer import IntegerReal, IntegerSpikes, QuantisedReal
-from detection.exporters.common import columns, import_extra, pair
+from backbones.deploy.fold import ChannelThreshold, channels_first, module_of
+from backbones.deploy.integer import IntegerLayer, IntegerReal, IntegerSpikes, QuantisedReal
+from detection.exporters.common import import_extra, pair
 
 OPSET = 17
 IR_VERSION = 9
@@ -59,25 +59,23 @@ class _OnnxWriter:
         self.constants: dict[tuple[Any, ...], str] = {}
         self.initializers: list[Any] = []
         self.names: dict[fx.Node, str] = {}
-        self.is_uint8: dict[str, bool] = {}
+        self.spikes: set[str] = set()  # names of what is uint8
         self.casts: dict[str, str] = {}
 
     def write(self, dynamic_size: bool, example: Tensor, outputs: Sequence[str], metadata: Mapping[str, str]) -> Any:
         helper, float32 = self.onnx.helper, self.onnx.TensorProto.FLOAT
-        results: list[Any] = []
+        calls = {"call_module": self._module, "call_function": self._function, "call_method": self._method}
+        results: list[fx.Node] = []
         for node in self.network.graph.nodes:
             if node.op == "placeholder":
-                self._set(node, "images")
+                self.names[node] = "images"
             elif node.op == "get_attr":
-                self._set(node, self._constant(_attribute(self.network, node.target), str(node.target)))
-            elif node.op == "call_module":
-                self._call_module(node)
-            elif node.op == "call_function":
-                self._call_function(node)
-            elif node.op == "call_method":
-                self._call_method(node)
+                self.names[node] = self._constant(operator.attrgetter(node.target)(self.network), node.target)
+            elif node.op == "output":
+                fx.map_arg(node.args[0], results.append)
             else:
-                fx.map_arg(node.args[0], lambda result: results.append(result))
+                self.names[node] = node.name
+                calls[node.op](node)
         if len(results) != len(outputs):
             raise ValueError(f"{len(results)} outputs have {len(outputs)} names")
         values = []
@@ -97,13 +95,12 @@ class _OnnxWriter:
 
     # Names and constants
 
-    def _set(self, node: fx.Node, name: str, *, uint8: bool = False) -> None:
-        self.names[node] = name
-        self.is_uint8[name] = uint8
-
     def _emit(self, operation: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self.nodes.append(self.onnx.helper.make_node(operation, list(inputs), [output], name=output, **attributes))
         return output
+
+    def _cast(self, name: str, kind: str, output: str) -> str:
+        return self._emit("Cast", [name], output, to=getattr(self.onnx.TensorProto, kind))
 
     def _constant(self, value: Tensor | np.ndarray, hint: str) -> str:
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
@@ -117,45 +114,60 @@ class _OnnxWriter:
     def _scalar(self, value: float, kind: type) -> str:
         return self._constant(np.array(value, kind), f"{kind.__name__}_{value}")
 
-    def _float(self, node: fx.Node) -> str:
-        """Return the value of `node` in float32."""
-        name = self.names[node]
-        if not self.is_uint8[name]:
+    def _ints(self, value: int) -> str:
+        return self._constant(np.array([value]), f"int_{value}")
+
+    def _of(self, node: fx.Node, name: str, value: Tensor | None = None, *, dim: int = 0) -> str:
+        """Return a module's tensor of that name, or `value` in its place, per channel for tensors of `dim`."""
+        value = getattr(module_of(self.network, node), name) if value is None else value
+        return self._constant(channels_first(value, dim) if dim else value, f"{node.target}.{name}")
+
+    def _float(self, value: fx.Node | float) -> str:
+        """Return the value of a node, or a number of the network's code, in float32."""
+        if not isinstance(value, fx.Node):
+            return self._scalar(value, np.float32)
+        name = self.names[value]
+        if name not in self.spikes:
             return name
         if name not in self.casts:
-            self.casts[name] = self._emit("Cast", [name], f"{name}_float", to=self.onnx.TensorProto.FLOAT)
+            self.casts[name] = self._cast(name, "FLOAT", f"{name}_float")
         return self.casts[name]
 
-    def _operand(self, value: fx.Node | float) -> str:
-        """Return a value in float32, or a number of the network's code."""
-        return self._float(value) if isinstance(value, fx.Node) else self._scalar(value, np.float32)
+    def _uint8(self, node: fx.Node) -> str:
+        if self.names[node] not in self.spikes:
+            raise ValueError(f"{node.name} gives no spikes")
+        return self.names[node]
 
-    # Operations
+    # Operations: each gives the node's value the node's name
 
-    def _call_module(self, node: fx.Node) -> None:
-        module, out = module_of(self.network, node), node.name
+    def _module(self, node: fx.Node) -> None:
+        module, out, x = module_of(self.network, node), node.name, node.args[0]
         for kind, method in (
             (ChannelThreshold, self._threshold),
-            (IntegerSpikes, self._spikes),
-            (IntegerReal, self._real),
-            (nn.Conv2d, self._conv),
-            (nn.Linear, self._linear),
-            (nn.BatchNorm2d, self._norm),
+            (IntegerSpikes, self._integer_spikes),
+            (IntegerReal, self._integer_real),
             (nn.GroupNorm, self._group_norm),
         ):
             if isinstance(module, kind):
-                method(node, module, out)
-                return
-        x = node.args[0]
+                return method(node, module, out)
         if isinstance(module, (nn.MaxPool2d, nn.Flatten)):  # of spikes as they are
-            uint8 = self.is_uint8[self.names[x]]
-            if isinstance(module, nn.Flatten):
-                self._emit("Flatten", [self.names[x]], out, axis=module.start_dim)
-            else:
+            if self.names[x] in self.spikes:
+                self.spikes.add(out)
+            if isinstance(module, nn.MaxPool2d):
                 self._max_pool(self.names[x], module, out)
-            self._set(node, out, uint8=uint8)
-            return
-        if isinstance(module, nn.ReLU):
+            else:
+                self._emit("Flatten", [self.names[x]], out, axis=module.start_dim)
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            inputs = [self._float(x), self._of(node, "weight")]
+            inputs += [] if module.bias is None else [self._of(node, "bias")]
+            if isinstance(module, nn.Conv2d):
+                self._emit("Conv", inputs, out, **_conv_attributes(vars(module)))
+            else:
+                self._emit("Gemm", inputs, out, transB=1)
+        elif isinstance(module, nn.BatchNorm2d):
+            constants = [self._of(node, name) for name in ("weight", "bias", "running_mean", "running_var")]
+            self._emit("BatchNormalization", [self._float(x), *constants], out, epsilon=module.eps)
+        elif isinstance(module, nn.ReLU):
             self._emit("Relu", [self._float(x)], out)
         elif isinstance(module, nn.AvgPool2d):
             kernel, stride = pair(module.kernel_size), pair(module.stride)
@@ -164,85 +176,51 @@ class _OnnxWriter:
             self._emit("GlobalAveragePool", [self._float(x)], out)
         else:
             raise ValueError(f"{node.target}: no ONNX for the layer {module}")
-        self._set(node, out)
 
     def _max_pool(self, x: str, pool: nn.MaxPool2d, out: str) -> str:
-        return self._emit(
-            "MaxPool",
-            [x],
-            out,
-            kernel_shape=pair(pool.kernel_size),
-            strides=pair(pool.stride),
-            pads=pair(pool.padding) * 2,
-            ceil_mode=int(pool.ceil_mode),
-        )
+        kernel, stride, pads = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding) * 2
+        options = {"kernel_shape": kernel, "strides": stride, "pads": pads, "ceil_mode": int(pool.ceil_mode)}
+        return self._emit("MaxPool", [x], out, **options)
 
     def _threshold(self, node: fx.Node, layer: ChannelThreshold, out: str) -> None:
-        x, dim = self._float(node.args[0]), self._dim(node)
+        x, source = self._float(node.args[0]), module_of(self.network, node.args[0])
+        flat = isinstance(source, (nn.Linear, nn.Flatten)) or (isinstance(source, IntegerReal) and source.conv is None)
+        dim = 2 if flat else 4
         if layer.has_falling:
-            x = self._emit("Mul", [x, self._constant(columns(layer.sign, dim), f"{out}.sign")], f"{out}_turned")
-        level = self._constant(columns(layer.threshold, dim), f"{out}.threshold")
+            turn = self._constant(channels_first(layer.sign, dim), f"{out}.sign")
+            x = self._emit("Mul", [x, turn], f"{out}_turned")
+        level = self._constant(channels_first(layer.threshold, dim), f"{out}.threshold")
         fires = self._emit("GreaterOrEqual", [x, level], f"{out}_fires")
-        uint8 = any(_takes_uint8(self.network, user) for user in node.users)
-        types = self.onnx.TensorProto
-        self._set(node, self._emit("Cast", [fires], out, to=types.UINT8 if uint8 else types.FLOAT), uint8=uint8)
+        if any(_takes_uint8(self.network, user) for user in node.users):
+            self.spikes.add(self._cast(fires, "UINT8", out))
+        else:
+            self._cast(fires, "FLOAT", out)
 
-    def _dim(self, node: fx.Node) -> int:
-        """Return the dimensions of a comparison's tensor: 2 behind a linear layer or a flattening, else 4."""
-        source = node.args[0]
-        module = module_of(self.network, source)
-        if isinstance(module, (nn.Linear, nn.Flatten)) or (isinstance(module, IntegerReal) and module.conv is None):
-            return 2
-        return 4
-
-    def _uint8(self, node: fx.Node) -> str:
-        name = self.names[node]
-        if not self.is_uint8[name]:
-            raise ValueError(f"{node.name} gives no spikes")
-        return name
-
-    def _conv_attributes(self, conv: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "strides": pair(conv["stride"]),
-            "pads": pair(conv["padding"]) * 2,
-            "dilations": pair(conv["dilation"]),
-            "group": conv["groups"],
-        }
+    def _sums(self, node: fx.Node, layer: IntegerLayer, out: str) -> str:
+        """Emit the sums of a linear layer over spikes, int32."""
+        weight = self._of(node, "weight", layer.weight.t().contiguous())
+        return self._emit("MatMulInteger", [self._uint8(node.args[0]), weight], f"{out}_sum")
 
     def _qlinear(
-        self, node: fx.Node, layer: IntegerSpikes | IntegerReal, gain: Tensor, zero_point: int, bias: Tensor, out: str
+        self, node: fx.Node, layer: IntegerLayer, gain: Tensor, zero_point: int, bias: Tensor, out: str
     ) -> str:
-        """Emit, as uint8, clip(round(gain * (acc + bias)) + zero_point, 0, 255)."""
+        """Emit, as uint8, clip(round(gain * (acc + bias)) + zero_point, 0, 255) of a convolution."""
         one, no_gain = self._scalar(1, np.float32), np.zeros(gain.shape, np.int8)
         x, zero = node.args[0], self._scalar(0, np.uint8)
         if isinstance(layer, QuantisedReal):
-            zero = self._constant(layer.zero_point, f"{node.target}.zero_point")
-            levels = [self._float(x), self._constant(layer.step, f"{node.target}.step"), zero]
-            entering = self._emit("QuantizeLinear", levels, f"{out}_entering")
+            zero = self._of(node, "zero_point")
+            entering = self._emit("QuantizeLinear", [self._float(x), self._of(node, "step"), zero], f"{out}_entering")
         else:
             entering = self._uint8(x)
-        inputs = [
-            entering,
-            one,
-            zero,
-            self._constant(layer.weight, f"{node.target}.weight"),
-            self._constant(gain, f"{node.target}.gain"),
-            self._constant(no_gain, "zeros_int8"),
-            one,
-            self._scalar(zero_point, np.uint8),
-            self._constant(bias, f"{node.target}.bias"),
-        ]
-        return self._emit("QLinearConv", inputs, out, **self._conv_attributes(layer.conv))
+        weights = [self._of(node, "weight"), self._of(node, "gain", gain), self._constant(no_gain, "zeros_int8")]
+        levels = [one, self._scalar(zero_point, np.uint8), self._of(node, "bias", bias)]
+        return self._emit("QLinearConv", [entering, one, zero, *weights, *levels], out, **_conv_attributes(layer.conv))
 
-    def _spikes(self, node: fx.Node, layer: IntegerSpikes, out: str) -> None:
-        types = self.onnx.TensorProto
+    def _integer_spikes(self, node: fx.Node, layer: IntegerSpikes, out: str) -> None:
+        self.spikes.add(out)
         if layer.conv is None:
-            weight = self._constant(layer.weight.t().contiguous(), f"{node.target}.weight")
-            acc = self._emit("MatMulInteger", [self._uint8(node.args[0]), weight], f"{out}_sum")
-            fires = self._emit(
-                "GreaterOrEqual", [acc, self._constant(layer.threshold, f"{node.target}.threshold")], f"{out}_fires"
-            )
-            self._set(node, self._emit("Cast", [fires], out, to=types.UINT8), uint8=True)
+            sums = self._sums(node, layer, out)
+            self._cast(self._emit("GreaterOrEqual", [sums, self._of(node, "threshold")], f"{out}_fires"), "UINT8", out)
             return
         x = self._qlinear(node, layer, torch.ones(()), 1, -layer.threshold, f"{out}_above")
         if layer.pool is not None:
@@ -250,47 +228,21 @@ class _OnnxWriter:
         inverted = bool(layer.inverted.any())
         x = self._emit("Clip", [x, "", self._scalar(1, np.uint8)], f"{out}_reached" if inverted else out)
         if inverted:
-            straight = self._constant(columns(~layer.inverted, 4), f"{node.target}.straight")
-            x = self._emit("Cast", [x], f"{out}_bool", to=types.BOOL)
-            x = self._emit("Equal", [x, straight], f"{out}_equal")
-            self._emit("Cast", [x], out, to=types.UINT8)
-        self._set(node, out, uint8=True)
+            straight = self._of(node, "straight", ~layer.inverted, dim=4)
+            x = self._emit("Equal", [self._cast(x, "BOOL", f"{out}_bool"), straight], f"{out}_equal")
+            self._cast(x, "UINT8", out)
 
-    def _real(self, node: fx.Node, layer: IntegerReal, out: str) -> None:
+    def _integer_real(self, node: fx.Node, layer: IntegerReal, out: str) -> None:
         if layer.conv is None:
-            weight = self._constant(layer.weight.t().contiguous(), f"{node.target}.weight")
-            acc = self._emit("MatMulInteger", [self._uint8(node.args[0]), weight], f"{out}_sum")
-            x = self._emit("Cast", [acc], f"{out}_float", to=self.onnx.TensorProto.FLOAT)
-            x = self._emit("Mul", [x, self._constant(layer.scale, f"{node.target}.scale")], f"{out}_scaled")
-            self._emit("Add", [x, self._constant(layer.bias, f"{node.target}.bias")], out)
-        else:
-            x = self._qlinear(node, layer, layer.gain, 128, layer.offset, f"{out}_level")
-            # Not by channel in the DequantizeLinear: ONNX Runtime keeps channels last here, and is slow then.
-            levels = [x, self._scalar(1, np.float32), self._scalar(128, np.uint8)]
-            x = self._emit("DequantizeLinear", levels, f"{out}_around_0")
-            self._emit("Mul", [x, self._constant(columns(layer.scale, 4), f"{node.target}.scale")], out)
-        self._set(node, out)
-
-    def _conv(self, node: fx.Node, layer: nn.Conv2d, out: str) -> None:
-        inputs = [self._float(node.args[0]), self._constant(layer.weight, f"{node.target}.weight")]
-        if layer.bias is not None:
-            inputs.append(self._constant(layer.bias, f"{node.target}.bias"))
-        keys = ("stride", "padding", "dilation", "groups")
-        self._emit("Conv", inputs, out, **self._conv_attributes({key: getattr(layer, key) for key in keys}))
-        self._set(node, out)
-
-    def _linear(self, node: fx.Node, layer: nn.Linear, out: str) -> None:
-        inputs = [self._float(node.args[0]), self._constant(layer.weight, f"{node.target}.weight")]
-        if layer.bias is not None:
-            inputs.append(self._constant(layer.bias, f"{node.target}.bias"))
-        self._emit("Gemm", inputs, out, transB=1)
-        self._set(node, out)
-
-    def _norm(self, node: fx.Node, layer: nn.BatchNorm2d, out: str) -> None:
-        names = ("weight", "bias", "running_mean", "running_var")
-        constants = [self._constant(getattr(layer, name), f"{node.target}.{name}") for name in names]
-        self._emit("BatchNormalization", [self._float(node.args[0]), *constants], out, epsilon=layer.eps)
-        self._set(node, out)
+            x = self._cast(self._sums(node, layer, out), "FLOAT", f"{out}_float")
+            x = self._emit("Mul", [x, self._of(node, "scale")], f"{out}_scaled")
+            self._emit("Add", [x, self._of(node, "bias")], out)
+            return
+        x = self._qlinear(node, layer, layer.gain, 128, layer.offset, f"{out}_level")
+        # Not by channel in the DequantizeLinear: ONNX Runtime keeps channels last here, and is slow then.
+        levels = [x, self._scalar(1, np.float32), self._scalar(128, np.uint8)]
+        x = self._emit("DequantizeLinear", levels, f"{out}_around_0")
+        self._emit("Mul", [x, self._of(node, "scale", dim=4)], out)
 
     def _group_norm(self, node: fx.Node, layer: nn.GroupNorm, out: str) -> None:
         x, groups = self._float(node.args[0]), layer.num_groups
@@ -299,19 +251,15 @@ class _OnnxWriter:
         ones = self._constant(np.ones(groups, np.float32), "group_ones")
         zeros = self._constant(np.zeros(groups, np.float32), "group_zeros")
         flat = self._emit("InstanceNormalization", [flat, ones, zeros], f"{out}_normal", epsilon=layer.eps)
-        shape = self._emit("Shape", [x], f"{out}_shape")
-        whole = self._emit("Reshape", [flat, shape], f"{out}_whole")
-        scaled = self._emit(
-            "Mul", [whole, self._constant(columns(layer.weight, 4), f"{node.target}.weight")], f"{out}_m"
-        )
-        self._emit("Add", [scaled, self._constant(columns(layer.bias, 4), f"{node.target}.bias")], out)
-        self._set(node, out)
+        whole = self._emit("Reshape", [flat, self._emit("Shape", [x], f"{out}_shape")], f"{out}_whole")
+        scaled = self._emit("Mul", [whole, self._of(node, "weight", dim=4)], f"{out}_m")
+        self._emit("Add", [scaled, self._of(node, "bias", dim=4)], out)
 
-    def _call_function(self, node: fx.Node) -> None:
+    def _function(self, node: fx.Node) -> None:
         out = node.name
         arithmetic = {operator.add: "Add", operator.sub: "Sub", operator.truediv: "Div", operator.mul: "Mul"}
         if node.target in arithmetic:
-            self._emit(arithmetic[node.target], [self._operand(arg) for arg in node.args], out)
+            self._emit(arithmetic[node.target], [self._float(arg) for arg in node.args], out)
         elif node.target in (F.relu, torch.relu):
             self._emit("Relu", [self._float(node.args[0])], out)
         elif node.target is torch.cat:
@@ -329,24 +277,25 @@ class _OnnxWriter:
             options = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
             self._emit("Resize", [x, "", "", size], out, **options)
         else:
-            raise ValueError(f"{node.name}: no ONNX for the function {node.target}")
-        self._set(node, out)
+            raise ValueError(f"{out}: no ONNX for the function {node.target}")
 
-    def _call_method(self, node: fx.Node) -> None:
-        x, *arguments = node.args
+    def _method(self, node: fx.Node) -> None:
+        (x, *arguments), out = node.args, node.name
         if node.target == "permute":
-            self._emit("Transpose", [self._float(x)], node.name, perm=list(arguments))
+            self._emit("Transpose", [self._float(x)], out, perm=list(arguments))
         elif node.target == "flatten" and arguments == [1]:
-            self._emit("Flatten", [self._float(x)], node.name, axis=1)
+            self._emit("Flatten", [self._float(x)], out, axis=1)
         elif node.target == "unflatten" and arguments[0] == 1:
-            shape = self._constant(np.array([0, *arguments[1]]), f"{node.name}_shape")
-            self._emit("Reshape", [self._float(x), shape], node.name)
+            shape = self._constant(np.array([0, *arguments[1]]), f"{out}_shape")
+            self._emit("Reshape", [self._float(x), shape], out)
         else:
-            raise ValueError(f"{node.name}: no ONNX for the method {node.target}")
-        self._set(node, node.name)
+            raise ValueError(f"{out}: no ONNX for the method {node.target}")
 
-    def _ints(self, value: int) -> str:
-        return self._constant(np.array([value]), f"int_{value}")
+
+def _conv_attributes(conv: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ONNX's attributes of a convolution with torch's stride, padding, dilation and groups."""
+    lengths = {"strides": conv["stride"], "pads": pair(conv["padding"]) * 2, "dilations": conv["dilation"]}
+    return {key: pair(value) for key, value in lengths.items()} | {"group": conv["groups"]}
 
 
 def _takes_uint8(network: fx.GraphModule, node: fx.Node) -> bool:
@@ -354,10 +303,4 @@ def _takes_uint8(network: fx.GraphModule, node: fx.Node) -> bool:
     module = module_of(network, node)
     if isinstance(module, (nn.MaxPool2d, nn.Flatten)):
         return any(_takes_uint8(network, user) for user in node.users)
-    return isinstance(module, (IntegerSpikes, IntegerReal)) and not isinstance(module, QuantisedReal)
-
-
-def _attribute(module: nn.Module, path: Any) -> Tensor:
-    for name in str(path).split("."):
-        module = getattr(module, name)
-    return module
+    return isinstance(module, IntegerLayer) and not isinstance(module, QuantisedReal)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from backbones.deploy.fold import ChannelThreshold, module_of
+from backbones.deploy.fold import ChannelThreshold, channels_first, module_of
 from backbones.deploy.integer import IntegerSpikes, QuantisedReal
-from detection.exporters.common import ParityError, columns, difference_of, import_extra, leaves, open_session
+from detection.exporters.common import ParityError, difference_of, import_extra, leaves, open_session
 from detection.exporters.nir import run_nir
 
 
@@ -86,17 +86,14 @@ class _Forced(fx.Interpreter):
             raise ParityError(f"{n.target}: shape {tuple(theirs.shape)} in the file, {tuple(ours.shape)} in PyTorch")
         different = ours != theirs
         layer = module_of(self.module, n)
+        wrong = different
         if isinstance(layer, ChannelThreshold):
             (x,), _ = self.fetch_args_kwargs_from_env(n)
-            level = columns(layer.threshold, x.dim())
-            distance = (x * columns(layer.sign, x.dim()) - level).abs()
+            level = channels_first(layer.threshold, x.dim())
+            distance = (x * channels_first(layer.sign, x.dim()) - level).abs()
             wrong = different & (distance > 1e-4 * (x.abs().max() + level.abs()))
-        else:
-            wrong = different
-        if wrong.any():
-            raise ParityError(
-                f"{n.target}: {int(wrong.sum())} of {wrong.numel()} spikes differ between file and PyTorch"
-            )
+        if number := int(wrong.sum()):
+            raise ParityError(f"{n.target}: {number} of {wrong.numel()} spikes differ between file and PyTorch")
         self.flipped += int(different.sum())
         return theirs
 

@@ -6,11 +6,11 @@ import copy
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -124,12 +124,16 @@ def export_run(
     """
     chosen, run = ExportOptions(file_format, **options), Run.open(folder, data_root)
     path, sidecar = _new_files(run, out, chosen)
-    task = task_of(run.config)
     model = load_model(run, chosen.weights).float().to(memory_format=torch.contiguous_format)
     if chosen.int8 and not spike_layers(model):
         raise ValueError(f"--int8: {folder} has no spike layers; integers add up spikes")
-    _require_foldable(model, run)
-    content, description = WRITERS[file_format](task, model, chosen, _describe(run, chosen))
+    for name, layer in spike_layers(model).items():
+        try:
+            layer.fold_threshold()
+        except ValueError as error:
+            raise ValueError(f"{run.folder}: cannot be exported, spike layer {name}: {error}") from None
+    make = _as_nir if file_format == "nir" else _as_graph
+    content, description = make(task_of(run.config), model, chosen, _describe(run, chosen))
     description |= {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
     write_whole(path, content)
     if chosen.evaluate:
@@ -157,17 +161,10 @@ def _new_files(run: Run, out: str | Path | None, options: ExportOptions) -> tupl
     return path, sidecar
 
 
-def _require_foldable(model: nn.Module, run: Run) -> None:
-    for name, layer in spike_layers(model).items():
-        try:
-            layer.fold_threshold()
-        except ValueError as error:
-            raise ValueError(f"{run.folder}: cannot be exported, spike layer {name}: {error}") from None
-
-
 def _describe(run: Run, options: ExportOptions) -> dict[str, Any]:
     """Return what is known of a file before it is made."""
-    config = run.config
+    config, task = run.config, task_of(run.config)
+    task.attach(run)
     packages = ("torch", "torchvision", *PACKAGES[options.file_format])
     return {
         "format": options.file_format,
@@ -177,6 +174,8 @@ def _describe(run: Run, options: ExportOptions) -> dict[str, Any]:
         "weights": options.weights,
         "weights_sha256": run.checksums()[f"{options.weights}.safetensors"],
         "classes": list(config.data.classes),
+        "categories": task.describe_labels(run).get("categories"),
+        "data": config.data.model_dump(include={"format", "size", "in_memory"}),
         "int8": options.int8,
         "analogue_int8": options.analogue,
         "model": config.model.model_dump(mode="json"),
@@ -184,27 +183,11 @@ def _describe(run: Run, options: ExportOptions) -> dict[str, Any]:
     }
 
 
-# Networks over images in [0, 1]
-
-
-class _Graph(NamedTuple):
-    """A folded network that is ready to be written.
-
-    Attributes:
-        network: images in [0, 1] -> outputs.
-        batches: images to check it on.
-        free: whether it takes images of any size.
-        description: what the file says of it.
-    """
-
-    network: fx.GraphModule
-    batches: list[Tensor]
-    free: bool
-    description: dict[str, Any]
-
-
-def _make_graph(task: Task, model: nn.Module, options: ExportOptions) -> _Graph:
-    part, description = task.deployable(model), {}
+def _as_graph(
+    task: Task, model: nn.Module, options: ExportOptions, description: dict[str, Any]
+) -> tuple[bytes, dict[str, Any]]:
+    """Return the content of an ONNX file or of a program of torch.export, and its description."""
+    part = task.deployable(model)
     size, free = options.choose_size(task.input_size, task.backbone_of(model))
     network = fold(part.network)
     free = free and not any(
@@ -223,7 +206,14 @@ def _make_graph(task: Task, model: nn.Module, options: ExportOptions) -> _Graph:
     shape = ["N", 3, *(("height", "width") if free else size)]
     description["inputs"] = {"images": {"shape": shape, "type": "float32", "meaning": part.meaning}}
     description["outputs"] = dict(part.outputs)
-    return _Graph(network, batches, free, description)
+    if options.file_format == "torch":
+        content, parity = program_bytes(network, batches, free)
+        return content, description | {"parity": parity}
+    description["opset"] = OPSET
+    metadata = {METADATA_KEY: json.dumps(description), "description": part.meaning}
+    outputs = list(part.outputs)
+    file = to_onnx(network, dynamic_size=free, example=batches[0], outputs=outputs, metadata=metadata)
+    return file.SerializeToString(), description | {"parity": check_onnx(file, network, batches)}
 
 
 def noise(number: int, size: tuple[int, int]) -> Tensor:
@@ -234,34 +224,13 @@ def noise(number: int, size: tuple[int, int]) -> Tensor:
     return 0.7 * F.interpolate(coarse, size, mode="bilinear") + 0.3 * fine
 
 
-def _as_onnx(
-    task: Task, model: nn.Module, options: ExportOptions, known: Mapping[str, Any]
-) -> tuple[bytes, dict[str, Any]]:
-    graph = _make_graph(task, model, options)
-    description = {**known, **graph.description, "opset": OPSET}
-    inputs, outputs = description["inputs"], list(description["outputs"])
-    metadata = {METADATA_KEY: json.dumps(description), "description": inputs["images"]["meaning"]}
-    file = to_onnx(graph.network, dynamic_size=graph.free, example=graph.batches[0], outputs=outputs, metadata=metadata)
-    parity = check_onnx(file, graph.network, graph.batches)
-    return file.SerializeToString(), description | {"parity": parity}
-
-
-def _as_program(
-    task: Task, model: nn.Module, options: ExportOptions, known: Mapping[str, Any]
-) -> tuple[bytes, dict[str, Any]]:
-    graph = _make_graph(task, model, options)
-    content, parity = program_bytes(graph.network, graph.batches, graph.free)
-    return content, {**known, **graph.description, "parity": parity}
-
-
 def program_bytes(network: fx.GraphModule, batches: Sequence[Tensor], free: bool) -> tuple[bytes, dict[str, Any]]:
     """Return a program of torch.export, and how well it agrees with the network once read back."""
     automatic = torch.export.Dim.AUTO
     dynamic = {0: automatic, 2: automatic, 3: automatic} if free else {0: automatic}
     several = batches[1]  # a batch of one would be taken for the only size
-    program = torch.export.export(network, (several,), dynamic_shapes=(dynamic,))
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    torch.export.save(torch.export.export(network, (several,), dynamic_shapes=(dynamic,)), buffer)
     buffer.seek(0)
     loaded = torch.export.load(buffer).module()
     largest = 0.0
@@ -275,36 +244,24 @@ def program_bytes(network: fx.GraphModule, batches: Sequence[Tensor], free: bool
     return buffer.getvalue(), {"largest_difference": largest}
 
 
-# NIR
-
-
 def _as_nir(
-    task: Task, model: nn.Module, options: ExportOptions, known: Mapping[str, Any]
+    task: Task, model: nn.Module, options: ExportOptions, description: dict[str, Any]
 ) -> tuple[bytes, dict[str, Any]]:
-    network, example, meaning = nir_network(task, model, options)
-    nir = import_extra("nir")
-    graph = to_nir(network, example)
-    buffer = io.BytesIO()
-    nir.write(buffer, graph)
-    parity = check_nir(nir.read(io.BytesIO(buffer.getvalue())), graph, fix_size(network, example), example)
-    outputs = "an Output node for each map, or for the logits"
-    return buffer.getvalue(), {**known, "inputs": {"input": meaning}, "outputs": outputs, "parity": parity}
-
-
-def nir_network(task: Task, model: nn.Module, options: ExportOptions) -> tuple[fx.GraphModule, Tensor, str]:
-    """Return what of a network NIR can say, folded, an input of it, and what that input is."""
+    """Return the content of a NIR file of what of a network NIR can say, and its description."""
     part = task.spiking_part(copy.deepcopy(model))
     size, _ = options.choose_size(task.input_size, part.backbone)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (part.mean, part.std))
-    x = (noise(1, size) - mean) / std
+    example = (noise(1, size) - mean) / std
     meaning = f"RGB in [0, 1], less {list(part.mean)}, divided by {list(part.std)}"
     stem = part.backbone.parts().get("stem")
     if stem is not None and any(isinstance(layer, nn.MaxPool2d) for layer in stem.modules()):
         with torch.no_grad():
-            x = stem(x)
+            example = stem(example)
         part.backbone.stem = nn.Identity()
         meaning = f"what the stem gives: membrane potentials, of {meaning}"
-    return fold(part.network), x, meaning
-
-
-WRITERS = {"onnx": _as_onnx, "torch": _as_program, "nir": _as_nir}
+    network, nir, buffer = fold(part.network), import_extra("nir"), io.BytesIO()
+    graph = to_nir(network, example)
+    nir.write(buffer, graph)
+    parity = check_nir(nir.read(io.BytesIO(buffer.getvalue())), graph, fix_size(network, example), example)
+    outputs = "an Output node for each map, or for the logits"
+    return buffer.getvalue(), description | {"inputs": {"input": meaning}, "outputs": outputs, "parity": parity}

@@ -8,11 +8,9 @@ from torch import nn
 
 import backbones
 from detection.config import Recipe, read_recipe, schema
-from detection.models.fasterrcnn import build_fasterrcnn
-from detection.models.fcos import build_fcos
+from detection.models.detectors import build_fasterrcnn, build_fcos, build_retinanet, build_ssd
 from detection.models.neck import BackboneWithNeck, SpikingFPN, SpikingMaps, check_levels
-from detection.models.retinanet import build_retinanet
-from detection.models.ssd import build_ssd
+from detection.runs import check_weights
 
 __all__ = [
     "BackboneWithNeck",
@@ -24,6 +22,10 @@ __all__ = [
 ]
 
 BUILDERS = {"fasterrcnn": build_fasterrcnn, "retinanet": build_retinanet, "fcos": build_fcos, "ssd": build_ssd}
+STEMS_DIFFER = (
+    "; a stem for 32x32 images and one for large images differ in their layers and strides, so what one has learnt is "
+    "of no use behind the other: pretrain with the stem that the detector has"
+)
 NUM_EXTRA = {"fasterrcnn": 1, "retinanet": 2, "fcos": 2, "ssd": 3}
 
 
@@ -47,19 +49,14 @@ def build_detector(config: Recipe) -> nn.Module:
     levels = model.neck.levels or (["c2", "c3", "c4", "c5"] if model.detector == "fasterrcnn" else ["c3", "c4", "c5"])
     channels = [info.channels for info in check_levels(body, levels)]
     num_extra = NUM_EXTRA[model.detector] if model.neck.extra_levels is None else model.neck.extra_levels
+    shared = {"source": model.neck.source, "num_extra": num_extra}
     neck: SpikingFPN | SpikingMaps
     if model.detector == "ssd":
-        neck = SpikingMaps(channels, model.neck.out_channels, spike, source=model.neck.source, num_extra=num_extra)
+        neck = SpikingMaps(channels, model.neck.out_channels, spike, **shared)
     else:
-        neck = SpikingFPN(
-            channels,
-            model.neck.out_channels,
-            spike,
-            source=model.neck.source,
-            spiking=model.neck.spiking,
-            num_extra=num_extra,
-            extra="pool" if model.detector == "fasterrcnn" else "conv",
-        )
+        extra = "pool" if model.detector == "fasterrcnn" else "conv"
+        spiking = model.neck.spiking
+        neck = SpikingFPN(channels, model.neck.out_channels, spike, spiking=spiking, extra=extra, **shared)
     return BUILDERS[model.detector](model, BackboneWithNeck(body, neck, levels), len(config.data.classes), spike)
 
 
@@ -79,10 +76,8 @@ def build_classifier(config: Recipe) -> backbones.Classifier:
             f"data.size {config.data.size}: smaller than a cell of the last feature map, whose stride is {stride} "
             f"({config.model.backbone.name} with the {config.model.backbone.stem} stem)"
         )
-    model = config.model
-    return backbones.Classifier(
-        backbone, len(config.data.classes), dropout=model.dropout, mean=model.mean, std=model.std
-    )
+    options = {key: getattr(config.model, key) for key in ("dropout", "mean", "std")}
+    return backbones.Classifier(backbone, len(config.data.classes), **options)
 
 
 def build_backbone(settings: schema.Backbone) -> backbones.Backbone:
@@ -98,23 +93,19 @@ def build_backbone(settings: schema.Backbone) -> backbones.Backbone:
         if weights.is_dir():
             weights = weights / "last.safetensors"
         _check_origin(settings, weights.parent / "config.yaml")
-    return backbones.create(settings.name, weights=weights, **settings.arguments())
+    backbone = backbones.create(settings.name, weights=weights, **settings.arguments())
+    if weights is not None:
+        check_weights(weights)
+    return backbone
 
 
 def _check_origin(settings: schema.Backbone, recipe: Path) -> None:
     """Raises ValueError if the weights come from a run, whose recipe says that its backbone was another one."""
-    if not recipe.is_file():
-        return
-    origin = read_recipe(recipe).model.backbone
+    origin = read_recipe(recipe).model.backbone if recipe.is_file() else settings
     for key in backbones.zoo.KEYS:
         theirs, ours = getattr(origin, key), getattr(settings, key)
         if theirs != ours:
-            why = ""
-            if key == "stem":
-                why = (
-                    "; a stem for 32x32 images and one for large images differ in their layers and strides, so what "
-                    "one has learnt is of no use behind the other: pretrain with the stem that the detector has"
-                )
+            why = STEMS_DIFFER if key == "stem" else ""
             raise ValueError(
                 f"model.backbone.weights {recipe.parent}: trained with {key} {theirs!r}, "
                 f"this recipe's model.backbone.{key} is {ours!r}{why}"

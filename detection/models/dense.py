@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.ssd import SSD
 
+from detection.models.inference import pad_for
 from detection.models.neck import BackboneWithNeck
 
 
@@ -27,8 +28,7 @@ class DensePredictions(nn.Module):
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
-        kinds = {RetinaNet: self._retinanet, FCOS: self._fcos, SSD: self._ssd}
-        self.kind = next((kind for kind in kinds if isinstance(detector, kind)), None)
+        self.kind = next((kind for kind in (RetinaNet, FCOS, SSD) if isinstance(detector, kind)), None)
         if self.kind is None:
             raise ValueError(
                 f"a {type(detector).__name__} cannot be exported: it pools regions, whose number depends on the image "
@@ -38,38 +38,31 @@ class DensePredictions(nn.Module):
         self.register_buffer("mean", torch.tensor(transform.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(transform.image_std).view(3, 1, 1), persistent=False)
         self.backbone, self.head = detector.backbone, detector.head
-        self._predict = kinds[self.kind]
         self.outputs = ["cls_logits", "bbox_regression"] + (["bbox_ctrness"] if self.kind is FCOS else [])
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        rows = self._predict(list(self.backbone((images - self.mean) / self.std).values()))
+        maps = list(self.backbone((images - self.mean) / self.std).values())
+        rows = self._of_layers(maps) if self.kind is SSD else self._of_towers(maps)
         return tuple(torch.cat(levels, dim=1) for levels in rows)
 
-    def _towers(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        head = self.head
-        spiking = hasattr(head, "classification_tower")
-        classes = head.classification_tower(maps) if spiking else [head.classification_head.conv(x) for x in maps]
-        boxes = head.regression_tower(maps) if spiking else [head.regression_head.conv(x) for x in maps]
-        return classes, boxes
+    def _of_towers(self, maps: list[Tensor]) -> list[list[Tensor]]:
+        head, is_fcos = self.head, self.kind is FCOS
+        classification, regression = head.classification_head, head.regression_head
+        if hasattr(head, "classification_tower"):
+            classes, boxes = head.classification_tower(maps), head.regression_tower(maps)
+        else:
+            classes, boxes = [classification.conv(x) for x in maps], [regression.conv(x) for x in maps]
 
-    def _retinanet(self, maps: list[Tensor]) -> list[list[Tensor]]:
-        classes, boxes = self._towers(maps)
-        classification, regression = self.head.classification_head, self.head.regression_head
-        return [
+        def offsets(x: Tensor) -> Tensor:
+            return F.relu(regression.bbox_reg(x)) if is_fcos else regression.bbox_reg(x)
+
+        rows = [
             [_rows(classification.cls_logits(x), classification.num_classes) for x in classes],
-            [_rows(regression.bbox_reg(x), 4) for x in boxes],
+            [_rows(offsets(x), 4) for x in boxes],
         ]
+        return [*rows, [_rows(regression.bbox_ctrness(x), 1) for x in boxes]] if is_fcos else rows
 
-    def _fcos(self, maps: list[Tensor]) -> list[list[Tensor]]:
-        classes, boxes = self._towers(maps)
-        classification, regression = self.head.classification_head, self.head.regression_head
-        return [
-            [_rows(classification.cls_logits(x), classification.num_classes) for x in classes],
-            [_rows(F.relu(regression.bbox_reg(x)), 4) for x in boxes],
-            [_rows(regression.bbox_ctrness(x), 1) for x in boxes],
-        ]
-
-    def _ssd(self, maps: list[Tensor]) -> list[list[Tensor]]:
+    def _of_layers(self, maps: list[Tensor]) -> list[list[Tensor]]:
         return [
             [_rows(layer(x), head.num_columns) for layer, x in zip(head.module_list, maps, strict=True)]
             for head in (self.head.classification_head, self.head.regression_head)
@@ -112,7 +105,7 @@ class DetectorOf(nn.Module):
         transform = detector.transform
         # Divided by 1 and padded with 0 after the mean is taken off: padded with the mean colour, that is.
         mean, transform.image_std = torch.tensor(transform.image_mean).view(3, 1, 1), [1.0, 1.0, 1.0]
-        bridge = _Bridge(detector.backbone.to("meta"), lambda shifted: predict(shifted + mean))
+        bridge = _Bridge(detector.backbone.to("meta").eval(), lambda shifted: predict(shifted + mean))
         detector.backbone, detector.head = bridge, _BridgeHead(bridge)
         self.detector = detector.eval()
 
@@ -122,11 +115,15 @@ class DetectorOf(nn.Module):
 
 
 class _Bridge(nn.Module):
-    """In the place of a backbone: empty maps of its shapes, and the head's outputs for `_BridgeHead` to take."""
+    """In the place of a backbone: empty maps of its shapes, and the head's outputs for `_BridgeHead` to take.
+
+    What gives the shapes is no submodule: it holds no values that could be measured, moved or saved.
+    """
 
     def __init__(self, shapes: nn.Module, predict: Callable[[Tensor], dict[str, Tensor]]) -> None:
         super().__init__()
-        self.shapes, self.predict = shapes, predict
+        self.shapes: Callable[[Tensor], dict[str, Tensor]] = lambda images: shapes(images)
+        self.predict = predict
         self.known: dict[torch.Size, list[torch.Size]] = {}
         self.outputs: dict[str, Tensor] = {}
 
@@ -158,4 +155,4 @@ def resize_and_pad(transform: nn.Module, images: Sequence[Tensor]) -> Tensor:
     shifting = copy.copy(transform)
     shifting.image_std = [1.0, 1.0, 1.0]
     mean = torch.tensor(transform.image_mean).view(3, 1, 1)
-    return shifting.eval()(list(images))[0].tensors + mean
+    return shifting.eval()([pad_for(transform, image) for image in images])[0].tensors + mean

@@ -33,6 +33,7 @@ class AnyShape:
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Return torchvision's losses in training, and in evaluation its detections, within each image."""
         padded = [pad_for(self.transform, image) for image in images]
         found = super().forward(padded, targets)
         if self.training:

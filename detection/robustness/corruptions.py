@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from detection.robustness.kinds import IMAGE_KINDS
+from detection.robustness import IMAGE_KINDS
 
 HIGHEST = {"contrast": 1.0, "brightness": 1.0, "jpeg": 99.0}
 
@@ -75,27 +75,22 @@ def _compress(image: Tensor, quality: int) -> Tensor:
     return back.to(image.device, image.dtype) / 255
 
 
-class CorruptedBatches:
-    """Evaluation batches with every image corrupted.
+def corrupt_batches(
+    batches: Iterable[tuple[Any, Any]], kind: str, severity: float, seed: int
+) -> Iterator[tuple[Any, Any]]:
+    """Yield evaluation batches with every image corrupted.
 
     Args:
         batches: (images, targets), images in [0, 1], a tensor (N, 3, H, W) or a list of (3, H, W); always in the same
             order.
         kind, severity, seed: as in `corrupt`.
     """
-
-    def __init__(self, batches: Iterable[tuple[Any, Any]], kind: str, severity: float, seed: int) -> None:
-        self.batches, self.kind, self.severity, self.seed = batches, kind, severity, seed
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        first = 0
-        for images, targets in self.batches:
-            if isinstance(images, Tensor):
-                changed: Any = self._corrupt(images, first)
-            else:  # images differ in size
-                changed = [self._corrupt(image[None], first + index)[0] for index, image in enumerate(images)]
-            first += len(images)
-            yield changed, targets
-
-    def _corrupt(self, images: Tensor, first: int) -> Tensor:
-        return corrupt(images, self.kind, self.severity, seed=self.seed, first=first)
+    first = 0
+    for images, targets in batches:
+        if isinstance(images, Tensor):
+            changed: Any = corrupt(images, kind, severity, seed=seed, first=first)
+        else:  # images differ in size
+            numbered = enumerate(images, start=first)
+            changed = [corrupt(image[None], kind, severity, seed=seed, first=number)[0] for number, image in numbered]
+        first += len(images)
+        yield changed, targets

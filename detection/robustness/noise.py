@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import SpikeLayer, hook_layers, spike_layers
-from detection.robustness.kinds import NEAR, SPIKE_KINDS
+from detection.robustness import NEAR, SPIKE_KINDS
 
 Act = Callable[[str, SpikeLayer, Tensor, int, range], Tensor | None]
 

@@ -5,19 +5,31 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from torch import nn
+
 from backbones.spiking import find_neuron
+from detection.config import Recipe
 from detection.curves import draw_robustness
 from detection.figures import save_png
 from detection.files import require_writable, write_whole
-from detection.robustness.kinds import IMAGE_KINDS, KINDS, SPIKE_KINDS, UNITS
-from detection.robustness.subject import Subject, open_runs, prepare
+from detection.robustness import ALL_LAYERS, IMAGE_KINDS, KINDS, RANDOM_KINDS, SEVERITIES, SPIKE_KINDS, UNITS
+from detection.robustness.corruptions import corrupt_batches
+from detection.robustness.noise import potential_noise, record_margins, sum_margins
 from detection.runs import Run, Weights, describe_environment
 from detection.tasks import task_of
+from detection.tasks.base import Dataset, Task
+from detection.tasks.run import load_for_evaluation, read_evaluation_data
+from detection.text import say, shorten
+
+TRAINING_KEYS = {"train", "train_images", "num_train", "augment", "workers", "verify", "aspect_groups"}
+"""Keys of a recipe's `data` in which runs on the same evaluation images may differ."""
 
 
 def study(
@@ -62,9 +74,13 @@ def study(
     out = Run.check_free(out)
     require_writable(out)
     _check_request(kinds, seeds, num_images)
-    runs = _name_runs(open_runs(folders, data_root=data_root))
+    opened = open_runs(folders, data_root=data_root)
+    runs = {run.folder.name: run for run in opened}
+    if len(runs) < len(opened):  # two names are equal
+        runs = {str(run.folder): run for run in opened}
     kinds_of = {name: _kinds_of(run, kinds) for name, run in runs.items()}
-    found = _start(runs, kinds, kinds_of, command, weights)
+    found = describe_environment(command).to_json() | _empty(task_of(opened[0].config), weights)
+    found["left_out"] += _left_out(kinds, kinds_of)
     for name, run in runs.items():
         subject = prepare(run, name, weights=weights, num_images=num_images)
         found["num_images"] = subject.num_images
@@ -87,12 +103,6 @@ def _check_request(kinds: Sequence[str], seeds: Sequence[int], num_images: int |
         raise ValueError(f"--images {num_images}: expected 1 or more")
 
 
-def _name_runs(runs: Sequence[Run]) -> dict[str, Run]:
-    """Return the runs by the names of their folders, or by their paths where two names are equal."""
-    short = {run.folder.name: run for run in runs}
-    return short if len(short) == len(runs) else {str(run.folder): run for run in runs}
-
-
 def _kinds_of(run: Run, kinds: Sequence[str]) -> list[str]:
     """Return the kinds that a run's network can be asked for."""
     if find_neuron(run.config.model.backbone.activation).spiking:
@@ -106,32 +116,19 @@ def _kinds_of(run: Run, kinds: Sequence[str]) -> list[str]:
     return left
 
 
-def _start(
-    runs: Mapping[str, Run],
-    kinds: Sequence[str],
-    kinds_of: Mapping[str, Sequence[str]],
-    command: Sequence[str],
-    weights: Weights,
-) -> dict[str, Any]:
-    """Return what `study` does before the first evaluation; say on standard error what is left out."""
-    left_out = []
-    for name in runs:
-        missing = [kind for kind in kinds if kind not in kinds_of[name]]
+def _empty(task: Task, weights: Weights) -> dict[str, Any]:
+    """Return what `study` returns before anything is measured."""
+    empty = {key: [] for key in ("left_out", "results", "margins", "flips")}
+    return {"task": task.name, "metrics": list(task.headline), "weights": weights, "runs": {}, **empty}
+
+
+def _left_out(kinds: Sequence[str], kinds_of: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
+    """Yield an entry for each run that is not asked for all kinds, and say so on standard error."""
+    for name, chosen in kinds_of.items():
+        missing = [kind for kind in kinds if kind not in chosen]
         if missing:
-            left_out.append({"run": name, "kinds": missing, "reason": "no spike layers, so no threshold as a scale"})
-            print(f"{name}: no spike layers; left out: {', '.join(missing)}", file=sys.stderr)
-    task = task_of(next(iter(runs.values())).config)
-    return {
-        **describe_environment(command).to_json(),
-        "task": task.name,
-        "metrics": list(task.headline),
-        "weights": weights,
-        "runs": {},
-        "left_out": left_out,
-        "results": [],
-        "margins": [],
-        "flips": [],
-    }
+            say(f"{name}: no spike layers; left out: {', '.join(missing)}", error=True)
+            yield {"run": name, "kinds": missing, "reason": "no spike layers, so no threshold as a scale"}
 
 
 def _add(found: dict[str, Any], subject: Subject, run: Run, kinds: Sequence[str], seeds: Sequence[int]) -> None:
@@ -145,7 +142,7 @@ def _add(found: dict[str, Any], subject: Subject, run: Run, kinds: Sequence[str]
         found["results"].append(row)
         shown = ", ".join(f"{key} {row[key]:.4f}" for key in found["metrics"])
         seed = "" if row["seed"] is None else f", seed {row['seed']}"
-        print(f"{subject.name}: {row['kind']} {row['severity']:g}{seed}: {shown}", file=sys.stderr)
+        say(f"{subject.name}: {row['kind']} {row['severity']:g}{seed}: {shown}", error=True)
     if any(kind in SPIKE_KINDS for kind in kinds):
         margins, flips = subject.margins(seeds)
         found["margins"] += margins
@@ -164,7 +161,7 @@ def _write(found: Mapping[str, Any], out: Path) -> None:
             place = {"kind": {"margins": "clean", "flips": "membrane"}.get(part)} | row
             for metric in (key for key in row if key not in keys):
                 writer.writerow([*(place.get(key) for key in keys[:-2]), metric, row[metric]])
-    write_whole(out / "robustness.csv", text.getvalue().encode())
+    write_whole(out / "robustness.csv", text.getvalue().encode(errors="backslashreplace"))
     metric = found["metrics"][0]
     curves = {kind: runs for kind in KINDS if (runs := curves_of(found, kind, metric))}
     save_png(draw_robustness(curves, UNITS, f"{metric}, in [0, 1]"), out / "robustness.png")
@@ -181,3 +178,132 @@ def curves_of(found: Mapping[str, Any], kind: str, metric: str) -> dict[str, dic
                 if row["kind"] in ("clean", kind):
                     curve.setdefault(row["severity"], []).append(row[metric])
     return curves
+
+
+# Runs that are evaluated again and again
+
+
+@dataclass
+class Subject:
+    """A run that is ready to be evaluated under noise.
+
+    Attributes:
+        name: of the run, in tables and plots.
+        task: of its recipe.
+        model: in evaluation mode.
+        accelerator: its device and precision.
+        dataset: the evaluation images.
+        batches: of them, in order.
+    """
+
+    name: str
+    task: Task
+    model: nn.Module
+    accelerator: Accelerator
+    dataset: Dataset
+    batches: Iterable[Any]
+
+    @property
+    def num_images(self) -> int:
+        """Number of images in `batches`."""
+        return len(self.dataset)
+
+    def measure(self, kind: str, severity: float, seed: int) -> dict[str, float]:
+        """Return the task's headline metrics, and "activity" with spike layers, at one severity."""
+        batches = self.batches
+        if kind in IMAGE_KINDS and severity:
+            batches = corrupt_batches(batches, kind, severity, seed)
+        with potential_noise(self.model, kind, severity, seed) if kind in SPIKE_KINDS else nullcontext():
+            found = self.task.evaluate(self.model, batches, self.dataset, self.accelerator)
+        chosen = {key: found.metrics[key] for key in self.task.headline}
+        return chosen | ({} if found.activity is None else {"activity": found.activity})
+
+    def rows(self, kinds: Sequence[str], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Yield a row for the clean network, then one for each kind, severity and seed.
+
+        Raises:
+            ValueError: the images have nothing to find.
+        """
+        clean = self.measure("clean", 0.0, 0)
+        for metric in self.task.headline:
+            if clean[metric] < 0:
+                raise ValueError(f"--images {self.num_images}: {metric} needs something to find in them; take more")
+        yield {"run": self.name, "kind": "clean", "severity": 0.0, "seed": None, **clean}
+        for kind in kinds:
+            for severity in SEVERITIES[kind]:
+                for seed in seeds if kind in RANDOM_KINDS else [None]:
+                    metrics = self.measure(kind, severity, seed or 0)
+                    yield {"run": self.name, "kind": kind, "severity": severity, "seed": seed, **metrics}
+
+    def margins(self, seeds: Sequence[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the rows of "margins" and of "flips", see `study`."""
+        sds = SEVERITIES["membrane"]
+        with record_margins(self.model, sds, seeds) as found:
+            self.task.evaluate(self.model, self.batches, self.dataset, self.accelerator)
+        margins, flips = [], []
+        for layer, margin in {ALL_LAYERS: sum_margins(found.values()), **found}.items():
+            place = {"run": self.name, "layer": layer}
+            rates = {key: getattr(margin, key) for key in ("firing_rate", "near_rate", "potential_sd")}
+            margins.append({**place, "num_neurons": margin.num_neurons // self.num_images, **rates})
+            for sd in sds:
+                for seed in seeds:
+                    rates = {"flip_rate": margin.flip_rate(sd, seed), "lost_rate": margin.lost_rate(sd, seed)}
+                    flips.append({**place, "severity": sd, "seed": seed, **rates})
+        return margins, flips
+
+
+def prepare(run: Run, name: str, *, weights: Weights = "last", num_images: int | None = None) -> Subject:
+    """Return a run with its network and its evaluation images.
+
+    Args:
+        run: of any task.
+        name: how to call it.
+        weights: which of its weights.
+        num_images: as many images, spread evenly over the evaluation images (those of a folder are sorted by class, so
+            the first ones would be of one class); a detector is then asked for their boxes alone. None: all.
+
+    Raises:
+        FileNotFoundError: no such weights, or data.
+        ValueError: there are not as many images, or the weights do not fit.
+    """
+    task = task_of(run.config)
+    model, accelerator = load_for_evaluation(run, weights)
+    dataset = read_evaluation_data(run)
+    number, wanted = len(dataset), len(dataset) if num_images is None else num_images
+    if wanted > number:
+        raise ValueError(f"--images {wanted}: there are only {number} evaluation images")
+    dataset = dataset.choose([index * number // wanted for index in range(wanted)])
+    return Subject(name, task, model, accelerator, dataset, task.evaluation_batches(dataset, accelerator))
+
+
+def open_runs(folders: Sequence[str | Path], *, data_root: str | Path | None = None) -> list[Run]:
+    """Return the runs, which must be of one task and have the same evaluation data and precision.
+
+    Raises:
+        FileNotFoundError: no such run.
+        ValueError: a run given twice, or runs that do not compare.
+    """
+    runs: list[Run] = []
+    for folder in folders:
+        run = Run.open(folder, data_root)
+        if any(run.folder.resolve() == other.folder.resolve() for other in runs):
+            raise ValueError(f"{folder}: given twice")
+        run.config.data.root = run.config.data.root.resolve()
+        runs.append(run)
+    common = _comparable(runs[0].config)
+    for run in runs[1:]:
+        values = _comparable(run.config)
+        for key, value in common.items():
+            if values.get(key) != value:
+                raise ValueError(
+                    f"{run.folder}: {key} is {shorten(values.get(key))}, that of {runs[0].folder} is "
+                    f"{shorten(value)}; only runs of the same task, evaluation data and precision compare"
+                )
+    return runs
+
+
+def _comparable(config: Recipe) -> dict[str, Any]:
+    """Return what two runs must have in common, task first."""
+    data = config.data.model_dump(mode="json", exclude=TRAINING_KEYS)
+    data = {f"data.{key}": value for key, value in data.items()}
+    return {"task": config.task, **data, "train.precision": config.train.precision}
