@@ -9,6 +9,7 @@ from .deploy.integer import to_integers
 from .hoyer import HoyerSpike, extremum, hoyer_penalties, hoyer_penalty, moments, regulariser, spike
 from .measure.certificate import Certificate, Finding, certify
 from .measure.energy import HOROWITZ_45NM, CostTable, EnergyReport, FirstLayer, NetworkEnergy, energy, read_costs
+from .measure.gradients import record_gradient_shares
 from .measure.operations import Measurement, WeightedLayer, measure_activity, record_layers
 from .measure.record import (
     LayerActivity,
@@ -62,6 +63,7 @@ __all__ = [
     "read_tensors",
     "recompute_activations",
     "record_activity",
+    "record_gradient_shares",
     "record_layers",
     "record_potentials",
     "register_backbone",

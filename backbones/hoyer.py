@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from .spiking import SpikeLayer, spike_layers
 
 Reduction = Literal["sum", "mean", "network"]
 Window = tuple[float, float]
+Fire = Callable[[Tensor, Tensor | float], Tensor]
 
 WINDOW: Window = (0.0, 2.0)  # of the surrogate gradient, in units of v_th
 
@@ -63,17 +64,17 @@ def regulariser(sum_c: Tensor, sum_c2: Tensor) -> Tensor:
     return sum_c.square() / torch.where(sum_c2 > 0, sum_c2, 1.0)
 
 
+def fire(z: Tensor, threshold: Tensor | float) -> Tensor:
+    """Return 1 where z >= threshold, else 0, in z's dtype, without gradient."""
+    return (z >= threshold).to(z.dtype)
+
+
 def spike(z: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
     """Return 1 where z >= threshold, else 0, in z's dtype; backward ds/dz = 1/2 for 0 < z < 2, else 0.
 
     The surrogate gradient belongs to z alone: the threshold gets none.
     """
-    return _Spike.apply(z, threshold, Pass(fire))
-
-
-def fire(z: Tensor, threshold: Tensor | float) -> Tensor:
-    """Return 1 where z >= threshold, else 0, in z's dtype, without gradient."""
-    return (z >= threshold).to(z.dtype)
+    return _Spike.apply(z, threshold, fire, WINDOW)
 
 
 def add_surrogate_(dz: Tensor, ds: Tensor, z: Tensor, window: Window = WINDOW) -> Tensor:
@@ -84,39 +85,30 @@ def add_surrogate_(dz: Tensor, ds: Tensor, z: Tensor, window: Window = WINDOW) -
     return _inside_(dz.add_(ds, alpha=0.5), z, *window)
 
 
+def regulariser_gradient(z: Tensor, sum_c: Tensor, sum_c2: Tensor, dh: Tensor) -> Tensor:
+    """Return dH * 2 q (1 - z q) for 0 < z < 1, where c = z, else 0; with q = sum c / sum c^2 and dH that arrives."""
+    q = sum_c / torch.where(sum_c2 > 0, sum_c2, 1.0)
+    dz = z.mul(-q).add_(1.0).mul_(2 * q * dh)  # in place: at this size every tensor counts
+    return _inside_(dz, z, 0.0, 1.0)
+
+
 def _inside_(gradient: Tensor, z: Tensor, low: float, high: float) -> Tensor:
     """The gradient where low < z < high, else 0; in place."""
     return torch.ops.aten.hardtanh_backward.grad_input(gradient, z, low, high, grad_input=gradient)
 
 
-class Pass(NamedTuple):
-    """What a training pass of a layer has beside its tensors.
-
-    Attributes:
-        fire: (z, threshold) -> spikes.
-        window: of the surrogate gradient.
-        share: times the gradient of H goes to u and v_th: the number of processes over which H is taken.
-        shares: receives the shares of the regulariser in the layer's gradients, see `gradient_shares`; None: not asked.
-    """
-
-    fire: Callable[[Tensor, Tensor | float], Tensor]
-    window: Window = WINDOW
-    share: int = 1
-    shares: dict[str, float] | None = None
-
-
 class _Spike(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, threshold: Tensor | float, about: Pass) -> Tensor:
+    def forward(ctx: Any, z: Tensor, threshold: Tensor | float, fire: Fire, window: Window) -> Tensor:
         ctx.save_for_backward(z)
-        ctx.about = about
-        return about.fire(z, threshold)
+        ctx.window = window
+        return fire(z, threshold)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ds: Tensor) -> tuple[Tensor | None, ...]:
         (z,) = ctx.saved_tensors
-        return add_surrogate_(torch.zeros_like(z), ds, z, ctx.about.window), None, None
+        return add_surrogate_(torch.zeros_like(z), ds, z, ctx.window), None, None, None
 
 
 def sum_over_processes(*sums: Tensor) -> list[Tensor]:
@@ -140,10 +132,10 @@ def num_processes() -> int:
 class SpikesAndPenalty(torch.autograd.Function):
     """s and H of a layer with all their gradients, for which z is the only tensor of the layer's size that is kept.
 
-    With q = sum c / sum c^2 and the gradients ds, dH that arrive:
+    With the gradients ds, dH that arrive:
 
         dz = ds / 2                  for 0 < z < 2, the surrogate gradient, `add_surrogate_`
-           + dH * 2 q (1 - z q)      for 0 < z < 1, where c = z
+           + dH * 2 q (1 - z q)      for 0 < z < 1, `regulariser_gradient`
         du = dz / |v_th|
         d|v_th| = -sum z dz / |v_th|, over the layer or over each channel
 
@@ -159,47 +151,33 @@ class SpikesAndPenalty(torch.autograd.Function):
         threshold: Tensor | float,
         sum_c: Tensor,
         sum_c2: Tensor,
-        about: Pass,
+        fire: Fire,
+        window: Window,
+        share: int,
     ) -> tuple[Tensor, Tensor]:
-        """Return fire(z, threshold) and H, for z = u / v, v = |v_th| in a shape that broadcasts to u."""
+        """Return fire(z, threshold) and H.
+
+        Args:
+            u, v, z: z = u / v, v = |v_th| in a shape that broadcasts to u.
+            threshold: on z.
+            sum_c, sum_c2: `moments`.
+            fire: (z, threshold) -> spikes.
+            window: of the surrogate gradient.
+            share: times the gradient of H goes to u and v_th: the number of processes over which H is taken.
+        """
         ctx.save_for_backward(z, v, sum_c.sum(), sum_c2.sum())
-        ctx.about = about
-        return about.fire(z, threshold), regulariser(sum_c, sum_c2)
+        ctx.window, ctx.share = window, share
+        return fire(z, threshold), regulariser(sum_c, sum_c2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ds: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         z, v, sum_c, sum_c2 = ctx.saved_tensors
-        about: Pass = ctx.about
-        q = sum_c / torch.where(sum_c2 > 0, sum_c2, 1.0)
         wide = z.to(sum_c.dtype)
-        dz = wide.mul(-q).add_(1.0).mul_(2 * q * dh * about.share)  # in place: at this size every tensor counts
-        dz = _inside_(dz, wide, 0.0, 1.0)
-        if about.shares is not None:
-            about.shares.update(gradient_shares(dz, ds, wide, about.window))
-        dz = add_surrogate_(dz, ds, wide, about.window)
+        dz = regulariser_gradient(wide, sum_c, sum_c2, dh * ctx.share)
+        dz = add_surrogate_(dz, ds, wide, ctx.window)
         dv = -(wide * dz).sum_to_size(v.shape) / v
-        return dz.div_(v).to(z.dtype), dv.to(v.dtype), None, None, None, None, None
-
-
-def gradient_shares(dz: Tensor, ds: Tensor, z: Tensor, window: Window) -> dict[str, float]:
-    """Return the regulariser's shares in the gradients of a layer, in [0, 1]: "potential" and "threshold".
-
-    Absolute values are added up: over the neurons for the potential, over the thresholds for v_th, of which each has a
-    gradient from the regulariser and one from the task. 0 where there is no gradient at all.
-
-    Args:
-        dz: of the regulariser, with respect to z.
-        ds: of the task, with respect to the spikes.
-        z: normalised potential.
-        window: of the surrogate gradient.
-    """
-    task = add_surrogate_(torch.zeros_like(dz), ds, z, window)
-    found = {}
-    for name, ours, theirs in (("potential", dz, task), ("threshold", (z * dz).sum(), (z * task).sum())):
-        both = ours.abs().sum() + theirs.abs().sum()
-        found[name] = (ours.abs().sum() / both).item() if both > 0 else 0.0
-    return found
+        return dz.div_(v).to(z.dtype), dv.to(v.dtype), *[None] * 7
 
 
 class HoyerSpike(SpikeLayer):
@@ -260,7 +238,7 @@ class HoyerSpike(SpikeLayer):
         if not self.training:
             z = u / v
             threshold = 1.0 if self.fixed else self.broadcast(self.extremum.to(z.dtype), z)
-            return _Spike.apply(z, threshold, Pass(self.fire, self.window))
+            return _Spike.apply(z, threshold, self.fire, self.window)
         with torch.no_grad():
             z = u / v
             sum_c, sum_c2 = moments(F.hardtanh(z, 0.0, 1.0), per_channel=self.per_channel)
@@ -274,11 +252,11 @@ class HoyerSpike(SpikeLayer):
                 threshold = self.broadcast(batch_extremum.to(z.dtype), z)
         if not torch.is_grad_enabled():
             return self.fire(z, threshold)
-        about = Pass(self.fire, self.window, num_processes() if self.sync else 1, self.gradient_shares)
         layer = SpikesAndPenalty.apply
         if torch.compiler.is_compiling():  # else the compiler keeps the spikes as they enter the next convolution
             layer = partial(checkpoint, layer, use_reentrant=False)
-        spikes, penalty = layer(u, v, z, threshold, sum_c, sum_c2, about)
+        share = num_processes() if self.sync else 1
+        spikes, penalty = layer(u, v, z, threshold, sum_c, sum_c2, self.fire, self.window, share)
         self.add_penalty(penalty, neurons)
         return spikes
 

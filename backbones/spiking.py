@@ -22,14 +22,11 @@ class SpikeLayer(nn.Module):
         levels: number of values that a spike can take; 2 are 0 and 1.
         has_penalty: whether the layer has a term in the loss.
         sync: whether statistics of a training pass are taken over the batches of all processes.
-        gradient_shares: a dict that receives, in every backward pass, which share of the layer's gradients comes from
-            its penalty; None, as a rule: not asked, since it costs time.
     """
 
     levels: int = 2
     has_penalty: bool = False
     sync: bool = False
-    gradient_shares: dict[str, float] | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,6 +66,10 @@ class SpikeLayer(nn.Module):
         self._penalty = penalty if self._penalty is None else self._penalty + penalty
         self._neurons = self._neurons + neurons
 
+    def drop_penalty(self) -> None:
+        """Forget the terms of passes that nothing comes of."""
+        self._penalty, self._neurons = None, 0
+
     @property
     def has_pending_penalty(self) -> bool:
         """Whether there was a training pass since `take_penalty` was called last."""
@@ -83,7 +84,7 @@ class SpikeLayer(nn.Module):
         if self._penalty is None:
             raise RuntimeError("no penalty: call once after each forward pass in training mode with gradients enabled")
         penalty, neurons = self._penalty, self._neurons
-        self._penalty, self._neurons = None, 0
+        self.drop_penalty()
         return penalty, neurons
 
     def __getstate__(self) -> dict[str, Any]:

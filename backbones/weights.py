@@ -16,6 +16,7 @@ from .networks.base import Backbone
 # The one entry in the metadata of a file that this project wrote: the checksum, and behind it a text. One, because the
 # order of several in the file would be random; of a shape that is known even where its name is damaged.
 CHECKSUM = "sha256"
+PICKLED = (b"PK\x03\x04", b"\x80\x02")  # begin files of torch.save, new and old
 DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -29,7 +30,8 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a key is missing, unknown, or of another shape; the message names it. Or no such entry of the zoo.
+        ValueError: a key is missing, unknown, or of another shape, or has numbers that are not finite; the message
+            names it. Or no such entry of the zoo.
     """
     source = "state dict" if isinstance(weights, Mapping) else str(weights)
     if isinstance(weights, Mapping):
@@ -55,7 +57,15 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
             f"{source} does not fit the backbone: {problems[0]}{more}; "
             "name, width, stem, activation, extremum and pool_first must be those that the weights were trained with"
         )
+    require_finite(state, source)
     backbone.load_state_dict(state)
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise ValueError that names the first tensor with a number that is not finite."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{source}: {name} has numbers that are not finite; the network would predict nothing")
 
 
 def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
@@ -86,7 +96,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     Raises:
         FileNotFoundError: no such file.
         ImportError: safetensors is not installed.
-        ValueError: the file is no safetensors file, or is damaged.
+        ValueError: the file is no safetensors file (one of torch.save: says how to convert it), or is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
@@ -95,10 +105,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     except ImportError:
         raise ImportError(f"reading {path} needs safetensors: pip install safetensors") from None
     try:
-        with safe_open(path, framework="pt") as file:
+        with path.open("rb") as opened, safe_open(_utf8_name(path, opened.fileno()), framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+        with path.open("rb") as file:
+            pickled = file.read(4).startswith(PICKLED)
+        if pickled:
+            raise ValueError(
+                f"{path}: written by torch.save, which may run programs when it is read; only .safetensors files are "
+                "read. If you trust it, convert it, or the part of it that holds the weights:\n  python -c "
+                f"\"import torch, safetensors.torch as s; s.save_file(torch.load({str(path)!r}, 'cpu'), "
+                f'{str(path.with_suffix(".safetensors"))!r})"'
+            ) from None
         raise ValueError(f"{path}: damaged weights file ({' '.join(str(error).split())})") from None
     if not (CHECKSUM in metadata or any(DIGEST.match(value) for value in metadata.values())):
         return tensors, ""
@@ -106,3 +125,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     if entry[:64] != checksum(tensors, entry[64:]):
         raise ValueError(f"{path}: damaged weights file (its content is not what its checksum says)")
     return tensors, entry[64:]
+
+
+def _utf8_name(path: Path, descriptor: int) -> str:
+    """A name of an open file that safetensors takes, even where its own is no UTF-8."""
+    try:
+        return str(path).encode().decode()
+    except UnicodeEncodeError:
+        return f"/dev/fd/{descriptor}"

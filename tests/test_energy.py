@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import asdict
 from itertools import product
 
 import pytest
@@ -426,7 +427,7 @@ def test_energy_of_two_layers_equals_a_calculation_by_hand():
     image = torch.tensor([[2.0, 0.0], [0.5, 3.0]]).view(1, 1, 2, 2)
     # Three images: what is reported is per image.
     report = energy(measure_activity(two_layers(), [image, torch.cat([image, image])]))
-    assert {name: network.to_dict() for name, network in report.networks.items()} == {
+    assert {name: asdict(network) for name, network in report.networks.items()} == {
         name: pytest.approx(columns) for name, columns in BY_HAND.items()
     }
     for one, other in (
@@ -438,7 +439,7 @@ def test_energy_of_two_layers_equals_a_calculation_by_hand():
         totals = {"operations": "total_pj", "with_sram": "total_sram_pj", "with_dram": "total_dram_pj"}
         quotients = {key: BY_HAND[one][total] / BY_HAND[other][total] for key, total in totals.items()}
         assert report.ratios[f"{one}/{other}"] == pytest.approx(quotients)
-    first = report.first_layer.to_dict()
+    first = asdict(report.first_layer)
     assert first == {
         "spike_layer": "1",
         "num_neurons": 4,
@@ -462,8 +463,8 @@ def test_energy_of_each_of_two_layers():
     assert (stem["spiking"].write_bits, stem["twin"].write_bits) == (4, 128)
     for name, network in report.networks.items():
         for key in BY_HAND[name]:
-            layers = stem[name].to_dict()[key] + last[name].to_dict()[key]
-            assert layers == pytest.approx(network.to_dict()[key])
+            layers = getattr(stem[name], key) + getattr(last[name], key)
+            assert layers == pytest.approx(getattr(network, key))
 
 
 def test_sparser_spikes_cost_the_spiking_networks_less_and_the_others_the_same():
@@ -472,7 +473,7 @@ def test_sparser_spikes_cost_the_spiking_networks_less_and_the_others_the_same()
     assert silent["spiking"].acs == 0
     assert dense["spiking"] == dense["binary"]
     assert all(silent[name] == dense[name] for name in ("twin", "twin_int8", "binary"))
-    assert energy(measured[0]).first_layer.to_dict()["entropy_reduction"] is None
+    assert energy(measured[0]).first_layer.entropy_reduction is None
 
 
 def test_weights_shared_by_several_calls_move_once_per_image():

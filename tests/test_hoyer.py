@@ -411,7 +411,7 @@ def test_penalty_of_a_model_without_spike_layers_is_zero():
 def test_penalty_reduction_must_be_known():
     layer = HoyerSpike(4)
     layer(torch.rand(1, 4))
-    with pytest.raises(ValueError, match=r"'sum' or 'mean'.*'max'"):
+    with pytest.raises(ValueError, match=r"'sum', 'mean', 'network', got 'max'"):
         hoyer_penalty(layer, "max")
     assert hoyer_penalty(layer).item() > 0  # the mistake took nothing out
 

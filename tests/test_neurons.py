@@ -79,7 +79,7 @@ def test_levels_that_are_not_allowed_are_named(levels):
 
 
 def test_a_twin_takes_the_options_of_the_graded_network_and_leaves_them_aside():
-    assert neurons()["graded"].options == ("extremum", "momentum", "levels")
+    assert neurons()["graded"].options == ("extremum", "momentum", "threshold", "window", "levels")
     model = backbones.create("vgg11", width=0.125, activation="relu", levels=4)
     assert spike_layers(model) == {} and not neurons()["relu"].spiking
 

@@ -54,8 +54,8 @@ class ChannelThreshold(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.has_falling:
-            x = x * _channels_first(self.sign, x)
-        return (x >= _channels_first(self.threshold, x)).to(x.dtype)
+            x = x * channels_first(self.sign, x.dim())
+        return (x >= channels_first(self.threshold, x.dim())).to(x.dtype)
 
     def extra_repr(self) -> str:
         channels = self.threshold.numel() if self.threshold.dim() else "all in one"
@@ -121,16 +121,12 @@ def trace(model: nn.Module) -> fx.GraphModule | None:
         return None
     traced = fx.GraphModule(root, graph, type(model).__name__)
     graph.eliminate_dead_code()
-    _drop_nothing(traced)
-    return traced
-
-
-def _drop_nothing(traced: fx.GraphModule) -> None:
-    for node in list(traced.graph.nodes):
+    for node in list(graph.nodes):
         if isinstance(module_of(traced, node), NOTHING):
             node.replace_all_uses_with(node.args[0])
-            traced.graph.erase_node(node)
+            graph.erase_node(node)
     clean_up(traced)
+    return traced
 
 
 def module_of(traced: fx.GraphModule, node: Any) -> nn.Module | None:
@@ -181,12 +177,11 @@ def _fold_spikes(traced: fx.GraphModule, prefix: str) -> None:
             threshold = _threshold(layer, affine)
         except ValueError as error:
             raise ValueError(f"spike layer {prefix}{node.target}: {error}") from None
-        rising = bool((affine.scale > 0).all())
-        moved = any(isinstance(module_of(traced, pool), nn.MaxPool2d) for pool in affine.pools) and not rising
-        steps: list[str] = [str(pool.target) for pool in reversed(affine.pools)]
         name = add_module(traced, f"{node.target}_threshold", threshold)
+        pools = [str(pool.target) for pool in reversed(affine.pools)]
+        has_maximum = any(isinstance(module_of(traced, pool), nn.MaxPool2d) for pool in affine.pools)
         # A channel that falls turns a maximum into a minimum: there the pool takes the spikes.
-        steps = [name, *steps] if moved else [*steps, name]
+        steps = [name, *pools] if has_maximum and not (affine.scale > 0).all() else [*pools, name]
         x = affine.source
         with traced.graph.inserting_before(node):
             for step in steps:
@@ -273,5 +268,6 @@ def _scaled(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> nn.Conv2d:
     return scaled
 
 
-def _channels_first(value: Tensor, x: Tensor) -> Tensor:
-    return value.view(-1, *[1] * (x.dim() - 2)) if value.dim() else value
+def channels_first(value: Tensor, dim: int) -> Tensor:
+    """A value per channel, (C,), in a shape that broadcasts to `dim` dimensions; one value for all stays as it is."""
+    return value.view(-1, *[1] * (dim - 2)) if value.dim() else value

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
-from .fold import ChannelThreshold, add_module, clean_up, module_of
+from .fold import ChannelThreshold, add_module, channels_first, clean_up, module_of
 
 LIMIT, ANALOGUE_LIMIT = 127, 64  # of a weight's absolute value, over spikes and over 8 bits
 EXACT = 2**24  # float32 holds every integer up to here, so convolutions in float32 add up integers exactly
@@ -51,9 +52,10 @@ class IntegerLayer(nn.Module):
             raise ValueError(f"{fan_in} inputs per neuron: at most {(EXACT - 1) // LIMIT} add up exactly in float32")
         scale = weight.abs().flatten(1).amax(1) / limit
         scale = torch.where(scale > 0, scale, 1.0)
-        integers = (weight / scale.view(-1, *[1] * (weight.dim() - 1))).round()
+        per_channel = (-1, *[1] * (weight.dim() - 1))
+        integers = (weight / scale.view(per_channel)).round()
         if flip is not None:
-            integers = torch.where(flip.view(-1, *[1] * (weight.dim() - 1)), -integers, integers)
+            integers = torch.where(flip.view(per_channel), -integers, integers)
         self.register_buffer("weight", integers.to(torch.int8))
         self.register_buffer("weight_scale", scale.float())
         self.conv: dict[str, Any] | None = None
@@ -119,9 +121,8 @@ class IntegerSpikes(IntegerLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         acc = self.potentials(x)
-        shape = (-1, *[1] * (acc.dim() - 2))
-        reached = acc >= self.threshold.view(shape).float()
-        return (reached ^ self.inverted.view(shape)).float()
+        reached = acc >= channels_first(self.threshold, acc.dim()).float()
+        return (reached ^ channels_first(self.inverted, acc.dim())).float()
 
     def calibrate(self, x: Tensor, rate: Tensor) -> None:
         """Move the threshold of each channel so that on the spikes `x` it fires at `rate` (C,), as nearly as may be.
@@ -129,20 +130,20 @@ class IntegerSpikes(IntegerLayer):
         The rounding of weights shifts potentials. No threshold moves by more than a quarter of their deviation.
         """
         acc = self.potentials(x)
-        dims = [dim for dim in range(acc.dim()) if dim != 1]
-        shape = (-1, *[1] * (acc.dim() - 2))
+        dims = _all_but_channels(acc)
         target = torch.where(self.inverted, 1 - rate, rate)
         start = self.threshold.float()
         half = (WINDOW * acc.std(dims)).nan_to_num().floor()
         low, high = start - half, start + half  # fires too much, or just right, at low; too little, or so, at high
+
+        def rate_at(level: Tensor) -> Tensor:
+            return (acc >= channels_first(level, acc.dim())).float().mean(dims)
+
         for _ in range(STEPS):
             middle = ((low + high) / 2).floor()
-            fires = (acc >= middle.view(shape)).float().mean(dims)
-            low, high = torch.where(fires >= target, middle, low), torch.where(fires >= target, high, middle)
-        distances = []
-        for candidate in (low, high):
-            distances.append(((acc >= candidate.view(shape)).float().mean(dims) - target).abs())
-        found = torch.where(distances[0] <= distances[1], low, high)
+            fires = rate_at(middle) >= target
+            low, high = torch.where(fires, middle, low), torch.where(fires, high, middle)
+        found = torch.where((rate_at(low) - target).abs() <= (rate_at(high) - target).abs(), low, high)
         # Where the network never fires, or always does, any threshold far enough out would do: the computed one stays.
         keep = self.fixed | (rate == 0) | (rate == 1)
         self.threshold.copy_(self._bounded(torch.where(keep, start, found).double()))
@@ -175,15 +176,14 @@ class IntegerReal(IntegerLayer):
         acc = self.accumulate(x)
         if self.conv is None:
             return acc * self.scale + self.bias
-        shape = (-1, 1, 1)
-        total = (acc + self.offset.view(shape).to(acc.dtype)).float()
-        level = (total * self.gain.view(shape)).clamp(-128, 127).round()
-        return level * self.scale.view(shape)
+        offset, gain, scale = (channels_first(each, acc.dim()) for each in (self.offset, self.gain, self.scale))
+        level = ((acc + offset.to(acc.dtype)).float() * gain).clamp(-128, 127).round()
+        return level * scale
 
     def calibrate(self, x: Tensor, mean: Tensor, largest: Tensor) -> None:
         """Set bias and range so that on the spikes `x` each channel has its `mean` and reaches its `largest` (C,)."""
         acc = self.accumulate(x)
-        dims = [dim for dim in range(acc.dim()) if dim != 1]
+        dims = _all_but_channels(acc)
         shift = mean - acc.mean(dims).float() * self.weight_scale
         self.bias.copy_(shift)
         if self.conv is not None:
@@ -231,16 +231,20 @@ def fix_size(folded: fx.GraphModule, example: Tensor) -> fx.GraphModule:
         folded: of `fold`; not changed.
         example: an input of that size.
 
+    Returns:
+        The network; `shape_of` knows the shapes of all that it computes.
+
     Raises:
         ValueError: a map does not divide into the cells of a pool.
     """
     fixed = copy.deepcopy(folded)
-    shapes = _record_shapes(fixed, example)
+    with torch.no_grad():
+        ShapeProp(fixed).propagate(example)
     for node in list(fixed.graph.nodes):
         pool = module_of(fixed, node)
         if not isinstance(pool, nn.AdaptiveAvgPool2d) or pool.output_size in (1, (1, 1)):
             continue
-        size, cells = shapes[node.args[0]][-2:], shapes[node][-2:]
+        size, cells = shape_of(node.args[0])[-2:], shape_of(node)[-2:]
         if any(side % number for side, number in zip(size, cells, strict=True)):
             raise ValueError(
                 f"images of {example.shape[-2]}x{example.shape[-1]} pixels leave a map of {size[0]}x{size[1]}, which "
@@ -256,19 +260,9 @@ def fix_size(folded: fx.GraphModule, example: Tensor) -> fx.GraphModule:
     return fixed
 
 
-@torch.no_grad()
-def _record_shapes(traced: fx.GraphModule, example: Tensor) -> dict[fx.Node, tuple[int, ...]]:
-    shapes = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                shapes[n] = tuple(value.shape)
-            return value
-
-    Recorder(traced).run(example)
-    return shapes
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of what a node of a network by `fix_size` gives."""
+    return tuple(node.meta["tensor_meta"].shape)
 
 
 def is_binary(traced: fx.GraphModule, node: Any) -> bool:
@@ -303,33 +297,35 @@ def to_integers(
     statistics.run(images)
     integers = copy.deepcopy(folded)
     calibrations: dict[str, tuple[Tensor, ...]] = {}
+
+    def add(layer: IntegerLayer, name: str, replaced: fx.Node) -> str:
+        name = add_module(integers, name, layer)
+        calibrations[name] = statistics.found[replaced.name]
+        return name
+
+    def may_change(node: fx.Node, *kinds: type[nn.Module]) -> bool:
+        kept = any(name in str(node.target) for name in keep)
+        return isinstance(module_of(integers, node), kinds) and not kept
+
     for node in list(integers.graph.nodes):
-        if isinstance(module_of(integers, node), ChannelThreshold):
-            source, pool = _source_of(integers, node)
-            layer = module_of(integers, source)
-            if not _becomes_integer(integers, source, keep):
-                continue
-            name = add_module(
-                integers, f"{source.target}_spikes", IntegerSpikes(layer, module_of(integers, node), pool)
-            )
-            calibrations[name] = (statistics.rates[node.name],)
+        threshold = module_of(integers, node)
+        if not isinstance(threshold, ChannelThreshold):
+            continue
+        source, pool = node.args[0], module_of(integers, node.args[0])
+        source, pool = (source.args[0], pool) if isinstance(pool, nn.MaxPool2d) else (source, None)
+        if may_change(source, nn.Conv2d, nn.Linear) and is_binary(integers, source.args[0]):
+            name = add(IntegerSpikes(module_of(integers, source), threshold, pool), f"{source.target}_spikes", node)
             with integers.graph.inserting_before(node):
-                spikes = integers.graph.call_module(name, (source.args[0],))
-            node.replace_all_uses_with(spikes)
+                node.replace_all_uses_with(integers.graph.call_module(name, (source.args[0],)))
             integers.graph.erase_node(node)
     integers.graph.eliminate_dead_code()
     for node in list(integers.graph.nodes):
-        if _becomes_integer(integers, node, keep):
-            name = add_module(integers, f"{node.target}_integer", IntegerReal(module_of(integers, node)))
-            calibrations[name] = statistics.ranges[node.name]
-            node.target = name
-    if analogue:
-        convs = [node for node in integers.graph.nodes if type(module_of(integers, node)) is nn.Conv2d]
-        for node in convs[1:]:
-            if not (is_binary(integers, node.args[0]) or any(name in str(node.target) for name in keep)):
-                name = add_module(integers, f"{node.target}_integer", QuantisedReal(module_of(integers, node)))
-                calibrations[name] = statistics.ranges[node.name]
-                node.target = name
+        if may_change(node, nn.Conv2d, nn.Linear) and is_binary(integers, node.args[0]):
+            node.target = add(IntegerReal(module_of(integers, node)), f"{node.target}_integer", node)
+    convs = [node for node in integers.graph.nodes if type(module_of(integers, node)) is nn.Conv2d]
+    for node in convs[1:] if analogue else []:
+        if may_change(node, nn.Conv2d) and not is_binary(integers, node.args[0]):
+            node.target = add(QuantisedReal(module_of(integers, node)), f"{node.target}_integer", node)
     if not calibrations:
         raise ValueError("no layer sees spikes: there is nothing to add up in integers")
     clean_up(integers)
@@ -337,40 +333,22 @@ def to_integers(
     return integers
 
 
-def _source_of(traced: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, nn.MaxPool2d | None]:
-    """What a comparison is made on, before the max-pool in front of it, and that pool."""
-    source = node.args[0]
-    pool = module_of(traced, source)
-    return (source.args[0], pool) if isinstance(pool, nn.MaxPool2d) else (source, None)
-
-
-def _becomes_integer(traced: fx.GraphModule, node: fx.Node, keep: tuple[str, ...]) -> bool:
-    layer = module_of(traced, node)
-    return (
-        isinstance(layer, (nn.Conv2d, nn.Linear))
-        and is_binary(traced, node.args[0])
-        and not any(name in str(node.target) for name in keep)
-    )
-
-
 class _Statistics(fx.Interpreter):
-    """Firing rate of every comparison, mean and largest absolute value of every layer's output, per channel."""
+    """Per channel: firing rate of every comparison, mean and largest absolute value of every layer's output."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)
-        self.rates: dict[str, Tensor] = {}
-        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        self.found: dict[str, tuple[Tensor, ...]] = {}
 
     @torch.no_grad()
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         module = module_of(self.module, n)
-        if isinstance(module, (ChannelThreshold, nn.Conv2d, nn.Linear)):
-            dims = [dim for dim in range(value.dim()) if dim != 1]
-            if isinstance(module, ChannelThreshold):
-                self.rates[n.name] = value.mean(dims)
-            else:
-                self.ranges[n.name] = value.mean(dims), value.abs().amax(dims)
+        if isinstance(module, ChannelThreshold):
+            self.found[n.name] = (value.mean(_all_but_channels(value)),)
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            dims = _all_but_channels(value)
+            self.found[n.name] = value.mean(dims), value.abs().amax(dims)
         return value
 
 
@@ -387,3 +365,7 @@ class _Calibration(fx.Interpreter):
             (x,), _ = self.fetch_args_kwargs_from_env(n)
             module_of(self.module, n).calibrate(x, *self.calibrations[n.target])
         return super().run_node(n)
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [dim for dim in range(x.dim()) if dim != 1]

@@ -26,8 +26,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,9 @@ class CostTable:
 
     Attributes:
         name: of the table, for the report.
-        mac_pj: multiply-accumulate, 32-bit float.
-        ac_pj: accumulate, 32-bit float.
-        comparison_pj: of a potential with its threshold, 32-bit float.
-        int8_mac_pj: multiply-accumulate of 8-bit integers.
-        int8_ac_pj: accumulate of an 8-bit weight.
-        int8_comparison_pj: of an accumulator with its threshold.
-        sram_pj: access to on-chip memory, per 32-bit word.
-        dram_pj: access to off-chip memory, per 32-bit word.
+        mac_pj, ac_pj, comparison_pj: multiply-accumulate, accumulate, comparison with a threshold; 32-bit float.
+        int8_mac_pj, int8_ac_pj, int8_comparison_pj: the same of 8-bit integers, whose accumulators are wider.
+        sram_pj, dram_pj: access to on-chip and to off-chip memory, per 32-bit word.
     """
 
     name: str
@@ -106,7 +100,7 @@ def read_costs(path: str | Path) -> CostTable:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such cost file")
-    values = _read_mapping(path)
+    values = _read_values(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected the keys {', '.join(_COSTS)}, got {type(values).__name__}")
     allowed = ("name", *_COSTS)
@@ -122,24 +116,21 @@ def read_costs(path: str | Path) -> CostTable:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _read_mapping(path: Path) -> Any:
+def _read_values(path: Path) -> Any:
+    content, kind = path.read_bytes(), "JSON" if path.suffix == ".json" else "YAML"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode()
+        if kind == "JSON":
+            return json.loads(text)
+        import yaml  # the one thing that needs more than torch
+
+        return yaml.safe_load(text)
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file") from None
-    if path.suffix == ".json":
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not a JSON file: {error}") from None
-    try:
-        import yaml  # the one thing that needs more than torch
     except ImportError:
         raise ImportError(f"reading {path} needs PyYAML: pip install pyyaml (or give a .json file)") from None
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    except Exception as error:  # those of the two readers share no class but this one
+        raise ValueError(f"{path}: not a {kind} file: {' '.join(str(error).split())}") from None
 
 
 @dataclass(frozen=True)
@@ -148,13 +139,12 @@ class NetworkEnergy:
 
     Attributes:
         macs, acs, comparisons: operations.
-        compute_pj: of MACs and ACs.
-        comparison_pj: of comparisons.
+        compute_pj, comparison_pj: of MACs and ACs, and of comparisons.
         weight_bits: weights and biases read.
-        read_bits: activations read.
-        write_bits: activations written.
-        memory_sram_pj: of all traffic, if all of it is SRAM.
-        memory_dram_pj: if all of it is DRAM.
+        read_bits, write_bits, activation_bits: activations read, written, and both.
+        memory_sram_pj, memory_dram_pj: of all traffic, if all of it is SRAM, or DRAM.
+        total_pj: of the operations, memory left aside.
+        total_sram_pj, total_dram_pj: of the operations and the traffic.
     """
 
     macs: float
@@ -167,31 +157,10 @@ class NetworkEnergy:
     write_bits: float
     memory_sram_pj: float
     memory_dram_pj: float
-
-    @property
-    def activation_bits(self) -> float:
-        """Activations read and written."""
-        return self.read_bits + self.write_bits
-
-    @property
-    def total_pj(self) -> float:
-        """Operations, memory left aside."""
-        return self.compute_pj + self.comparison_pj
-
-    @property
-    def total_sram_pj(self) -> float:
-        """Operations, and memory traffic to SRAM."""
-        return self.total_pj + self.memory_sram_pj
-
-    @property
-    def total_dram_pj(self) -> float:
-        """Operations, and memory traffic to DRAM."""
-        return self.total_pj + self.memory_dram_pj
-
-    def to_dict(self) -> dict[str, float]:
-        """Every attribute and total by name."""
-        totals = ("activation_bits", "total_pj", "total_sram_pj", "total_dram_pj")
-        return asdict(self) | {key: getattr(self, key) for key in totals}
+    activation_bits: float
+    total_pj: float
+    total_sram_pj: float
+    total_dram_pj: float
 
 
 @dataclass(frozen=True)
@@ -200,13 +169,14 @@ class FirstLayer:
 
     Attributes:
         spike_layer: the first spike layer that ran.
-        num_neurons: of it, per image.
-        firing_rate: of it, in [0, 1].
+        num_neurons, firing_rate: of it, per image.
         spike_bits: 1 per neuron.
         entropy_bits: a bound for any code that knows the firing rate alone: neurons times the binary entropy of it.
         image_bits: 8 for each channel of each pixel that the network sees, so after resizing and padding.
         spikes_suffice: whether these spikes are all that the rest of the network needs. Where they are not, as with a
             residual stream that starts in front of the spike layer, real values would have to leave the sensor too.
+        reduction, entropy_reduction: how many times fewer bits the spikes and their bound are than the image; None
+            where these are 0.
     """
 
     spike_layer: str
@@ -216,13 +186,8 @@ class FirstLayer:
     entropy_bits: float
     image_bits: float
     spikes_suffice: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every attribute by name, and how many times fewer bits the spikes and their bound are than the image."""
-        return asdict(self) | {
-            "reduction": _quotient(self.image_bits, self.spike_bits),
-            "entropy_reduction": _quotient(self.image_bits, self.entropy_bits),
-        }
+    reduction: float | None
+    entropy_reduction: float | None
 
 
 @dataclass(frozen=True)
@@ -264,18 +229,18 @@ def energy(measured: Measurement, costs: CostTable = HOROWITZ_45NM) -> EnergyRep
         for layer in measured.layers.values()
     }
     comparisons = sum(spikes.num_neurons for spikes in measured.spikes.values()) / measured.num_images
-    networks = {
-        name: _total((layer[name] for layer in layers.values()), comparisons if name in SPIKING else 0.0, name, costs)
-        for name in names
-    }
+    networks = {}
+    for name in names:
+        counts = dict.fromkeys(("macs", "acs", "weight_bits", "read_bits", "write_bits"), 0.0)
+        for layer in layers.values():
+            for key in counts:
+                counts[key] += getattr(layer[name], key)
+        networks[name] = _price(name, costs, counts | {"comparisons": comparisons if name in SPIKING else 0.0})
+    totals = {"operations": "total_pj", "with_sram": "total_sram_pj", "with_dram": "total_dram_pj"}
     ratios = {
         f"{one}/{other}": {
             key: _quotient(getattr(networks[one], total), getattr(networks[other], total))
-            for key, total in (
-                ("operations", "total_pj"),
-                ("with_sram", "total_sram_pj"),
-                ("with_dram", "total_dram_pj"),
-            )
+            for key, total in totals.items()
         }
         for one, other in RATIOS
         if one in networks
@@ -284,73 +249,42 @@ def energy(measured: Measurement, costs: CostTable = HOROWITZ_45NM) -> EnergyRep
 
 
 def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, costs: CostTable) -> NetworkEnergy:
-    spiking, real_bits = network in SPIKING, _real_bits(network)
+    spiking, real_bits = network in SPIKING, 8 if network.endswith("_int8") else 32
     ones_and_zeros = spiking and layer.is_binary
-    macs = 0 if ones_and_zeros else layer.num_exact_macs
-    acs = 0
-    if ones_and_zeros:
-        acs = layer.num_exact_macs if network == "binary" else layer.num_synops
-    comparisons = sum(measured.spikes[name].num_neurons for name in layer.spikes_from) if spiking else 0
-    read_bits = layer.num_inputs * (1 if ones_and_zeros else real_bits)
     leave_as_spikes = spiking and layer.output_bits is not None
-    write_bits = layer.num_outputs * (min(layer.output_bits, real_bits) if leave_as_spikes else real_bits)
-    # Once per image in which the layer ran, however many levels of a pyramid share it.
-    weight_bits = (layer.num_weights * real_bits + layer.num_biases * BIAS_BITS) * layer.num_images
-    return _price(
-        network,
-        costs,
-        macs=macs / measured.num_images,
-        acs=acs / measured.num_images,
-        comparisons=comparisons / measured.num_images,
-        weight_bits=weight_bits / measured.num_images,
-        read_bits=read_bits / measured.num_images,
-        write_bits=write_bits / measured.num_images,
-    )
+    counts = {
+        "macs": 0 if ones_and_zeros else layer.num_exact_macs,
+        "acs": 0,
+        "comparisons": sum(measured.spikes[name].num_neurons for name in layer.spikes_from) if spiking else 0,
+        # Once per image in which the layer ran, however many levels of a pyramid share it.
+        "weight_bits": (layer.num_weights * real_bits + layer.num_biases * BIAS_BITS) * layer.num_images,
+        "read_bits": layer.num_inputs * (1 if ones_and_zeros else real_bits),
+        "write_bits": layer.num_outputs * (min(layer.output_bits, real_bits) if leave_as_spikes else real_bits),
+    }
+    if ones_and_zeros:
+        counts["acs"] = layer.num_exact_macs if network == "binary" else layer.num_synops
+    return _price(network, costs, {key: count / measured.num_images for key, count in counts.items()})
 
 
-def _total(layers: Iterable[NetworkEnergy], comparisons: float, network: str, costs: CostTable) -> NetworkEnergy:
-    summed = ("macs", "acs", "weight_bits", "read_bits", "write_bits")
-    sums = dict.fromkeys(summed, 0.0)
-    for layer in layers:
-        for key in summed:
-            sums[key] += getattr(layer, key)
-    return _price(network, costs, comparisons=comparisons, **sums)
-
-
-def _price(
-    network: str,
-    costs: CostTable,
-    *,
-    macs: float,
-    acs: float,
-    comparisons: float,
-    weight_bits: float,
-    read_bits: float,
-    write_bits: float,
-) -> NetworkEnergy:
-    int8 = network.endswith("_int8")
-    mac_pj, ac_pj, comparison_pj = (
-        (costs.int8_mac_pj, costs.int8_ac_pj, costs.int8_comparison_pj)
-        if int8
-        else (costs.mac_pj, costs.ac_pj, costs.comparison_pj)
-    )
-    words = (weight_bits + read_bits + write_bits) / WORD_BITS
+def _price(network: str, costs: CostTable, counts: dict[str, float]) -> NetworkEnergy:
+    """The energy of operations and bits per image by their names in `NetworkEnergy`."""
+    kind = "int8_" if network.endswith("_int8") else ""
+    mac_pj, ac_pj, comparison_pj = (getattr(costs, f"{kind}{name}_pj") for name in ("mac", "ac", "comparison"))
+    compute_pj = counts["macs"] * mac_pj + counts["acs"] * ac_pj
+    comparison_pj = counts["comparisons"] * comparison_pj
+    words = (counts["weight_bits"] + counts["read_bits"] + counts["write_bits"]) / WORD_BITS
+    total_pj, sram_pj, dram_pj = compute_pj + comparison_pj, words * costs.sram_pj, words * costs.dram_pj
     return NetworkEnergy(
-        macs=macs,
-        acs=acs,
-        comparisons=comparisons,
-        compute_pj=macs * mac_pj + acs * ac_pj,
-        comparison_pj=comparisons * comparison_pj,
-        weight_bits=weight_bits,
-        read_bits=read_bits,
-        write_bits=write_bits,
-        memory_sram_pj=words * costs.sram_pj,
-        memory_dram_pj=words * costs.dram_pj,
+        **counts,
+        compute_pj=compute_pj,
+        comparison_pj=comparison_pj,
+        memory_sram_pj=sram_pj,
+        memory_dram_pj=dram_pj,
+        activation_bits=counts["read_bits"] + counts["write_bits"],
+        total_pj=total_pj,
+        total_sram_pj=total_pj + sram_pj,
+        total_dram_pj=total_pj + dram_pj,
     )
-
-
-def _real_bits(network: str) -> int:
-    return 8 if network.endswith("_int8") else 32
 
 
 def _first_layer(measured: Measurement) -> FirstLayer | None:
@@ -358,22 +292,21 @@ def _first_layer(measured: Measurement) -> FirstLayer | None:
     first = next((name for name in measured.ran if name in measured.spikes), None)
     if stem is None or first is None:
         return None
-    spikes, layer = measured.spikes[first], measured.layers[stem]
-    num_neurons, rate = spikes.num_neurons / measured.num_images, spikes.firing_rate
+    layer, rate = measured.layers[stem], measured.spikes[first].firing_rate
+    num_neurons = measured.spikes[first].num_neurons / measured.num_images
+    entropy = -sum(share * math.log2(share) for share in (rate, 1 - rate) if share > 0)  # bits per neuron
+    image_bits = PIXEL_BITS * layer.num_inputs / measured.num_images
     return FirstLayer(
         spike_layer=first,
         num_neurons=num_neurons,
         firing_rate=rate,
         spike_bits=num_neurons,
-        entropy_bits=num_neurons * _entropy(rate),
-        image_bits=PIXEL_BITS * layer.num_inputs / measured.num_images,
+        entropy_bits=num_neurons * entropy,
+        image_bits=image_bits,
         spikes_suffice=layer.output_bits is not None and layer.spikes_to == [first],
+        reduction=_quotient(image_bits, num_neurons),
+        entropy_reduction=_quotient(image_bits, num_neurons * entropy),
     )
-
-
-def _entropy(rate: float) -> float:
-    """Bits per neuron that fires with this probability."""
-    return -sum(share * math.log2(share) for share in (rate, 1 - rate) if share > 0)
 
 
 def _quotient(one: float, other: float) -> float | None:

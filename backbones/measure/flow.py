@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-if TYPE_CHECKING:
-    from .operations import Measurement, WeightedLayer
+
+class Destination(NamedTuple):
+    """Takers of the output of a layer with weights.
+
+    Attributes:
+        spikes: spike layers that take it straight.
+        bits: binary values that leave per output neuron, one for each of these; None where something else takes it too.
+    """
+
+    spikes: list[str]
+    bits: float | None
 
 
 @dataclass
 class _Output:
     """What became of one output of a convolution or linear layer."""
 
-    layer: WeightedLayer
     num: int
     takers: list[str] = field(default_factory=list)
     elsewhere: bool = False
@@ -29,16 +37,23 @@ class Flow(TorchFunctionMode):
 
     A tensor is taken elsewhere if a layer with weights gets it, or any function that makes a tensor of it, outside of
     the modules that are followed.
+
+    Args:
+        layers: names of the layers with weights.
+        spike_layers: names of the spike layers.
+
+    Attributes:
+        feeds: {spike layer: the first layer with weights that takes its output}.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Collection[str], spike_layers: Collection[str]) -> None:
         super().__init__()
+        self.layers, self.spike_layers = layers, spike_layers
         self.inside = 0  # of how many followed modules
-        self.outputs: list[_Output] = []
+        self.outputs: dict[str, list[_Output]] = {}
         self.origins = WeakTensorKeyDictionary()  # tensor -> _Output
         self.spikes = WeakTensorKeyDictionary()  # tensor -> name of the spike layer
-        self.used: set[str] = set()
-        self.feeds: dict[str, list[str]] = {}  # layer -> spike layers
+        self.feeds: dict[str, str] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -51,47 +66,44 @@ class Flow(TorchFunctionMode):
             if tensor in self.origins:
                 self.origins[tensor].elsewhere = True
 
-    def enter_layer(self, layer: WeightedLayer, x: Tensor) -> None:
-        self.use_elsewhere(x)
-        name = self.spikes.get(x)
-        if name is not None and name not in self.used:
-            self.used.add(name)
-            self.feeds.setdefault(layer.name, []).append(name)
+    def enter(self, name: str, x: Tensor) -> None:
+        self.inside += 1
+        if name in self.layers:
+            self.use_elsewhere(x)
+            if x in self.spikes:
+                self.feeds.setdefault(self.spikes[x], name)
+        elif name in self.spike_layers and x in self.origins:
+            self.origins[x].takers.append(name)
 
-    def leave_layer(self, layer: WeightedLayer, output: Tensor) -> None:
-        self.origins[output] = _Output(layer, output.numel())
-        self.outputs.append(self.origins[output])
+    def leave(self, name: str, x: Tensor, output: Tensor) -> None:
+        if name in self.layers:
+            self.origins[output] = _Output(output.numel())
+            self.outputs.setdefault(name, []).append(self.origins[output])
+        elif name in self.spike_layers:
+            self.spikes[output] = name
+        else:  # nothing but a way to the next layer
+            for table in (self.origins, self.spikes):
+                if x in table:
+                    table[output] = table[x]
+        self.inside -= 1
 
-    def enter_spikes(self, name: str, u: Tensor) -> None:
-        if u in self.origins:
-            self.origins[u].takers.append(name)
-
-    def pass_on(self, x: Tensor, output: Tensor) -> None:
-        for table in (self.origins, self.spikes):
-            if x in table:
-                table[output] = table[x]
-
-    def describe(self, measured: Measurement) -> None:
-        """Write what was found into the layers."""
-        for name, spikes in self.feeds.items():
-            measured.layers[name].spikes_from = spikes
-        by_layer: dict[str, list[_Output]] = {}
-        for output in self.outputs:
-            by_layer.setdefault(output.layer.name, []).append(output)
-        for name, outputs in by_layer.items():
-            layer = measured.layers[name]
-            layer.spikes_to = list(dict.fromkeys(taker for output in outputs for taker in output.takers))
-            num = sum(output.num for output in outputs)
+    def finish(self, output: Any) -> dict[str, Destination]:
+        """Return where the output of each layer went, given that of the whole network, which is used elsewhere."""
+        self.use_elsewhere(output)
+        found = {}
+        for name, outputs in self.outputs.items():
+            num, bits = sum(output.num for output in outputs), None
             if num and all(output.takers and not output.elsewhere for output in outputs):
-                layer.output_bits = sum(output.num * len(output.takers) for output in outputs) / num
+                bits = sum(output.num * len(output.takers) for output in outputs) / num
+            takers = [taker for output in outputs for taker in output.takers]
+            found[name] = Destination(list(dict.fromkeys(takers)), bits)
+        return found
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
     """Every tensor in nested lists, tuples and dicts."""
     if isinstance(values, Tensor):
         yield values
-    elif isinstance(values, (list, tuple)):
-        for value in values:
+    elif isinstance(values, (list, tuple, dict)):
+        for value in values.values() if isinstance(values, dict) else values:
             yield from _tensors(value)
-    elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..spiking import spike_layers
@@ -187,7 +188,7 @@ class _Recorder:
         self.flow: Flow | None = None  # there in the first pass only
         self.followed = False
         self.seen_in_pass: set[str] = set()
-        self.fanouts: dict[tuple[Any, ...], Tensor] = {}
+        self.fanout = cache(_fanout)
         # A spike layer's output is counted once, though the next layer asks for it again.
         self.latest: tuple[Tensor, int, _Counts] | None = None
 
@@ -221,14 +222,17 @@ class _Recorder:
         self.seen_in_pass.clear()
         self.stop_following()  # of a pass that failed
         if not self.followed:
-            self.flow = Flow()
+            self.flow = Flow(self.measured.layers, self.measured.spikes)
             self.flow.__enter__()
 
     def end_pass(self, name: str, model: nn.Module, images: Any, output: Any) -> None:
         self.latest = None
         if self.flow is not None:
-            self.flow.use_elsewhere(output)
-            self.flow.describe(self.measured)
+            layers = self.measured.layers
+            for layer, destination in self.flow.finish(output).items():
+                layers[layer].spikes_to, layers[layer].output_bits = destination
+            for spikes, layer in self.flow.feeds.items():
+                layers[layer].spikes_from.append(spikes)
             self.stop_following()
             self.followed = True
 
@@ -238,33 +242,30 @@ class _Recorder:
             self.flow = None
 
     def enter(self, name: str, module: nn.Module, x: Tensor) -> None:
-        """Call what belongs to the kind of module."""
         if self.flow is not None:
-            self.flow.inside += 1
+            self.flow.enter(name, x)
         if name in self.measured.layers:
-            self.enter_layer(name, module, x)
-        elif name in self.measured.spikes and self.flow is not None:
-            self.flow.enter_spikes(name, x)
+            self.count_inputs(self.measured.layers[name], module, x)
 
     def leave(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        """Call what belongs to the kind of module."""
         if name in self.measured.layers:
-            self.leave_layer(name, module, output)
+            layer = self.measured.layers[name]
+            layer.num_outputs += output.numel()
+            layer.num_macs += output.numel() * (module.weight.numel() // module.weight.shape[0])
         elif name in self.measured.spikes:
-            self.leave_spikes(name, output)
-        elif self.flow is not None:
-            self.flow.pass_on(x, output)
+            activity = self.measured.spikes[name]
+            if not activity.num_neurons:
+                self.measured.ran.append(name)
+            activity.num_neurons += output.numel()
+            activity.num_spikes += self.count(output).num_active
         if self.flow is not None:
-            self.flow.inside -= 1
+            self.flow.leave(name, x, output)
 
-    def enter_layer(self, name: str, module: nn.Conv2d | nn.Linear, x: Tensor) -> None:
-        layer = self.measured.layers[name]
-        if self.flow is not None:
-            self.flow.enter_layer(layer, x)
+    def count_inputs(self, layer: WeightedLayer, module: nn.Conv2d | nn.Linear, x: Tensor) -> None:
         if not layer.num_calls:
-            self.measured.ran.append(name)
-        if name not in self.seen_in_pass:
-            self.seen_in_pass.add(name)
+            self.measured.ran.append(layer.name)
+        if layer.name not in self.seen_in_pass:
+            self.seen_in_pass.add(layer.name)
             layer.num_images += self.images_in_pass
         counts = self.count(x)
         layer.num_calls += 1
@@ -276,27 +277,12 @@ class _Recorder:
             layer.num_synops += counts.num_active * module.out_features
             layer.num_exact_macs += x.numel() * module.out_features
             return
-        fanout = self.fanout(module, x.shape[-2], x.shape[-1])
+        # Outputs per output channel that each input position reaches, (height, width): rows times columns.
+        fanout = torch.outer(*(self.fanout(x.shape[axis - 2], *_geometry(module, axis)) for axis in (0, 1)))
         outputs_per_input = module.out_channels // module.groups
         planes = x.numel() // max(1, x.shape[-2] * x.shape[-1])  # of all images and channels
         layer.num_synops += outputs_per_input * int((counts.per_position * fanout).sum())
         layer.num_exact_macs += outputs_per_input * planes * int(fanout.sum())
-
-    def leave_layer(self, name: str, module: nn.Conv2d | nn.Linear, output: Tensor) -> None:
-        layer = self.measured.layers[name]
-        layer.num_outputs += output.numel()
-        layer.num_macs += output.numel() * (module.weight.numel() // module.weight.shape[0])
-        if self.flow is not None:
-            self.flow.leave_layer(layer, output)
-
-    def leave_spikes(self, name: str, output: Tensor) -> None:
-        activity = self.measured.spikes[name]
-        if not activity.num_neurons:
-            self.measured.ran.append(name)
-        activity.num_neurons += output.numel()
-        activity.num_spikes += self.count(output).num_active
-        if self.flow is not None:
-            self.flow.spikes[output] = name
 
     def count(self, x: Tensor) -> _Counts:
         if self.latest is not None and self.latest[0] is x and self.latest[1] == x._version:
@@ -305,22 +291,6 @@ class _Recorder:
         if not x.is_inference():  # such a tensor does not say whether it was changed since
             self.latest = (x, x._version, counts)
         return counts
-
-    def fanout(self, module: nn.Conv2d, height: int, width: int) -> Tensor:
-        """Outputs per output channel that each input position reaches, (height, width): rows times columns."""
-        lines = []
-        for axis, size in enumerate((height, width)):
-            kernel, stride, dilation = module.kernel_size[axis], module.stride[axis], module.dilation[axis]
-            if module.padding == "same":  # the odd one goes behind, as in torch
-                before, after = divmod(dilation * (kernel - 1), 2)
-                after += before
-            else:
-                before = after = 0 if module.padding == "valid" else module.padding[axis]
-            key = (size, kernel, stride, dilation, before, after, module.padding_mode)
-            if key not in self.fanouts:
-                self.fanouts[key] = _fanout(*key)
-            lines.append(self.fanouts[key])
-        return torch.outer(*lines)
 
 
 class _Counts(NamedTuple):
@@ -346,12 +316,20 @@ def _count(x: Tensor) -> _Counts:
     return _Counts(per_position, int(per_position.sum()), is_binary)
 
 
-def _fanout(size: int, kernel: int, stride: int, dilation: int, before: int, after: int, mode: str) -> Tensor:
-    """Outputs that each of `size` inputs in a row reaches, also through its copies in the padding, (size,) float64."""
-    positions = torch.arange(size, dtype=torch.float64).view(1, 1, size)
-    if mode == "zeros":
-        positions = F.pad(positions, (before, after), value=-1)
-    elif before or after:
-        positions = F.pad(positions, (before, after), mode=mode)
-    taps = positions.flatten().long().unfold(0, dilation * (kernel - 1) + 1, stride)[:, ::dilation]  # (outputs, kernel)
-    return torch.bincount(taps[taps >= 0], minlength=size).double()
+def _geometry(conv: nn.Conv2d, axis: int) -> tuple[Any, ...]:
+    """Kernel size, stride, padding, dilation and padding mode along an axis."""
+    padding = conv.padding if isinstance(conv.padding, str) else conv.padding[axis]
+    return conv.kernel_size[axis], conv.stride[axis], padding, conv.dilation[axis], conv.padding_mode
+
+
+def _fanout(size: int, kernel_size: int, stride: int, padding: int | str, dilation: int, mode: str) -> Tensor:
+    """Outputs that each of `size` inputs in a row reaches, also through its copies in the padding, (size,) float64.
+
+    That is the gradient of the sum of the outputs, all weights being 1.
+    """
+    options = {"padding": padding, "dilation": dilation, "padding_mode": mode, "dtype": torch.float64}
+    with torch.inference_mode(False), torch.enable_grad():
+        conv = skip_init(nn.Conv1d, 1, 1, kernel_size, stride, bias=False, **options)
+        nn.init.ones_(conv.weight)
+        x = torch.zeros(1, 1, size, dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(conv(x).sum(), x)[0].flatten()

@@ -59,7 +59,7 @@ class RealShortcut(nn.Module):
 
 
 class BlockOptions(NamedTuple):
-    """How the blocks of a ResNet are built.
+    """Choices for the blocks of a ResNet.
 
     Attributes:
         pool_first: the spiking shortcut's max-pool comes before its BN, as published.
