@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones import zoo
-from detection.cli.common import make_parser, run_verb
+from detection.cli.common import Parser, run_verb
 from detection.config import FREE_KEYS, Recipe, flatten, recipe_kinds
 from detection.records import EpochLog
 from detection.runs import Run
@@ -24,8 +24,10 @@ HEADER = """# Real runs
 Made from the logs by `python results/tables.py`. Metrics are those of the last epoch's weights, not of the best epoch.
 The twin is the run of the same recipe with ReLU, the gap how far it is ahead, in points. Activity is the share of
 spiking neurons that fire per image on the evaluation images; energy is that of all operations, at 45 nm, in units of
-the twin's (`hoyer-det analyze`). Where several runs of one recipe stand in a folder, its README compares them.
+the twin's (`hoyer-det analyze`). Where several runs of one recipe stand in a folder, its README compares them; those
+that differ from a base in one thing each are in [controlled_cifar10](controlled_cifar10/README.md) alone.
 """
+CONTROLLED = "controlled_"  # begins the names of folders that have a page of their own, see controlled_runs.py
 ZOO = """These networks come with the package: `detection.load("zoo:NAME")`, or `zoo:NAME` wherever a command takes a
 run. Weights of convolutions and linear layers are stored in 16 bits, and measured so."""
 DATA = {"scenes": "drawn scenes", "bccd": "BCCD", "coco128": "COCO128", "cifar10": "CIFAR-10 (JPEG)"}
@@ -51,7 +53,7 @@ NETWORKS = {
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Write the tables, or compare them."""
-    parser = make_parser(__doc__, prog)
+    parser = Parser(__doc__, prog)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), help="folder of run folders")
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     options = parser.parse_args(arguments)
@@ -86,6 +88,8 @@ def read_runs(folder: Path) -> list[Run]:
     """
     runs = []
     for path in sorted(folder.rglob("config.yaml")):
+        if path.relative_to(folder).parts[0].startswith(CONTROLLED):
+            continue
         run = Run.open(path.parent)
         if run.finished:
             runs.append(run)

@@ -11,6 +11,7 @@ from helpers import ROOT, run_tool
 
 from detection.cli import compare
 from detection.config import find_recipe, override, read_recipe
+from detection.runs import Run
 from detection.tasks import task_of
 
 RESULTS = ROOT / "results"
@@ -43,6 +44,28 @@ def edit_log(run: Path, **values) -> None:
 def test_pages_say_what_the_logs_say(monkeypatch, capsys):
     run_tool(monkeypatch, "results/tables", RESULTS, "--check")
     assert "says something else" not in capsys.readouterr().err
+
+
+def test_the_page_of_controlled_runs_says_what_their_logs_say(monkeypatch, capsys, tmp_path):
+    run_tool(monkeypatch, "results/controlled_runs", RESULTS, "--check")
+    page = (RESULTS / "controlled_cifar10" / "README.md").read_text()
+    assert len(re.findall(r"^\| .*\]\(\w+/\) \|$", page, re.MULTILINE)) >= 14
+    shutil.copytree(RESULTS / "controlled_cifar10", tmp_path / "controlled_cifar10")
+    edit_log(tmp_path / "controlled_cifar10" / "vgg_base_s0", top1=0.5)
+    with pytest.raises(SystemExit) as stop:
+        run_tool(monkeypatch, "results/controlled_runs", tmp_path, "--check")
+    assert stop.value.code == 1 and "says something else than the logs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_says_where_it_was_measured_or_that_it_was_not(path):
+    first, *rest = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    places = re.findall(r"results/([\w*]+)", " ".join(rest))
+    if "Not run at its own size." in first:
+        return
+    runs = [Run.open(config.parent) for place in places for config in RESULTS.glob(f"{place}/**/config.yaml")]
+    recipe = read_recipe(path)
+    assert any(each.config.train.epochs == recipe.train.epochs and each.finished for each in runs), places
 
 
 def test_tables_follow_the_logs(copy, monkeypatch, capsys):
@@ -123,5 +146,5 @@ def test_planned_experiments_have_valid_recipes(command):
     assert (program, script) == ("hoyer-det", "compare")
     options, common = compare.build_parser(None).parse_known_args(arguments)
     recipe = read_recipe(find_recipe(options.config))
-    for name, overrides in map(compare.parse_variant, options.variants):
-        task_of(override(recipe, [*common, *overrides], prog=name)).check_names()
+    for _, overrides in map(compare.parse_variant, options.variants):
+        task_of(override(recipe, [*common, *overrides])).check_names()
