@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint
+.PHONY: install demo test recipes reliability lint
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,16 @@ demo: install
 # Two processes of one thread each: most tests are small.
 test: install
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 tests
+
+# Every recipe for a few dozen steps, an eighth as wide: fails where one does not learn.
+recipes: install
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/recipes.py
+
+# All tests, and docs/reliability.md from its report.
+reliability: install
+	mkdir -p runs
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 -o junit_family=xunit1 --junitxml runs/tests.xml tests
+	$(BIN)/python docs/reliability.py runs/tests.xml
 
 lint: install
 	$(BIN)/python -m ruff check .

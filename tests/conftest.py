@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,39 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return unpack
+
+
+@pytest.fixture
+def attempt(record_property) -> Callable[..., AbstractContextManager[None]]:
+    """`with attempt("names"):` around each attempt to make the toolbox fail, of a kind of `docs/reliability.py`.
+
+    The report of the tests (`--junitxml`) has how many were tried and how many held: those whose block raised nothing.
+    """
+
+    @contextmanager
+    def count(kind: str, number: int = 1) -> Iterator[None]:
+        record_property(f"tried {kind}", number)
+        yield
+        record_property(f"held {kind}", number)
+
+    return count
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "attempt(kind, number=1): the whole test is so many attempts, see `attempt`")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """Count a test that is marked as attempts, as the fixture `attempt` does a block."""
+    mark = pyfuncitem.get_closest_marker("attempt")
+    kind, number = (*mark.args, 1)[:2] if mark else ("", 0)
+    if number:
+        pyfuncitem.user_properties.append((f"tried {kind}", number))
+    result = yield
+    if number:
+        pyfuncitem.user_properties.append((f"held {kind}", number))
+    return result
 
 
 @pytest.fixture(autouse=True)

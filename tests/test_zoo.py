@@ -23,7 +23,7 @@ from detection.data import build_datasets
 from detection.evaluation import METRICS
 from detection.models import build_detector
 from detection.records import EpochLog, RunInfo
-from detection.robustness import study
+from detection.robustness.studies import study
 from detection.runs import Run
 from detection.tasks import task_of
 from detection.tasks.recipes import ClassificationRecipe, DetectionRecipe
