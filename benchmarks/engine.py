@@ -34,6 +34,7 @@ from detection.runs import Run, command_line, describe_environment
 from detection.tasks import task_of
 from detection.tasks.run import make_accelerator
 from detection.training import checkpoint
+from detection.training import trainer as trainers
 from detection.training.checkpoint import Progress
 from detection.training.trainer import Trainer
 
@@ -125,7 +126,7 @@ def time_training(config: Recipe, num_steps: int, accelerator: Accelerator, watc
     """Return the seconds of a step without the parts on the watch, and the size of a state in MiB."""
     task = task_of(config)
     Trainer.describe_epoch = watch.on("end of epoch", Trainer.describe_epoch)
-    Trainer.save = watch.on("state", Trainer.save)
+    trainers.save = watch.on("state", trainers.save)
     Progress.count = watch.on("counting", Progress.count)
     Run.save, Run.log = watch.on("weights", Run.save), watch.on("end of epoch", Run.log)
     starts: list[tuple[float, float]] = []  # of each step, and of what the parts had taken until then

@@ -196,7 +196,7 @@ def test_the_voc_recipe_trains_on_voc_folders(real_data, monkeypatch, tmp_path):
     (part / "ImageSets" / "Main").mkdir(parents=True)
     for name in ("JPEGImages", "Annotations"):
         (part / name).symlink_to(whole / name)
-    for split, number in (("train", 9), ("val", 4)):
+    for split, number in (("train", 10), ("val", 4)):
         names = (whole / "ImageSets" / "Main" / f"{split}.txt").read_text().split()[:number]
         (part / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names))
     small = ["--model.backbone.width", "0.125", "--model.neck.out_channels", "32", "--model.min_size", "96"]

@@ -25,11 +25,11 @@ from backbones import (
 )
 from backbones.networks.base import find_family
 from detection.config import Recipe
+from detection.data.batches import Batches
 from detection.records import Evaluation
 from detection.runs import Run
 from detection.sections import Examination, Section
 from detection.text import nearest, plural
-from detection.training.trainer import Batches
 
 if TYPE_CHECKING:
     from detection.data.report import DataReport

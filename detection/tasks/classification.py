@@ -71,7 +71,7 @@ class ClassificationTask(Task):
                 seed=train.seed,
                 share=share,
             )
-        order = TrainingBatches(len(dataset), train.batch_size, seed=train.seed, share=share, drop_single=True)
+        order = TrainingBatches(len(dataset), train.batch_size, seed=train.seed, share=share)
         items = SeededItems(FolderImages(dataset, data, train=True))
         return TrainingLoader(items, batch_sampler=order, **loader_options(data.workers))
 

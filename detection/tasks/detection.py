@@ -31,14 +31,14 @@ from detection.runs import Run
 from detection.sections import Examination, Section
 from detection.tasks import register_task
 from detection.tasks.base import Deployable, SpikingPart, Split, Task, record_spikes
-from detection.tasks.predictions import Prediction, read_category_ids
+from detection.tasks.predictions import Prediction, in_batches, read_category_ids
 from detection.tasks.recipes import DetectionRecipe
 from detection.training.distillation import detection_distance
 
 NUM_PICTURES = 12
 PADDED = 32  # torchvision pads images to multiples of so many pixels
 # Their outputs are scores and boxes, where 8 bits would show: they stay in floating point, over spikes too.
-PREDICTION_LAYERS = ("cls_logits", "bbox_reg", "bbox_ctrness", "module_list")
+PREDICTION_LAYERS = ("cls_logits", "bbox_reg", "bbox_pred", "bbox_ctrness", "module_list")
 NAMES = {"retinanet": "RetinaNet", "fasterrcnn": "Faster R-CNN", "fcos": "FCOS", "ssd": "SSD"}
 OUTPUTS = {
     "cls_logits": "(N, A, K + 1) float32: for each anchor, finest level first, background and classes",
@@ -132,7 +132,7 @@ class DetectionTask(Task):
         return model(*batch)
 
     def describe_batch(self, batch: Any) -> str:
-        return f"image ids {', '.join(str(int(target['image_id'])) for target in batch[1])}"
+        return f"image ids {', '.join(str(target['image_id']) for target in batch[1])}"
 
     def learn_from(self, teacher: Task) -> None:
         ours, theirs = self.config.model, teacher.config.model
@@ -287,7 +287,7 @@ class DetectionTask(Task):
         Args:
             model: the detector.
             pictures: (3, H, W), uint8 or float in [0, 1].
-            batch_size: images at a time.
+            batch_size: images at a time; fewer where they are large.
             precision: context of the passes.
             score_threshold: only detections with a higher score; it may be lower than the recipe's.
             nms_threshold: of two boxes of a class whose IoU is above it the weaker one is dropped; None: the recipe's.
@@ -298,18 +298,16 @@ class DetectionTask(Task):
         check_unit_interval("score_threshold", score_threshold)
         if nms_threshold is not None:
             check_unit_interval("nms_threshold", nms_threshold)
-        device = next(model.parameters()).device
-        prepared = [self.prepare(model, picture) for picture in pictures]
+        device, detector = next(model.parameters()).device, getattr(model, "detector", model)
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, picture in enumerate(prepared):
-            groups[padded_size(model.transform, picture)].append(index)
+        for index, picture in enumerate(pictures):
+            groups[padded_size(detector.transform, picture)].append(index)
         results: dict[int, Prediction] = {}
-        with thresholds(model, score_threshold, nms_threshold):
+        with thresholds(detector, score_threshold, nms_threshold):
             for members in groups.values():
-                for start in range(0, len(members), batch_size):
-                    chosen = members[start : start + batch_size]
+                for chosen in in_batches(members, batch_size, lambda index: pictures[index][0].numel()):
                     with precision:
-                        found = model([prepared[index].to(device) for index in chosen])
+                        found = model([self.prepare(model, pictures[index]).to(device) for index in chosen])
                     for index, detections in zip(chosen, found, strict=True):
                         results[index] = self._prediction(detections, pictures[index])
         return [results[index] for index in range(len(pictures))]
