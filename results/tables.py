@@ -40,7 +40,13 @@ BEST = (
     "c2_cifar10_vgg11_robustness/hoyer_seed0",
 )
 # Keys that say nothing about an analogue network.
-SPIKING_KEYS = ("hoyer.", "model.backbone.activation", "model.backbone.extremum", "model.backbone.momentum")
+SPIKING_KEYS = (
+    "hoyer.",
+    "distillation.",
+    "model.backbone.activation",
+    "model.backbone.extremum",
+    "model.backbone.momentum",
+)
 NETWORKS = {
     "vgg16": "VGG16",
     "resnet18": "ResNet18",

@@ -159,7 +159,7 @@ def test_a_killed_loader_process_ends_the_training_which_goes_on_without(monkeyp
         process = start(tool, "train_det", recipe, *long, "--out", run, log=log)
         wait_until(lambda: (run / "metrics.jsonl").is_file(), [process], log)
         os.kill(children(process.pid)[0], signal.SIGKILL)
-        process.join(60)
+        process.join(120)
         assert process.exitcode == 2, log.read_text()
         last = log.read_text().splitlines()[-1]
         assert last.startswith("error: a loader process ended or found no shared memory (DataLoader worker (pid")
@@ -185,7 +185,7 @@ def tool_with_little_shared_memory(*arguments) -> None:
 def test_a_training_without_shared_memory_ends_with_the_remedy(tmp_path, attempt):
     recipe, run, log = write_recipe(tmp_path, DETECTION, data={"workers": 1}), tmp_path / "run", tmp_path / "log.txt"
     process = start(tool_with_little_shared_memory, "train_det", recipe, "train.epochs=1", "--out", run, log=log)
-    process.join(60)
+    process.join(120)
     if process.exitcode == 77:
         pytest.skip("no right to mount")
     with attempt("full disks"):
@@ -198,5 +198,5 @@ def test_a_training_without_shared_memory_ends_with_the_remedy(tmp_path, attempt
     with attempt("full disks"):
         more = ["train.epochs=1", "data.workers=0", "--out", tmp_path / "other"]
         process = start(tool_with_little_shared_memory, "train_det", recipe, *more, log=log)
-        process.join(60)
+        process.join(120)
         assert process.exitcode == 0 and log_lines(tmp_path / "other")[0]["step"] == 6, log.read_text()
