@@ -11,12 +11,13 @@
     y = -sum |x - w|
     dw = sum (x - w) dy                       full precision, not the sign that is the derivative
     dx = sum clip(w - x, -1, 1) dy
-    dw is multiplied by eta sqrt(k) / ||dw||_2 in front of each step: the layer's own learning rate, eta = 0.2
+    dw is multiplied by eta sqrt(k) / ||dw||_2 in front of each step: the layer's own learning rate, eta = 0.2. It acts
+        with SGD, with which the authors train; Adam divides by the gradient's size anyway
 
 Both leave the first convolution, which sees pixels, and the linear layers of a classifier as they are, as the papers
-do. A 1x1 convolution of a shortcut stays one in a binary network (Bi-Real net) and adds in an adder network (AdderNet's
-residual networks). Depthwise convolutions are in none of the papers and refused. A detector's neck and head stay
-analogue. The scale a costs nothing in use, it goes into the BatchNorm that follows.
+do. A 1x1 convolution of a shortcut stays an ordinary one in a binary network, as in Bi-Real net, and adds in an adder
+network, as in AdderNet's residual networks. Depthwise convolutions are in none of the papers and refused. A detector's
+neck and head keep ordinary convolutions. The scale a costs nothing in use, it goes into the BatchNorm that follows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from .spiking import register_neuron
 
-ETA = 0.2  # of the authors' code; the paper's eta is the product of it and the learning rate
+ETA = 0.2  # as in the authors' code
 # Numbers of a slice of differences, which the cache of a core holds, and of the patches that are there at one time. A
 # GPU, which runs whole slices at once, takes larger ones.
 SLICE, PATCHES, ON_GPU = 2**18, 2**21, 2**6
