@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import activations as _activations  # noqa: F401, they register themselves
 from . import zoo
+from .arithmetic import ARITHMETICS, Arithmetic, ArithmeticConv2d, arithmetic_layers, find_arithmetic
 from .deploy.fold import ChannelThreshold, fold
 from .deploy.integer import to_integers
 from .hoyer import HoyerSpike, extremum, hoyer_penalties, hoyer_penalty, moments, regulariser, spike
@@ -25,7 +26,10 @@ from .spiking import SpikeFactory, SpikeLayer, find_neuron, logged_state, neuron
 from .weights import load_weights, read_tensors, tensors_to_bytes
 
 __all__ = [
+    "ARITHMETICS",
     "HOROWITZ_45NM",
+    "Arithmetic",
+    "ArithmeticConv2d",
     "Backbone",
     "Certificate",
     "ChannelThreshold",
@@ -44,10 +48,12 @@ __all__ = [
     "SpikeLayer",
     "Stem",
     "WeightedLayer",
+    "arithmetic_layers",
     "certify",
     "create",
     "energy",
     "extremum",
+    "find_arithmetic",
     "find_neuron",
     "fold",
     "hook_layers",

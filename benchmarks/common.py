@@ -9,6 +9,7 @@ values numbers and strings, apart from `each_...`, the single measurements behin
     inference    network, form, batch, threads, milliseconds, images_per_second, times_twin_onnx_float, activity
     evaluation   backend, detecting_seconds, counting_seconds, voc_seconds, writing_seconds, peak_bytes, AP
     scaling      series, value, network, batch, side, width, spike_layers, way, seconds, cpu_seconds, peak_bytes
+    arithmetic   pass, way, seconds, cpu_seconds, peak_bytes
 
 `ratios`, where a log has them, is such a list, too: what the row belongs to, `ours`, `other` and the quotients `time`,
 `cpu_time` and, in training, `memory` of their two rows.

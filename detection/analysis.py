@@ -25,7 +25,7 @@ from detection.files import write_whole
 from detection.runs import Run, Weights
 from detection.tasks import task_of
 from detection.tasks.run import load_for_evaluation, read_evaluation_data
-from detection.text import printable
+from detection.text import plural, printable
 
 MILLION = 1e6  # pJ per uJ, and the unit of counts and bits in tables
 LAYER_COLUMNS = ("layer", "input", "active in", "active out", "MAC", "synaptic operations", "rate x MAC")
@@ -103,6 +103,7 @@ class Analysis:
                 "exceptions": [finding._asdict() for finding in certificate.exceptions],
                 "violations": [finding._asdict() for finding in certificate.violations],
                 "silent": list(certificate.silent),
+                "arithmetics": dict(certificate.arithmetics),
             },
         }
 
@@ -110,16 +111,16 @@ class Analysis:
         number, energies = self.measured.num_images, self.report.layers[layer.name]
         output = [self.measured.spikes[name] for name in layer.spikes_to]
         neurons = sum(spikes.num_neurons for spikes in output)
-        comparisons = sum(self.measured.spikes[name].num_neurons for name in layer.spikes_from)
-        example = layer.example
+        example, inputs = layer.example, "spikes" if layer.is_binary else "signs" if layer.is_sign else "real"
+        leave_as = "real" if layer.output_bits is None else "spikes" if layer.spikes_to else "signs"
         return {
             "name": layer.name,
-            "kind": layer.kind,
-            "input": ("spikes" if layer.is_binary else "real") if layer.num_calls else None,
+            "kind": f"{layer.arithmetic} {layer.kind}" if layer.accumulates else layer.kind,
+            "input": inputs if layer.num_calls else None,
             "input_activity": layer.input_rate,
             # JSON knows no NaN or infinity.
             "input_example": example if example is None or math.isfinite(example) else str(example),
-            "output": "spikes" if layer.output_bits is not None else "real",
+            "output": leave_as,
             "output_activity": sum(spikes.num_spikes for spikes in output) / neurons if neurons else None,
             "output_spike_layers": layer.spikes_to,
             "calls": layer.num_calls,
@@ -130,7 +131,7 @@ class Analysis:
             "exact_macs": layer.num_exact_macs / number,
             "num_synops": layer.num_synops / number,
             "rate_times_macs": layer.rate_times_macs / number,
-            "comparisons": comparisons / number,
+            "comparisons": self.measured.comparisons(layer) / number,
             "weights": layer.num_weights,
             "biases": layer.num_biases,
             "energy_pj": {name: network.total_pj for name, network in energies.items()},
@@ -143,7 +144,7 @@ class Analysis:
         """Return layers, networks side by side, their ratios, the first layer and the certificate, for people."""
         found = self.to_dict()
         networks, first = found["networks"], found["first_layer"]
-        shown = [name for name in ("spiking", "twin") if name in networks]
+        shown = list(dict.fromkeys((next(iter(networks)), "twin")))
         layers = [
             (
                 layer["name"],
@@ -185,6 +186,7 @@ class Analysis:
             f"{certificate.num_binary} of {len(self.measured.layers)} layers with weights saw 0/1 only, "
             f"over {certificate.num_images} images; time steps {certificate.time_steps}, "
             f"levels {certificate.levels}{' (0 and 1)' if certificate.levels == 2 else ''}"
+            + "".join(f"; {plural(number, f'{name} convolution')}" for name, number in certificate.arithmetics)
         )
         return TextTable(title, ("", "layer", "reason"), rows)
 

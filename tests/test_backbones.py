@@ -422,7 +422,7 @@ def test_unknown_name_lists_the_allowed_ones():
     ("options", "message"),
     [
         ({"stem": "coco"}, "'imagenet' or 'cifar', got 'coco'"),
-        ({"activation": "gelu"}, "'hoyer', 'relu', 'fixed', 'graded', got 'gelu'"),
+        ({"activation": "gelu"}, "'hoyer', 'relu', 'fixed', 'graded', 'sign', got 'gelu'"),
         ({"extremum": "row"}, "'layer' or 'channel', got 'row'"),
         ({"width": 0}, "width must be positive, got 0"),
         ({"width": -0.5}, "width must be positive, got -0.5"),

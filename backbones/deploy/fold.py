@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from ..arithmetic import Sign, arithmetic_layers
 from ..spiking import SpikeLayer
 
 AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -83,9 +84,17 @@ def fold(model: nn.Module) -> nn.Module:
         model: any module; not changed.
 
     Raises:
-        ValueError: one comparison cannot say what a spike layer does; names it.
+        ValueError: one comparison cannot say what a spike layer does, or a convolution is of another arithmetic; names
+            it.
     """
+    require_float(model)
     return _fold(copy.deepcopy(model).eval(), "")
+
+
+def require_float(model: nn.Module) -> None:
+    """Raise ValueError that names the first convolution of another arithmetic, into whose weights nothing folds."""
+    for name, layer in arithmetic_layers(model).items():
+        raise ValueError(f"layer {name}: arithmetic {layer.arithmetic!r} has no folded form (allowed: 'float')")
 
 
 def _fold(model: nn.Module, prefix: str) -> nn.Module:
@@ -106,10 +115,10 @@ def _fold(model: nn.Module, prefix: str) -> nn.Module:
 
 
 class _Tracer(fx.Tracer):
-    """Goes into every module but torch's own and the spike layers."""
+    """Goes into every module but torch's own and the activations."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, SpikeLayer) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (SpikeLayer, Sign)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> fx.GraphModule | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .operations import Measurement
+from .operations import Measurement, WeightedLayer
 
 
 class Finding(NamedTuple):
@@ -29,6 +30,7 @@ class Certificate:
         silent: layers that saw nothing but zeros, for which being binary says little.
         time_steps: passes per image.
         levels: values that a spike can take, the most of any layer; 2 are 0 and 1.
+        arithmetics: convolutions that ran by their arithmetic, ordinary ones left out: ("adder", 7).
     """
 
     strict: bool
@@ -39,6 +41,7 @@ class Certificate:
     silent: tuple[str, ...]
     time_steps: int = 1
     levels: int = 2
+    arithmetics: tuple[tuple[str, int], ...] = ()
 
     @property
     def is_binary(self) -> bool:
@@ -78,7 +81,7 @@ def certify(measured: Measurement, analogue: Mapping[str, str] | None = None, *,
         elif not measured.layers[name].num_calls:
             reason = "never ran, so nothing is known about it"
         elif measured.layers[name].example is not None:
-            reason = f"its input is not 0/1, {measured.layers[name].example:.6g} for one"
+            reason = _describe(measured.layers[name])
         else:
             continue
         if name == stem:
@@ -98,7 +101,13 @@ def certify(measured: Measurement, analogue: Mapping[str, str] | None = None, *,
         violations=tuple(violations),
         silent=tuple(layer.name for layer in ran if not layer.num_active),
         levels=max((layer.levels for layer in measured.spikes.values()), default=2),
+        arithmetics=tuple(sorted(Counter(layer.arithmetic for layer in ran if layer.accumulates).items())),
     )
+
+
+def _describe(layer: WeightedLayer) -> str:
+    own = f"; arithmetic {layer.arithmetic}" if layer.accumulates else ""
+    return ("its input is -1 and 1" if layer.is_sign else f"its input is not 0/1, {layer.example:.6g} for one") + own
 
 
 def _is_in(name: str, part: str) -> bool:

@@ -9,16 +9,21 @@ The twins have the topology of the measured network and see the same images, so 
     twin_int8      exact MACs                                exact MACs             8 bits
     binary         exact MACs, each an AC                    exact MACs             float32
 
-"twin" has ReLU in place of the spike layers, "binary" has 1-bit activations and does not skip zeros. Conventions:
+"twin" has ReLU in place of the spike layers and ordinary convolutions, "binary" has 1-bit activations and does not skip
+zeros. A network with convolutions of another arithmetic, see `backbones.arithmetic`, has a row of this name, in which
+they add as they do: a binary one an AC for each exact MAC, as XNOR and bit count, its weights 1 bit each, an adder one
+two, a subtraction and the sum of absolute values, both priced as an add (Horowitz: 0.9 pJ in float32, where the
+multiply that they save is 3.7). Conventions:
 
 - Operations are counted exactly at the borders: nothing falls into the padding. A MAC or AC with a zero input is paid
   in "twin", "twin_int8" and "binary"; the "spiking" networks skip it where inputs are 0/1, and pay it elsewhere.
-- A neuron of a spike layer costs a comparison, in "binary" too; a ReLU costs nothing. BatchNorm costs nothing: it folds
-  into the threshold, in the twins into the weights. Nor do pooling, residual sums, or what follows the last layer.
+- A neuron of a spike layer costs a comparison, in "binary" too, and so does a sign; a ReLU costs nothing. BatchNorm
+  costs nothing: it folds into the threshold, in the twins into the weights. Nor do pooling, residual sums, or what
+  follows the last layer.
 - Memory: every weight is read once per image, also where several calls share it; every input of a layer is read once
-  and every output written once. 0/1 inputs are 1 bit. An output leaves as 1 bit for each spike layer that takes it
-  straight, or as a real value where something else needs it too (a residual sum). In the twins all of them are real
-  values. A real value has 32 bits, with 8-bit numbers 8; a weight likewise, but a bias has always 32.
+  and every output written once. Inputs of 0/1, or of -1 and 1, are 1 bit. An output leaves as 1 bit for each spike
+  layer that takes it straight, or as a real value where something else needs it too (a residual sum). In the twins all
+  of them are real values. A real value has 32 bits, with 8-bit numbers 8; a weight likewise, but a bias has always 32.
 - Memory traffic is priced as if all of it went to SRAM, and as if all of it went to DRAM; caches are left aside.
 """
 
@@ -33,6 +38,8 @@ from typing import Any
 from .operations import Measurement, WeightedLayer
 
 SPIKING = ("spiking", "spiking_int8", "binary")  # there only for a network with spike layers
+SKIPPING = ("spiking", "spiking_int8")  # zeros
+TWINS = ("twin", "twin_int8")
 NETWORKS = ("spiking", "spiking_int8", "twin", "twin_int8", "binary")
 RATIOS = (("spiking", "twin"), ("spiking", "twin_int8"), ("spiking_int8", "twin_int8"), ("spiking", "binary"))
 WORD_BITS = 32
@@ -198,9 +205,10 @@ class EnergyReport:
         costs: the table that was used.
         layers: by layer and network. The comparisons of a spike layer stand with the layer that its spikes enter
             first; where they enter none, they are in `networks` only.
-        networks: of all layers together, by network; the twins alone for a network without spike layers.
-        ratios: "spiking/twin" and so on: the quotient of "operations" (memory left aside), "with_sram" and
-            "with_dram"; None where the divisor is 0.
+        networks: of all layers together, by network, the measured one first; without spike layers it is a row of its
+            arithmetic, or "twin".
+        ratios: "spiking/twin" and so on, or of the measured one and the twins: the quotient of "operations" (memory
+            left aside), "with_sram" and "with_dram"; None where the divisor is 0.
         first_layer: None without spike layers.
     """
 
@@ -223,46 +231,52 @@ def energy(measured: Measurement, costs: CostTable = HOROWITZ_45NM) -> EnergyRep
     """
     if not measured.num_images:
         raise RuntimeError("nothing was measured: pass images through the model first")
-    names = [name for name in NETWORKS if measured.spikes or name not in SPIKING]
+    own = sorted({layer.arithmetic for layer in measured.layers.values() if layer.accumulates})
+    names = [*NETWORKS, *(name for name in own if name not in NETWORKS)] if measured.spikes else [*own, *TWINS]
+    pairs = RATIOS if measured.spikes else [(name, twin) for name in own for twin in TWINS]
     layers = {
         layer.name: {name: _layer_energy(name, layer, measured, costs) for name in names}
         for layer in measured.layers.values()
     }
-    comparisons = sum(spikes.num_neurons for spikes in measured.spikes.values()) / measured.num_images
+    signs = sum(layer.num_inputs for layer in measured.layers.values() if layer.is_sign)
+    comparisons = (signs + sum(spikes.num_neurons for spikes in measured.spikes.values())) / measured.num_images
     networks = {}
     for name in names:
         counts = dict.fromkeys(("macs", "acs", "weight_bits", "read_bits", "write_bits"), 0.0)
         for layer in layers.values():
             for key in counts:
                 counts[key] += getattr(layer[name], key)
-        networks[name] = _price(name, costs, counts | {"comparisons": comparisons if name in SPIKING else 0.0})
+        networks[name] = _price(name, costs, counts | {"comparisons": 0.0 if name in TWINS else comparisons})
     totals = {"operations": "total_pj", "with_sram": "total_sram_pj", "with_dram": "total_dram_pj"}
     ratios = {
         f"{one}/{other}": {
             key: _quotient(getattr(networks[one], total), getattr(networks[other], total))
             for key, total in totals.items()
         }
-        for one, other in RATIOS
-        if one in networks
+        for one, other in pairs
     }
     return EnergyReport(costs, layers, networks, ratios, _first_layer(measured))
 
 
 def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, costs: CostTable) -> NetworkEnergy:
-    spiking, real_bits = network in SPIKING, 8 if network.endswith("_int8") else 32
-    ones_and_zeros = spiking and layer.is_binary
-    leave_as_spikes = spiking and layer.output_bits is not None
+    own, real_bits = network not in TWINS, 8 if network.endswith("_int8") else 32
+    one_bit = own and (layer.is_binary or layer.is_sign)
+    adds = one_bit or (own and layer.accumulates > 0)
+    leave_as_spikes = own and layer.output_bits is not None
+    weight_bits = min(real_bits, layer.weight_bits) if own else real_bits
     counts = {
-        "macs": 0 if ones_and_zeros else layer.num_exact_macs,
+        "macs": 0 if adds else layer.num_exact_macs,
         "acs": 0,
-        "comparisons": sum(measured.spikes[name].num_neurons for name in layer.spikes_from) if spiking else 0,
+        "comparisons": measured.comparisons(layer) if own else 0,
         # Once per image in which the layer ran, however many levels of a pyramid share it.
-        "weight_bits": (layer.num_weights * real_bits + layer.num_biases * BIAS_BITS) * layer.num_images,
-        "read_bits": layer.num_inputs * (1 if ones_and_zeros else real_bits),
+        "weight_bits": (layer.num_weights * weight_bits + layer.num_biases * BIAS_BITS) * layer.num_images,
+        "read_bits": layer.num_inputs * (1 if one_bit else real_bits),
         "write_bits": layer.num_outputs * (min(layer.output_bits, real_bits) if leave_as_spikes else real_bits),
     }
-    if ones_and_zeros:
-        counts["acs"] = layer.num_exact_macs if network == "binary" else layer.num_synops
+    if one_bit and network in SKIPPING:  # |x - w| is |w| + x (|1 - w| - |w|) for x of 0 or 1: one addition per spike
+        counts["acs"] = layer.num_synops
+    elif adds:
+        counts["acs"] = layer.num_exact_macs * (1 if one_bit and network != layer.arithmetic else layer.accumulates)
     return _price(network, costs, {key: count / measured.num_images for key, count in counts.items()})
 
 

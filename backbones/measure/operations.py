@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ..arithmetic import ArithmeticConv2d, Sign
 from ..spiking import spike_layers
 from .flow import Flow
 from .record import LayerActivity, hook_layers
@@ -57,9 +58,11 @@ class WeightedLayer:
         example: an input that was neither 0 nor 1; None if there was none.
         spikes_from: spike layers whose output enters this layer, those left out that entered another one before.
         spikes_to: spike layers that take its output straight, through pooling, normalisation, dropout and flattening.
-        output_bits: binary values that leave per output neuron, one for each spike layer that takes it; None where
-            the output is needed as a real value: no spike layer takes it, or something else does too, such as a
+        output_bits: binary values that leave per output neuron, one for each spike layer, or `Sign`, that takes it;
+            None where the output is needed as a real value: none takes it, or something else does too, such as a
             residual sum.
+        arithmetic, accumulates, weight_bits: of an `ArithmeticConv2d`.
+        num_signs: calls in which every input was exactly -1 or 1.
     """
 
     name: str
@@ -78,11 +81,20 @@ class WeightedLayer:
     spikes_from: list[str] = field(default_factory=list)
     spikes_to: list[str] = field(default_factory=list)
     output_bits: float | None = None
+    arithmetic: str = "float"
+    accumulates: int = 0
+    weight_bits: int = 32
+    num_signs: int = 0
 
     @property
     def is_binary(self) -> bool:
         """Whether it ran and every input was exactly 0 or 1."""
         return self.num_calls > 0 and self.example is None
+
+    @property
+    def is_sign(self) -> bool:
+        """Whether it ran and every input was exactly -1 or 1, as behind a `Sign`."""
+        return self.num_calls == self.num_signs > 0 and self.example is not None
 
     @property
     def input_rate(self) -> float:
@@ -119,6 +131,11 @@ class Measurement:
         """The first convolution that ran, in a network without convolutions the first linear layer; None: none ran."""
         ran = [self.layers[name] for name in self.ran if name in self.layers]
         return next((layer.name for kind in ("conv", "linear") for layer in ran if layer.kind == kind), None)
+
+    def comparisons(self, layer: WeightedLayer) -> int:
+        """Return the comparisons that make a layer's inputs: one per neuron of its spike layers, or per sign."""
+        signs = layer.num_inputs if layer.is_sign else 0
+        return signs + sum(self.spikes[name].num_neurons for name in layer.spikes_from)
 
 
 @torch.no_grad()
@@ -162,6 +179,7 @@ def record_layers(model: nn.Module) -> Iterator[Measurement]:
                 "conv" if isinstance(module, nn.Conv2d) else "linear",
                 module.weight.numel(),
                 module.bias.numel() if module.bias is not None else 0,
+                **_arithmetic_of(module),
             )
             for name, module in counted.items()
         },
@@ -185,6 +203,7 @@ class _Recorder:
     def __init__(self, measured: Measurement) -> None:
         self.measured = measured
         self.images_in_pass = 0
+        self.signs: set[str] = set()  # names of activations that give -1 and 1
         self.flow: Flow | None = None  # there in the first pass only
         self.followed = False
         self.seen_in_pass: set[str] = set()
@@ -198,8 +217,9 @@ class _Recorder:
         watched = {
             name: module
             for name, module in modules.items()
-            if name in self.measured.layers or name in self.measured.spikes or isinstance(module, TRANSPARENT)
+            if name in self.measured.layers or name in self.measured.spikes or isinstance(module, (Sign, *TRANSPARENT))
         }
+        self.signs = {name for name, module in watched.items() if isinstance(module, Sign)}
         try:
             # In front of hooks that were there before: what those do to a tensor must not pass for a use of it. Those
             # of the whole model come around the others, should it be one layer.
@@ -222,17 +242,19 @@ class _Recorder:
         self.seen_in_pass.clear()
         self.stop_following()  # of a pass that failed
         if not self.followed:
-            self.flow = Flow(self.measured.layers, self.measured.spikes)
+            self.flow = Flow(self.measured.layers, self.measured.spikes.keys() | self.signs)
             self.flow.__enter__()
 
     def end_pass(self, name: str, model: nn.Module, images: Any, output: Any) -> None:
         self.latest = None
         if self.flow is not None:
             layers = self.measured.layers
-            for layer, destination in self.flow.finish(output).items():
-                layers[layer].spikes_to, layers[layer].output_bits = destination
+            for layer, (takers, bits) in self.flow.finish(output).items():
+                layers[layer].spikes_to = [name for name in takers if name not in self.signs]
+                layers[layer].output_bits = bits
             for spikes, layer in self.flow.feeds.items():
-                layers[layer].spikes_from.append(spikes)
+                if spikes not in self.signs:
+                    layers[layer].spikes_from.append(spikes)
             self.stop_following()
             self.followed = True
 
@@ -271,6 +293,7 @@ class _Recorder:
         layer.num_calls += 1
         layer.num_inputs += x.numel()
         layer.num_active += counts.num_active
+        layer.num_signs += counts.is_sign
         if not counts.is_binary and layer.example is None:
             layer.example = float(x[(x != 0) & (x != 1)][0])
         if isinstance(module, nn.Linear):
@@ -299,21 +322,28 @@ class _Counts(NamedTuple):
     per_position: Tensor
     num_active: int
     is_binary: bool
+    is_sign: bool
 
 
 def _count(x: Tensor) -> _Counts:
     """Few passes over the memory, as this runs for every layer of every batch."""
     x = x.detach()
-    is_binary = True
+    is_binary, is_sign = True, False
     if x.numel():
         low, high = torch.aminmax(x)
         # In [0, 1] no x - x^2 is negative, and it is 0 at the ends only, also after rounding. NaN fails the first test.
         is_binary = bool((low >= 0) & (high <= 1)) and not bool(torch.addcmul(x, x, x, value=-1).max())
+        is_sign = bool((low.abs() == 1) & (high.abs() == 1)) and bool((x.abs() == 1).all())
     over = (0, 1) if x.dim() == 4 else 0
     # Sums of fewer than 2^24 ones are exact in float32.
     per_position = x.sum(over, dtype=torch.float32) if is_binary else (x != 0).sum(over, dtype=torch.int32)
     per_position = per_position.cpu().double()
-    return _Counts(per_position, int(per_position.sum()), is_binary)
+    return _Counts(per_position, int(per_position.sum()), is_binary, is_sign)
+
+
+def _arithmetic_of(module: nn.Module) -> dict[str, Any]:
+    keys = ("arithmetic", "accumulates", "weight_bits")
+    return {key: getattr(module, key) for key in keys} if isinstance(module, ArithmeticConv2d) else {}
 
 
 def _geometry(conv: nn.Conv2d, axis: int) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..arithmetic import convert, find_arithmetic
 from ..spiking import SpikeFactory
 from . import mobilenet, resnet, vgg  # noqa: F401, they register themselves
 from .base import (
@@ -29,7 +30,8 @@ def create(
     name: str,
     *,
     in_channels: int = 3,
-    activation: str = "hoyer",
+    activation: str | None = None,
+    arithmetic: str = "float",
     stem: Stem = "imagenet",
     width: float = 1.0,
     weights: str | Path | Mapping[str, Tensor] | None = None,
@@ -41,7 +43,9 @@ def create(
         name: one of `names()`.
         in_channels: channels of the image.
         activation: one of `neurons()`: "hoyer" (the method), "relu" (the analogue twin: same topology), "fixed"
-            (threshold v_th without the extremum: the ablation), "graded" (spikes of several levels).
+            (threshold v_th without the extremum: the ablation), "graded" (spikes of several levels), "sign" (of a
+            binary network); None: that of the arithmetic, "hoyer", "sign" and "relu".
+        arithmetic: one of `ARITHMETICS`, of the convolutions: "float", "binary" or "adder", see `backbones.arithmetic`.
         stem: "imagenet" for large images, "cifar" for 32x32.
         width: multiplier of every channel count, rounded to multiples of 8.
         weights: "zoo:NAME", one of `zoo.names()` (`zoo.settings(NAME)` has the other arguments that it takes); a
@@ -51,10 +55,12 @@ def create(
             momentum=0.1, threshold="channel", window=(0.0, 2.0), levels=4.
 
     Raises:
-        ValueError: an unknown name, activation, stem or option, a value that is not allowed, an option that this
-            family does not have, a width that is not positive, or weights that do not fit.
+        ValueError: an unknown name, activation, arithmetic, stem or option, a value that is not allowed, an option that
+            this family does not have, a width that is not positive, weights that do not fit, or depthwise convolutions
+            where the arithmetic has none.
     """
     family, own = find_family(name)
+    activation = activation or find_arithmetic(arithmetic).activation
     if stem not in ("imagenet", "cifar"):
         raise ValueError(f"stem must be 'imagenet' or 'cifar', got {stem!r}")
     if not width > 0:
@@ -66,12 +72,13 @@ def create(
             raise ValueError(f"{key} must be {others[key]!r} for {name}, which has no other, got {options[key]!r}")
     spike = SpikeFactory(activation, **{key: value for key, value in options.items() if key not in others})
     backbone = family(name, spike, in_channels=in_channels, stem=stem, width=width, **given)
+    convert(backbone, arithmetic)
     if weights is not None:
         from ..weights import load_weights  # which knows the class of a backbone
         from ..zoo import is_entry, require_same
 
         if is_entry(weights):
-            wanted = {"name": name, "width": width, "stem": stem, "activation": activation}
+            wanted = {"name": name, "width": width, "stem": stem, "activation": activation, "arithmetic": arithmetic}
             require_same(weights, {"extremum": "layer"} | others | wanted | options)
         load_weights(backbone, weights)
     return backbone

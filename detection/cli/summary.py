@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     model, measured, shapes = measure(task)
     backbone = config.model.backbone
     title = f"{source}: {backbone.name} x{backbone.width:g}, activation {backbone.activation}"
+    title += f", arithmetic {backbone.arithmetic}" if backbone.arithmetic != "float" else ""
     numeric = ("output", "parameters", "million MACs")
     rows = layer_rows(measured, shapes, dict(model.named_modules()), task.analogue_parts(model))
     show_table(title, ("layer", "kind", *numeric, "sees"), rows, numeric=numeric)
@@ -116,8 +117,8 @@ def seen_by(name: str, measured: Measurement, analogue: Mapping[str, str]) -> st
     layer = measured.layers[name]
     if name == measured.stem:
         return "pixels (stem)"
-    if layer.is_binary:
-        return "spikes"
+    if layer.is_binary or layer.is_sign:
+        return "spikes" if layer.is_binary else "signs"
     part = next((why for part, why in analogue.items() if name == part or name.startswith(f"{part}.")), None)
     return f"real values ({part})" if part else "real values"
 
@@ -132,7 +133,8 @@ def describe(module: nn.Module) -> str:
         size, stride = "x".join(map(str, module.kernel_size)), module.stride[0]
         groups = f", {module.groups} groups" if module.groups > 1 else ""
         step = f" /{stride}" if stride > 1 else ""
-        return f"conv {size} {module.in_channels} -> {module.out_channels}{step}{groups}"
+        kind = " ".join(filter(None, (getattr(module, "arithmetic", ""), "conv")))
+        return f"{kind} {size} {module.in_channels} -> {module.out_channels}{step}{groups}"
     return type(module).__name__
 
 

@@ -180,6 +180,9 @@ def set_values(config: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
     tree = config.model_dump()
     for key in config.hoyer.open_keys():  # they follow from the new values
         del tree["hoyer"][key]
+    arithmetic = config.model.backbone.arithmetic
+    if values.get("model.backbone.arithmetic", arithmetic) != arithmetic:  # it brings its activation
+        del tree["model"]["backbone"]["activation"]
     for key, value in values.items():
         *sections, last = key.split(".")
         place: Any = tree

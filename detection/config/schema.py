@@ -40,7 +40,13 @@ class Backbone(Section):
     activation: str = Field(
         "hoyer",
         description="one of `backbones.neurons()`: hoyer, the method; relu, the analogue twin; fixed, threshold v_th "
-        "without extremum; graded, spikes of several levels",
+        "without extremum; graded, spikes of several levels; sign, of a binary network. Left open, it is that of the "
+        "arithmetic: hoyer, sign and relu, also where a command line changes the arithmetic alone",
+    )
+    arithmetic: str = Field(
+        "float",
+        description="of all convolutions but the first, one of `backbones.ARITHMETICS`: float; binary, 1-bit weights; "
+        "adder, sums of absolute differences",
     )
     extremum: Literal["layer", "channel"] = Field("layer", description="scope of the Hoyer extremum")
     momentum: float = Field(0.1, gt=0, le=1, description="weight of a batch in the extremum's running average")
@@ -71,6 +77,15 @@ class Backbone(Section):
         low, high = self.window
         if not low <= 0 < 1 <= high:
             raise ValueError(f"window: expected ends that contain 0 to 1, got {low:g} to {high:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _activation_of_the_arithmetic(self) -> Backbone:
+        if self.arithmetic != "float" and "activation" not in self.model_fields_set:
+            from backbones import ARITHMETICS  # with torch, which a network of this kind needs soon
+
+            if self.arithmetic in ARITHMETICS:  # unknown ones are reported with the other names
+                self.__dict__["activation"] = ARITHMETICS[self.arithmetic].activation
         return self
 
     def arguments(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from backbones import Backbone, fold, spike_layers, to_integers
+from backbones.deploy.fold import require_float
 from backbones.deploy.integer import fix_size
 from detection.exporters.common import ParityError, difference_of, import_extra, leaves
 from detection.exporters.inference import METADATA_KEY, evaluate_file
@@ -125,6 +126,10 @@ def export_run(
     chosen, run = ExportOptions(file_format, **options), Run.open(folder, data_root)
     path, sidecar = _new_files(run, out, chosen)
     model = load_model(run, chosen.weights).float().to(memory_format=torch.contiguous_format)
+    try:
+        require_float(model)
+    except ValueError as error:
+        raise ValueError(f"{run.folder}: cannot be exported, {error}") from None
     if chosen.int8 and not spike_layers(model):
         raise ValueError(f"--int8: {folder} has no spike layers; integers add up spikes")
     for name, layer in spike_layers(model).items():

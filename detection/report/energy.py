@@ -23,20 +23,25 @@ NETWORKS = {
 }
 
 
+def look(name: str) -> tuple[str, str]:
+    """Return a network of an analysis in words, and the colour of its bars; an arithmetic has no words of its own."""
+    return NETWORKS.get(name, (f"{name} network", "quiet"))
+
+
 def layer_energy(source: Source) -> list[Any]:
     """Return the energy of each layer with weights, as bars and in numbers."""
     if source.analysis is None:
         return [Words(f"Energy per layer is left out. {source.missing['analysis']}", "missing")]
     analysis, layers = source.analysis, source.analysis["layers"]
-    networks = [name for name in ("spiking", "twin") if name in analysis["networks"]]
+    networks = list(dict.fromkeys((next(iter(analysis["networks"])), "twin")))
     names = short_names([layer["name"] for layer in layers])
     highest = max((energy for layer in layers for energy in layer["energy_pj"].values()), default=0.0) or 1.0
     swatch = '<span class="keyword"><span class="swatch fill {}"></span>&nbsp;{}</span>'
-    legend = Markup(", ").join(Markup(swatch).format(NETWORKS[name][1], NETWORKS[name][0]) for name in networks)
+    legend = Markup(", ").join(Markup(swatch).format(look(name)[1], look(name)[0]) for name in networks)
     bars = [
         (
             names[layer["name"]],
-            [Bar(layer["energy_pj"][name] / highest, NETWORKS[name][1]) for name in networks],
+            [Bar(layer["energy_pj"][name] / highest, look(name)[1]) for name in networks],
             [format_energy(layer["energy_pj"][name]) for name in networks],
         )
         for layer in layers
@@ -68,7 +73,7 @@ def operations_table(analysis: Mapping[str, Any], networks: list[str], names: Ma
         )
         for layer in analysis["layers"]
     ]
-    return Table("Operations per layer", (*columns, *(NETWORKS[name][0] for name in networks)), rows, code=True)
+    return Table("Operations per layer", (*columns, *(look(name)[0] for name in networks)), rows, code=True)
 
 
 def networks_section(source: Source) -> Section:
@@ -78,18 +83,18 @@ def networks_section(source: Source) -> Section:
         return Section(*place, [], source.missing["analysis"])
     analysis, networks = source.analysis, source.analysis["networks"]
     most = max(network["total_sram_pj"] for network in networks.values()) or 1.0
-    own = networks["spiking" if "spiking" in networks else "twin"]["total_pj"]
+    own = next(iter(networks.values()))["total_pj"]
     bars = [
         (
-            NETWORKS[name][0],
-            [Bar(network["total_pj"] / most, NETWORKS[name][1], network["memory_sram_pj"] / most)],
+            look(name)[0],
+            [Bar(network["total_pj"] / most, look(name)[1], network["memory_sram_pj"] / most)],
             [format_energy(network["total_sram_pj"])],
         )
         for name, network in networks.items()
     ]
     rows = [
         (
-            NETWORKS[name][0],
+            look(name)[0],
             *(Cell(format_count(network[key]), network[key]) for key in ("macs", "acs", "comparisons")),
             joule(network["total_pj"]),
             Cell(f"{network['total_pj'] / own:.3g}\N{MULTIPLICATION SIGN}" if own else ""),
@@ -137,7 +142,9 @@ def certificate_verdict(analysis: Mapping[str, Any]) -> tuple[str, str]:
     """Return a word or two, and a sentence with what is behind them."""
     certificate = analysis["certificate"]
     if "spiking" not in analysis["networks"]:
-        return "analogue", "It has no spike layer."
+        kinds = certificate.get("arithmetics", {})
+        note = "".join(f" {plural(number, f'{kind} convolution')}." for kind, number in kinds.items())
+        return " and ".join(kinds) or "analogue", f"It has no spike layer.{note}"
     if certificate["violations"]:
         number = len(certificate["violations"])
         return "not binary", f"{plural(number, 'layer sees', 'layers see')} other values than 0 and 1."

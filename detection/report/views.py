@@ -100,7 +100,7 @@ def analysis_headline(source: Source) -> list[Number]:
         why = source.missing["analysis"]
         unknown = Number("energy", "Energy", None, "unknown", why)
         return [unknown, Number("certificate", "Binarity", None, "not checked", why)]
-    ratio = source.analysis["ratios"].get("spiking/twin") or {}
+    ratio = source.analysis["ratios"].get(f"{next(iter(source.analysis['networks']))}/twin") or {}
     energy = ratio.get("operations")
     if energy is not None:
         shown = f"{100 * energy:.1f} %"

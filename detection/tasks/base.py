@@ -14,7 +14,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from backbones import (
+    ARITHMETICS,
     Backbone,
+    find_arithmetic,
     find_neuron,
     names,
     neurons,
@@ -148,7 +150,11 @@ class Task(ABC):
         backbone = self.config.model.backbone
         name = re.sub("^(resnet|vgg|mobilenetv)", lambda family: FAMILIES[family[0]], backbone.name)
         width = "" if backbone.width == 1 else f" \N{MULTIPLICATION SIGN}{backbone.width:g}"
-        return f"{name}{width}, {find_neuron(backbone.activation).words}"
+        words = [find_neuron(backbone.activation).words]
+        if backbone.arithmetic != "float":
+            kind = find_arithmetic(backbone.arithmetic)
+            words = [kind.words, *(words if backbone.activation != kind.activation else [])]
+        return f"{name}{width}, {', '.join(words)}"
 
     def describe_data(self) -> str:
         """Return the data in words, such as "voc data in data/bccd, 3 classes"."""
@@ -173,6 +179,7 @@ class Task(ABC):
         settings = self.config.model.backbone
         yield "model.backbone.name", settings.name, names()
         yield "model.backbone.activation", settings.activation, list(neurons())
+        yield "model.backbone.arithmetic", settings.arithmetic, list(ARITHMETICS)
         if settings.name in names():
             options = {
                 *find_family(settings.name)[1],

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from backbones import arithmetic_layers
 from detection.config import schema
 from detection.training.muon import Muon
 
 
 def build_optimizer(model: nn.Module, config: schema.Optimizer, predictions: Collection[str] = ()) -> Optimizer:
+    """Return `choose_optimizer`'s optimiser, whose steps scale gradients as the arithmetic of a layer wants it."""
+    optimizer = choose_optimizer(model, config, predictions)
+    if layers := arithmetic_layers(model):
+
+        def scale(*_: Any) -> None:
+            for layer in layers.values():
+                layer.before_step()
+
+        optimizer.register_step_pre_hook(scale)
+    return optimizer
+
+
+def choose_optimizer(model: nn.Module, config: schema.Optimizer, predictions: Collection[str] = ()) -> Optimizer:
     """Return AdamW, Adam with AMSGrad, SGD with momentum 0.9, or Muon for the hidden convolutions.
 
     Weight decay only on tensors of two or more dimensions.
@@ -49,13 +64,18 @@ def build_optimizer(model: nn.Module, config: schema.Optimizer, predictions: Col
 
 
 def hidden_convolutions(model: nn.Module, predictions: Collection[str] = ()) -> set[str]:
-    """Return the names of the weights of all convolutions but the first, depthwise ones and those of prediction."""
+    """Return the names of the weights of all convolutions but the first, depthwise ones and those of prediction.
+
+    Convolutions that are no product of weights and inputs are left out, too.
+    """
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     hidden = list(convolutions)[1:]
     return {
         f"{name}.weight"
         for name in hidden
-        if convolutions[name].groups == 1 and not any(part in name.split(".") for part in predictions)
+        if convolutions[name].groups == 1
+        and getattr(convolutions[name], "is_product", True)
+        and not any(part in name.split(".") for part in predictions)
     }
 
 
