@@ -23,7 +23,7 @@ from detection.data.pictures import pixels_of, unit
 from detection.data.report import DataReport, report, shared_images
 from detection.evaluation import CocoEvaluator, Detections, import_backend, mean_average_precision, precision_recall
 from detection.files import write_whole
-from detection.models import build_detector
+from detection.models import build_detector, colours_of
 from detection.models.dense import DensePredictions, DetectorOf, EnteringSpikes, resize_and_pad
 from detection.models.inference import check_unit_interval, padded_size, thresholds
 from detection.records import Evaluation
@@ -121,7 +121,7 @@ class DetectionTask(Task):
     def example(self) -> list[Tensor]:
         """Return noise as large as images get: the shorter side min_size, the longer one max_size."""
         config = self.config.model
-        return [torch.rand(3, min(config.min_size[-1], config.max_size), config.max_size)]
+        return [torch.rand(self.config.data.channels, min(config.min_size[-1], config.max_size), config.max_size)]
 
     # Training
 
@@ -365,9 +365,7 @@ class DetectionTask(Task):
 
     def spiking_part(self, model: nn.Module) -> SpikingPart:
         """Return the backbone up to the spikes that enter the neck."""
-        return SpikingPart(
-            EnteringSpikes(model.backbone), model.backbone.body, self.config.model.mean, self.config.model.std
-        )
+        return SpikingPart(EnteringSpikes(model.backbone), model.backbone.body, *colours_of(self.config))
 
     def calibration_images(self, model: nn.Module, number: int) -> Tensor:
         dataset = self.read("train")
