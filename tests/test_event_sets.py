@@ -7,7 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from detection.config import load_config
 from detection.config.schema import Data, Events, ImageAugment, ImageData, Scenes
 from detection.data import build_datasets, read_split
 from detection.data.events import (
@@ -26,7 +28,13 @@ from detection.data.events import (
 )
 from detection.data.image_batches import MemoryBatches
 from detection.data.images import read_image_split
+from detection.data.pictures import as_rgb, pixels_of
 from detection.data.synthetic import CATEGORIES, draw_scene
+from detection.exporters.run import export_run
+from detection.models import colours_of
+from detection.report import write_report
+from detection.runs import Run
+from detection.tasks.run import evaluate_run, load_model, train_run
 
 # The sensor
 
@@ -127,6 +135,25 @@ def test_the_same_seed_gives_the_same_files(tmp_path):
 
 
 # The data formats
+
+RECIPES = {
+    "detection": {
+        "model": {
+            "detector": "retinanet",
+            "backbone": {"name": "resnet18", "width": 0.125},
+            "neck": {"levels": ["c3"], "extra_levels": 0, "out_channels": 16, "source": "spikes"},
+            "head": {"num_convs": 1, "anchor_scale": 3.0},
+            "min_size": [64],
+            "max_size": 64,
+        },
+        "data": {"scenes": {"num_train": 2, "num_val": 2, "size": 64}},
+    },
+    "classification": {
+        "task": "classification",
+        "model": {"backbone": {"name": "vgg11", "width": 0.125, "stem": "cifar"}},
+        "data": {"num_train": 8, "num_val": 4, "size": 32},
+    },
+}
 
 
 def small_set(root, **boxes):
@@ -283,3 +310,32 @@ def test_classified_recordings_as_images(tmp_path):
     ):
         with pytest.raises(ValueError, match=expected):
             read_image_split(data.model_copy(update=change), "train")
+
+
+@pytest.mark.parametrize("task", RECIPES)
+def test_a_network_takes_the_channels_of_its_data(task, tmp_path):
+    recipe = RECIPES[task] | {"train": {"epochs": 1, "batch_size": 4}}
+    events = {"format": "synthetic_events", "root": str(tmp_path / "made"), "events": {"steps": 2}, "workers": 0}
+    recipe["data"] = recipe["data"] | events
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    train_run(load_config(path), tmp_path / "run", ["test"])
+    found, logged = evaluate_run(tmp_path / "run")
+    assert found.metrics == {name: logged.metrics[name] for name in found.metrics}
+    run = Run.open(tmp_path / "run")
+    config, model = run.config, load_model(run)
+    first = next(layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d))
+    assert first.in_channels == 4 and config.data.channels == 4
+    assert tuple(map(len, colours_of(config))) == (4, 4) and set(colours_of(config)[0]) == {0.0}
+    write_report([tmp_path / "run"], tmp_path / "page.html", num_images=1)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<svg" in page and ("_td.dat" in page) == (task == "detection")
+    _, told = export_run(tmp_path / "run", "torch", tmp_path / "model.pt2")
+    assert told["inputs"]["images"]["shape"][1] == 4 and told["parity"]["largest_difference"] < 1e-3
+
+
+def test_events_are_shown_red_where_it_became_darker():
+    image = torch.zeros(4, 1, 3)
+    image[0, 0, 0], image[3, 0, 1], image[2, 0, 2], image[1, 0, 2] = 0.2, 0.4, 1.0, 0.6
+    assert pixels_of(image)[0].tolist() == [[51, 0, 0], [0, 102, 0], [255, 153, 0]]
+    assert torch.equal(as_rgb(image[:3]), image[:3]) and torch.equal(as_rgb(image[:1]), image[:1].expand(3, 1, 3))

@@ -54,9 +54,21 @@ class Events(Section):
         return self
 
 
-def count_channels(format_name: str, events: Events) -> int:
-    """Return the channels of an image: one per step and polarity, or red, green and blue."""
-    return 2 * events.steps if format_name in ("events", "synthetic_events") else 3
+EVENT_FORMATS = ("events", "synthetic_events")
+
+
+class Channels:
+    """Mixin of the sections of data: what the channels of their images are."""
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of an image."""
+        return 2 * self.events.steps if self.format in EVENT_FORMATS else 3
+
+    @property
+    def colours(self) -> str:
+        """Words for the channels."""
+        return "events, darker and brighter of each step," if self.format in EVENT_FORMATS else "RGB"
 
 
 class Augment(Section):
@@ -81,7 +93,7 @@ class Augment(Section):
     color: float = Field(0.0, ge=0, le=1, description="probability of a change of brightness, contrast, saturation")
 
 
-class Data(Section):
+class Data(Channels, Section):
     """The source of images and boxes."""
 
     format: str = Field(
@@ -118,11 +130,6 @@ class Data(Section):
         {}, description="further options of a format that was registered from elsewhere"
     )
 
-    @property
-    def channels(self) -> int:
-        """Channels of an image."""
-        return count_channels(self.format, self.events)
-
 
 class ImageAugment(Section):
     """Training augmentation of a classifier."""
@@ -143,7 +150,7 @@ class ImageAugment(Section):
     )
 
 
-class ImageData(Section):
+class ImageData(Channels, Section):
     """The source of labelled images."""
 
     format: str = Field(
@@ -174,8 +181,3 @@ class ImageData(Section):
     options: dict[str, bool | int | float | str] = Field(
         {}, description="further options of a format that was registered from elsewhere"
     )
-
-    @property
-    def channels(self) -> int:
-        """Channels of an image."""
-        return count_channels(self.format, self.events)

@@ -213,7 +213,7 @@ class ClassificationTask(Task):
 
     def deployable(self, model: nn.Module) -> Deployable:
         outputs = {"logits": "(N, K) float32, in the order of classes"}
-        return Deployable(model, outputs, meaning="RGB in [0, 1], normalised inside")
+        return Deployable(model, outputs, meaning=f"{self.config.data.colours} in [0, 1], normalised inside")
 
     def spiking_part(self, model: nn.Module) -> SpikingPart:
         """Return all but the normalisation."""

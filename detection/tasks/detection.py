@@ -357,9 +357,10 @@ class DetectionTask(Task):
         return Deployable(
             dense,
             {name: OUTPUTS[name] for name in dense.outputs},
-            meaning=f"RGB in [0, 1], normalised inside; resized (shorter side {list(config.min_size)}, longer at most "
-            f"{config.max_size}) and padded at the right and below with the mean colour {list(config.mean)} to "
-            f"multiples of {PADDED}, which detection.exporters.OnnxDetector does",
+            meaning=f"{self.config.data.colours} in [0, 1], normalised inside; resized (shorter side "
+            f"{list(config.min_size)}, longer at most {config.max_size}) and padded at the right and below with the "
+            f"mean colour {list(colours_of(self.config)[0])} to multiples of {PADDED}, which "
+            "detection.exporters.OnnxDetector does",
             keep=PREDICTION_LAYERS,
         )
 
