@@ -8,6 +8,7 @@ values numbers and strings, apart from `each_...`, the single measurements behin
     training     network, batch, side, width, precision, way, seconds, cpu_seconds, peak_bytes, first_step_seconds
     inference    network, form, batch, threads, milliseconds, images_per_second, times_twin_onnx_float, activity
     evaluation   backend, detecting_seconds, counting_seconds, voc_seconds, writing_seconds, peak_bytes, AP
+    events       events, window, seconds, peak_bytes, before_bytes
     scaling      series, value, network, batch, side, width, spike_layers, way, seconds, cpu_seconds, peak_bytes
     arithmetic   pass, way, seconds, cpu_seconds, peak_bytes
 

@@ -21,6 +21,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor
 
+from detection.data.pictures import as_rgb
 from detection.figures import TEXT_SIZE, WIDTH, set_title, shorten
 from detection.fonts import drawable, take_literally
 from detection.spikemaps import SpikeMap
@@ -239,7 +240,7 @@ def _check(
     if columns < 1:
         raise ValueError(f"columns: expected at least 1, got {columns}")
     for index, (image, prediction) in enumerate(zip(images, predictions, strict=True)):
-        if image.dim() != 3 or image.shape[0] not in (1, 3) or not image.is_floating_point():
+        if image.dim() != 3 or (image.shape[0] % 2 and image.shape[0] not in (1, 3)) or not image.is_floating_point():
             raise ValueError(
                 f"image at index {index}: expected floats of shape (3, H, W) or (1, H, W) in [0, 1], "
                 f"got {image.dtype} of shape {tuple(image.shape)}"
@@ -269,7 +270,7 @@ def _readable_on(colour: Colour) -> str:
 def _draw_image(axes: Axes, image: Tensor | np.ndarray) -> None:
     """Draw floats (C, H, W) in [0, 1] or (H, W, 3) uint8."""
     if isinstance(image, Tensor):
-        image = image.detach().to("cpu", torch.float32).clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
+        image = as_rgb(image.detach().to("cpu", torch.float32).clamp(0, 1)).permute(1, 2, 0).numpy()
     height, width = image.shape[:2]
     axes.imshow(image, extent=(0, width, height, 0), aspect="auto")  # pixel edges are integers, as in the boxes
     axes.set_xlim(0, width)

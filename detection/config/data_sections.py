@@ -12,12 +12,63 @@ from detection.config.base import Section
 
 
 class Scenes(Section):
-    """Drawn scenes, for `data.format: synthetic`; the same seed gives the same files."""
+    """Drawn scenes, for `data.format: synthetic` and `synthetic_events`; the same seed gives the same files."""
 
     num_train: int = Field(600, gt=0, le=10**7, description="training scenes")
     num_val: int = Field(100, gt=0, le=10**7, description="validation scenes")
     size: int = Field(128, ge=32, le=4096, description="side of a scene in pixels")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the drawing")
+
+
+class Events(Section):
+    """Recordings of event cameras, for `data.format: events`: an image has a channel per time step and polarity."""
+
+    steps: int = Field(1, ge=1, le=1024, description="time steps of an image, each with two channels")
+    by: Literal["time", "count"] = Field("time", description="steps of the same length, or of as many events")
+    full: float = Field(
+        3.0, gt=0, lt=math.inf, description="so many events of a pixel in a step are the value 1, more too"
+    )
+    sensor: tuple[int, int] | None = Field(
+        None, description="height and width in pixels; None: what a file says, else as far as its events reach"
+    )
+    train_share: float = Field(
+        0.9, gt=0, lt=1, description="classification, sets without splits (data.train and val ''): the training part"
+    )
+    window: float = Field(
+        0.05, gt=0, le=60, description="detection: seconds of events before boxes that an image shows"
+    )
+    tolerance: float = Field(
+        0.0,
+        ge=0,
+        le=60,
+        description="detection: boxes within so many seconds belong to one image, at the last one's time",
+    )
+    skip: float = Field(0.5, ge=0, le=3600, description="detection: boxes of so many first seconds are left out")
+    min_diagonal: float = Field(30.0, ge=0, le=10**5, description="detection: pixels; smaller boxes are left out")
+    min_side: float = Field(10.0, ge=0, le=10**5, description="detection: pixels; boxes with a shorter side too")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Events:
+        if self.sensor is not None and not all(0 < side <= 1 << 14 for side in self.sensor):
+            raise ValueError(f"sensor: expected two sides of 1 to {1 << 14} pixels, got {list(self.sensor)}")
+        return self
+
+
+EVENT_FORMATS = ("events", "synthetic_events")
+
+
+class Channels:
+    """Mixin of the sections of data: what the channels of their images are."""
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of an image."""
+        return 2 * self.events.steps if self.format in EVENT_FORMATS else 3
+
+    @property
+    def colours(self) -> str:
+        """Words for the channels."""
+        return "events, darker and brighter of each step," if self.format in EVENT_FORMATS else "RGB"
 
 
 class Augment(Section):
@@ -42,21 +93,26 @@ class Augment(Section):
     color: float = Field(0.0, ge=0, le=1, description="probability of a change of brightness, contrast, saturation")
 
 
-class Data(Section):
+class Data(Channels, Section):
     """The source of images and boxes."""
 
     format: str = Field(
-        "coco", description="layout of the files under root: voc, coco, or synthetic for scenes that are drawn first"
+        "coco",
+        description="layout of the files under root: voc, coco, events for Prophesee's; synthetic for scenes and "
+        "synthetic_events for recordings that are drawn first",
     )
     root: Path = Field(Path("data"), description="folder that the other paths start from")
     train: list[str] = Field(
-        [], description="voc: FOLDER/SPLIT, several are joined (VOC2007/trainval); coco: one annotation file"
+        [],
+        description="voc: FOLDER/SPLIT, several are joined (VOC2007/trainval); coco: one annotation file; "
+        "events: folders",
     )
     val: list[str] = Field([], description="the same for validation")
     train_images: str = Field("", description="coco: folder of the training images")
     val_images: str = Field("", description="coco: folder of the validation images")
     classes: list[str] = Field([], description="class names, label 1 first; empty: all that the data declare")
     scenes: Scenes = Scenes()
+    events: Events = Events()
     augment: Augment = Augment()
     verify: Literal["header", "full"] = Field(
         "header",
@@ -94,11 +150,13 @@ class ImageAugment(Section):
     )
 
 
-class ImageData(Section):
+class ImageData(Channels, Section):
     """The source of labelled images."""
 
     format: str = Field(
-        "folder", description="folder: root/SPLIT/CLASS/*; cifar10, cifar100: torchvision's; synthetic: drawn shapes"
+        "folder",
+        description="folder: root/SPLIT/CLASS/*; events: recordings in such folders; cifar10, cifar100: torchvision's; "
+        "synthetic: drawn shapes; synthetic_events: recordings of them, drawn first",
     )
     root: Path = Field(Path("data"), description="folder of the data set")
     train: str = Field("train", description="folder: name of the training split")
@@ -110,8 +168,9 @@ class ImageData(Section):
         "loader processes with random resized crops, for large ones",
     )
     classes: list[str] = Field([], description="class names in label order; empty: those of the data, sorted")
-    num_train: int = Field(2000, gt=0, le=10**7, description="synthetic: training images")
-    num_val: int = Field(500, gt=0, le=10**7, description="synthetic: validation images")
+    num_train: int = Field(2000, gt=0, le=10**7, description="synthetic, synthetic_events: training images")
+    num_val: int = Field(500, gt=0, le=10**7, description="synthetic, synthetic_events: validation images")
+    events: Events = Events()
     augment: ImageAugment = ImageAugment()
     verify: Literal["header", "full"] = Field(
         "header",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from detection.config.base import Fraction, Positive, Section
-from detection.config.data_sections import Augment, Data, ImageAugment, ImageData, Scenes
+from detection.config.data_sections import Augment, Data, Events, ImageAugment, ImageData, Scenes
 
 __all__ = [
     "Augment",
@@ -17,6 +17,7 @@ __all__ = [
     "Data",
     "Distillation",
     "Evaluation",
+    "Events",
     "Head",
     "Hoyer",
     "ImageAugment",

@@ -7,6 +7,8 @@ from typing import Literal
 
 from detection.config.schema import Data
 from detection.data.coco import read_coco
+from detection.data.events.made import draw_recordings
+from detection.data.events.recordings import read_recordings
 from detection.data.records import Annotations, DetectionDataset
 from detection.data.synthetic import draw_scenes
 from detection.data.transforms import build_transform
@@ -98,6 +100,17 @@ def _synthetic(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
     draw_scenes(data.root, **data.scenes.model_dump())
     annotations = data.root / "annotations" / f"{split}.json"
     return read_coco(annotations, data.root / split, classes, verify=data.verify)
+
+
+@register_format("events")
+def _events(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
+    return read_recordings(data.root, _named(data, split), classes, data.events, verify=data.verify)
+
+
+@register_format("synthetic_events")
+def _synthetic_events(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
+    draw_recordings(data.root, **data.scenes.model_dump())
+    return read_recordings(data.root, [split], classes, data.events, verify=data.verify)
 
 
 def _named(data: Data, split: Split) -> list[str]:

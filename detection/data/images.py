@@ -18,6 +18,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from detection.config.schema import ImageData
+from detection.data.events.files import list_recordings, read_classified
+from detection.data.events.made import draw_classified
 from detection.data.image_files import EXTENSIONS, Look, decode_image, examine_image, is_image
 from detection.data.records import NUM_THREADS, check_classes, few, require_folder
 from detection.data.synthetic import CATEGORIES, SCALE, draw_scene
@@ -31,7 +33,7 @@ class Images:
     """A split in memory.
 
     Shape:
-        pixels: (N, 3, size, size) uint8 RGB.
+        pixels: (N, 3, size, size) uint8 RGB, or of `data.channels`.
         labels: (N,) int64 in 0..K-1; label k is classes[k].
 
     `dropped` has one sentence for each file that was left out.
@@ -158,6 +160,27 @@ def _folder(data: ImageData, split: Split, download: bool) -> Images | ImageFile
 @register_image_format("synthetic")
 def _synthetic(data: ImageData, split: Split, download: bool) -> Images:
     return _draw(data, 0, data.num_train) if split == "train" else _draw(data, 1, data.num_val)
+
+
+@register_image_format("events")
+def _events(data: ImageData, split: Split, download: bool) -> Images:
+    return _recordings(data, split, getattr(data, split))
+
+
+@register_image_format("synthetic_events")
+def _synthetic_events(data: ImageData, split: Split, download: bool) -> Images:
+    draw_classified(data.root, num_train=data.num_train, num_val=data.num_val, size=data.size, seed=0)
+    return _recordings(data, split, split)
+
+
+def _recordings(data: ImageData, split: Split, folder: str) -> Images:
+    if not data.in_memory:
+        raise ValueError(f"data.in_memory False: data.format {data.format!r} keeps all images in memory")
+    if data.augment.randaugment:
+        raise ValueError(f"data.augment.randaugment {data.augment.randaugment}: it takes pictures, not events")
+    share = data.events.train_share
+    files, classes = list_recordings(data.root, folder, train=split == "train", classes=data.classes, train_share=share)
+    return Images(*read_classified(files, classes, data.size, data.events))
 
 
 @register_image_format("cifar10")

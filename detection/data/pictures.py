@@ -91,6 +91,14 @@ def unit(picture: Tensor) -> Tensor:
 
 
 def pixels_of(picture: Tensor) -> np.ndarray:
-    """Return (H, W, 3) uint8, to look at."""
-    whole = (255 * picture).round().byte() if picture.is_floating_point() else picture
+    """Return (H, W, 3) uint8, to look at; see `as_rgb`."""
+    whole = as_rgb((255 * picture).round().byte() if picture.is_floating_point() else picture)
     return whole.permute(1, 2, 0).cpu().numpy()
+
+
+def as_rgb(image: Tensor) -> Tensor:
+    """Return (3, H, W) to look at: of events, (2 T, H, W), red where it became darker and green where brighter."""
+    if image.shape[0] in (1, 3):
+        return image.expand(3, -1, -1)
+    darker, brighter = image[0::2].amax(0), image[1::2].amax(0)
+    return torch.stack([darker, brighter, torch.zeros_like(darker)])

@@ -68,6 +68,10 @@ class Record:
             boxes = self.boxes.astype(np.float64)
             object.__setattr__(self, "xywh", np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]))
 
+    def read(self) -> np.ndarray:
+        """Return the image, (height, width, 3) uint8 RGB; other kinds of records may have other channels."""
+        return load_image(self.path, upright=self.upright)
+
 
 @dataclass(frozen=True)
 class Annotations:
@@ -267,7 +271,8 @@ def require_folder(path: Path, expected: str) -> Path:
 class DetectionDataset(Dataset):
     """Images and targets as torchvision's detectors take them.
 
-    An item is (image, target): image (3, H, W) float32 RGB in [0, 1]; target {"boxes": (M, 4) float32 x1 y1 x2 y2,
+    An item is (image, target): image (3, H, W) float32 RGB in [0, 1], or of as many channels as its
+    record has; target {"boxes": (M, 4) float32 x1 y1 x2 y2,
     "labels": (M,) int64 in 1..K, "image_id": of the record}, without the ignored objects.
 
     Args:
@@ -294,7 +299,7 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         record = self.annotations.records[index]
-        image = load_image(record.path, upright=record.upright)
+        image = record.read()
         height, width = image.shape[:2]
         if (width, height) != (record.width, record.height):
             raise ValueError(

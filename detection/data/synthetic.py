@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,22 +63,67 @@ def draw_scenes(root: Path, *, num_train: int, num_val: int, size: int, seed: in
     Raises:
         ValueError: root holds scenes of other settings, or something else.
     """
-    root = Path(root)
     settings = {"num_train": num_train, "num_val": num_val, "size": size, "seed": seed, "drawing": DRAWING}
-    if _is_drawn(root, settings):
-        return
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
-        drawn = Path(temporary) / root.name
-        (drawn / "annotations").mkdir(parents=True)
+
+    def write(drawn: Path) -> None:
+        (drawn / "annotations").mkdir()
         for split, (name, count) in enumerate((("train", num_train), ("val", num_val))):
             (drawn / name).mkdir()
             content = _write_split(drawn / name, split, count, settings)
             (drawn / "annotations" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+    def read_settings(drawn: Path) -> Any:
+        return json.loads((drawn / "annotations" / "train.json").read_text(encoding="utf-8"))["info"]["settings"]
+
+    write_once(root, settings, write, read_settings, "drawn scenes", "scenes drawn")
+
+
+def write_once(
+    root: Path,
+    settings: dict[str, Any],
+    write: Callable[[Path], None],
+    read_settings: Callable[[Path], Any],
+    kind: str,
+    made: str,
+) -> None:
+    """Make a folder, all of it or nothing, unless it is there already, made with the same settings.
+
+    Args:
+        root: folder to create.
+        settings: of what is made.
+        write: writes everything, the settings too, into an empty folder.
+        read_settings: gives the settings of what it has written; any of OSError, ValueError, KeyError and TypeError
+            says that a folder holds something else.
+        kind, made: of what is made, for the messages, such as "drawn scenes" and "scenes drawn".
+
+    Raises:
+        ValueError: root holds what was made with other settings, or something else.
+    """
+    root = Path(root)
+
+    def is_there() -> bool:
+        if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+            return False
+        remedy = "choose another data.root or remove this folder"
         try:
-            os.rename(drawn, root)
+            found = read_settings(root)
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{root}: holds something else than {kind}; {remedy}") from None
+        if found != settings:
+            raise ValueError(f"{root}: holds {made} with {found}, asked for {settings}; {remedy}")
+        return True
+
+    if is_there():
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
+        folder = Path(temporary) / root.name
+        folder.mkdir()
+        write(folder)
+        try:
+            os.rename(folder, root)
         except OSError:
-            if not _is_drawn(root, settings):  # else another process has drawn the same scenes in the meantime
+            if not is_there():  # else another process has made the same in the meantime
                 raise
 
 
@@ -144,20 +190,6 @@ def _write_split(folder: Path, split: int, count: int, settings: dict[str, int])
     categories = [{"id": label, "name": name} for label, name in enumerate(CATEGORIES, start=1)]
     info = {"description": "drawn scenes", "settings": settings}
     return {"info": info, "images": images, "annotations": annotations, "categories": categories}
-
-
-def _is_drawn(root: Path, settings: dict[str, int]) -> bool:
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
-    remedy = "choose another data.root or remove this folder"
-    try:
-        content = json.loads((root / "annotations" / "train.json").read_text(encoding="utf-8"))
-        found = content["info"]["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{root}: holds something else than drawn scenes; {remedy}") from None
-    if found != settings:
-        raise ValueError(f"{root}: holds scenes drawn with {found}, asked for {settings}; {remedy}")
-    return True
 
 
 def _background(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -36,7 +36,7 @@ WINDOW_IOU = (None, 0.1, 0.3, 0.5, 0.7, 0.9)
 WINDOW_TRIES = 50
 
 MIN_VISIBLE = 0.3  # scale jitter keeps objects of which at least this share of the area is in the frame
-FRAME_COLOR = 114  # grey level around a shrunk image
+FRAME_COLOR = 114  # grey level around a shrunk image; nothing is around a frame of events
 
 
 def build_transform(augment: Augment) -> Transform:
@@ -176,7 +176,7 @@ class _ScaleJitter(A.DualTransform):
         height, width = img.shape[:2]
         smaller = w < width
         scaled = cv2.resize(img, scaled_size, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
-        frame = np.full_like(img, FRAME_COLOR)
+        frame = np.full_like(img, FRAME_COLOR if img.shape[2] == 3 else 0)
         x1, y1, x2, y2 = max(0, left), max(0, top), min(width, left + w), min(height, top + h)
         frame[y1:y2, x1:x2] = scaled[y1 - top : y2 - top, x1 - left : x2 - left]
         return frame

@@ -198,7 +198,9 @@ def _as_graph(
     free = free and not any(
         isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size not in (1, (1, 1)) for layer in network.modules()
     )
-    batches = [noise(1, size), noise(3, (size[0] // 2 + 33, size[1] // 2 + 65) if free else size)]
+    channels = task.config.data.channels
+    other = (size[0] // 2 + 33, size[1] // 2 + 65) if free else size
+    batches = [noise(1, size, channels), noise(3, other, channels)]
     if options.int8:
         images = task.calibration_images(model, options.num_calibration or task.num_calibration)
         if not free and tuple(images.shape[2:]) != size:
@@ -208,7 +210,7 @@ def _as_graph(
         batches.append(images[:2])
     elif not free:
         network = fix_size(network, batches[0])
-    shape = ["N", 3, *(("height", "width") if free else size)]
+    shape = ["N", channels, *(("height", "width") if free else size)]
     description["inputs"] = {"images": {"shape": shape, "type": "float32", "meaning": part.meaning}}
     description["outputs"] = dict(part.outputs)
     if options.file_format == "torch":
@@ -221,11 +223,11 @@ def _as_graph(
     return file.SerializeToString(), description | {"parity": check_onnx(file, network, batches)}
 
 
-def noise(number: int, size: tuple[int, int]) -> Tensor:
-    """Return images (N, 3, H, W) in [0, 1] of coarse and fine noise, always the same ones."""
+def noise(number: int, size: tuple[int, int], channels: int) -> Tensor:
+    """Return images (N, C, H, W) in [0, 1] of coarse and fine noise, always the same ones."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(number, 3, 5, 5, generator=generator)
-    fine = torch.rand(number, 3, *size, generator=generator)
+    coarse = torch.rand(number, channels, 5, 5, generator=generator)
+    fine = torch.rand(number, channels, *size, generator=generator)
     return 0.7 * F.interpolate(coarse, size, mode="bilinear") + 0.3 * fine
 
 
@@ -255,9 +257,9 @@ def _as_nir(
     """Return the content of a NIR file of what of a network NIR can say, and its description."""
     part = task.spiking_part(copy.deepcopy(model))
     size, _ = options.choose_size(task.input_size, part.backbone)
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (part.mean, part.std))
-    example = (noise(1, size) - mean) / std
-    meaning = f"RGB in [0, 1], less {list(part.mean)}, divided by {list(part.std)}"
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (part.mean, part.std))
+    example = (noise(1, size, len(mean)) - mean) / std
+    meaning = f"{task.config.data.colours} in [0, 1], less {list(part.mean)}, divided by {list(part.std)}"
     stem = part.backbone.parts().get("stem")
     if stem is not None and any(isinstance(layer, nn.MaxPool2d) for layer in stem.modules()):
         with torch.no_grad():

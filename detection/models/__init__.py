@@ -19,6 +19,7 @@ __all__ = [
     "build_backbone",
     "build_classifier",
     "build_detector",
+    "colours_of",
 ]
 
 BUILDERS = {"fasterrcnn": build_fasterrcnn, "retinanet": build_retinanet, "fcos": build_fcos, "ssd": build_ssd}
@@ -34,8 +35,8 @@ def build_detector(config: Recipe) -> nn.Module:
 
     In training `model(images, targets)` gives a dict of losses, in evaluation `model(images)` a list of dicts with
     boxes (N, 4) in pixels of each original image, scores (N,) and labels (N,) in 1..K. Images are float tensors
-    (3, H, W) in [0, 1]; targets hold boxes (M, 4) float32 x1 y1 x2 y2 with 0 <= x1 < x2 <= W, and labels (M,) int64
-    in 1..K, where label k is `config.data.classes[k - 1]`.
+    (C, H, W) in [0, 1], C = `config.data.channels`; targets hold boxes (M, 4) float32 x1 y1 x2 y2 with
+    0 <= x1 < x2 <= W, and labels (M,) int64 in 1..K, where label k is `config.data.classes[k - 1]`.
 
     Raises:
         ValueError: `config.data.classes` is empty, the backbone's weights do not fit, or the backbone's maps do not
@@ -43,8 +44,9 @@ def build_detector(config: Recipe) -> nn.Module:
     """
     if not config.data.classes:
         raise ValueError("data.classes is empty: a detector needs the class names; reading the data fills them in")
-    model, settings = config.model, config.model.backbone
-    body = build_backbone(settings)
+    mean, std = colours_of(config)
+    model = config.model.model_copy(update={"mean": mean, "std": std})
+    body = build_backbone(model.backbone, len(mean))
     spike = body.make_spike
     levels = model.neck.levels or (["c2", "c3", "c4", "c5"] if model.detector == "fasterrcnn" else ["c3", "c4", "c5"])
     channels = [info.channels for info in check_levels(body, levels)]
@@ -61,7 +63,7 @@ def build_detector(config: Recipe) -> nn.Module:
 
 
 def build_classifier(config: Recipe) -> backbones.Classifier:
-    """The classifier of a recipe: images (N, 3, size, size) normalised -> logits (N, K), K = len(data.classes).
+    """The classifier of a recipe: images (N, C, size, size) -> logits (N, K), K = len(data.classes).
 
     Raises:
         ValueError: `config.data.classes` is empty, the images are too small for the backbone, or its weights do not
@@ -69,19 +71,25 @@ def build_classifier(config: Recipe) -> backbones.Classifier:
     """
     if not config.data.classes:
         raise ValueError("data.classes is empty: a classifier needs the class names; reading the data fills them in")
-    backbone = build_backbone(config.model.backbone)
+    mean, std = colours_of(config)
+    backbone = build_backbone(config.model.backbone, len(mean))
     stride = backbone.feature_info[-1].stride
     if config.data.size < stride:
         raise ValueError(
             f"data.size {config.data.size}: smaller than a cell of the last feature map, whose stride is {stride} "
             f"({config.model.backbone.name} with the {config.model.backbone.stem} stem)"
         )
-    options = {key: getattr(config.model, key) for key in ("dropout", "mean", "std")}
-    return backbones.Classifier(backbone, len(config.data.classes), **options)
+    return backbones.Classifier(backbone, len(config.data.classes), dropout=config.model.dropout, mean=mean, std=std)
 
 
-def build_backbone(settings: schema.Backbone) -> backbones.Backbone:
-    """The backbone of a recipe, with its pretrained weights if it names any.
+def colours_of(config: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel that images are normalised by: frames of events stay as they are."""
+    channels = config.data.channels
+    return (config.model.mean, config.model.std) if channels == 3 else ((0.0,) * channels, (1.0,) * channels)
+
+
+def build_backbone(settings: schema.Backbone, in_channels: int = 3) -> backbones.Backbone:
+    """The backbone of a recipe for images of so many channels, with its pretrained weights if it names any.
 
     Raises:
         FileNotFoundError: no such weights.
@@ -93,7 +101,7 @@ def build_backbone(settings: schema.Backbone) -> backbones.Backbone:
         if weights.is_dir():
             weights = weights / "last.safetensors"
         _check_origin(settings, weights.parent / "config.yaml")
-    backbone = backbones.create(settings.name, weights=weights, **settings.arguments())
+    backbone = backbones.create(settings.name, weights=weights, in_channels=in_channels, **settings.arguments())
     if weights is not None:
         check_weights(weights)
     return backbone

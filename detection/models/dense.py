@@ -35,8 +35,8 @@ class DensePredictions(nn.Module):
                 "(allowed: retinanet, fcos, ssd, and classifiers)"
             )
         transform = detector.transform
-        self.register_buffer("mean", torch.tensor(transform.image_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(transform.image_std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(transform.image_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(transform.image_std).view(-1, 1, 1), persistent=False)
         self.backbone, self.head = detector.backbone, detector.head
         self.outputs = ["cls_logits", "bbox_regression"] + (["bbox_ctrness"] if self.kind is FCOS else [])
 
@@ -104,7 +104,7 @@ class DetectorOf(nn.Module):
         super().__init__()
         transform = detector.transform
         # Divided by 1 and padded with 0 after the mean is taken off: padded with the mean colour, that is.
-        mean, transform.image_std = torch.tensor(transform.image_mean).view(3, 1, 1), [1.0, 1.0, 1.0]
+        mean, transform.image_std = torch.tensor(transform.image_mean).view(-1, 1, 1), [1.0] * len(transform.image_mean)
         bridge = _Bridge(detector.backbone.to("meta").eval(), lambda shifted: predict(shifted + mean))
         detector.backbone, detector.head = bridge, _BridgeHead(bridge)
         self.detector = detector.eval()
@@ -153,6 +153,6 @@ def resize_and_pad(transform: nn.Module, images: Sequence[Tensor]) -> Tensor:
         images: (3, H_i, W_i) in [0, 1].
     """
     shifting = copy.copy(transform)
-    shifting.image_std = [1.0, 1.0, 1.0]
-    mean = torch.tensor(transform.image_mean).view(3, 1, 1)
+    shifting.image_std = [1.0] * len(transform.image_mean)
+    mean = torch.tensor(transform.image_mean).view(-1, 1, 1)
     return shifting.eval()([pad_for(transform, image) for image in images])[0].tensors + mean

@@ -61,7 +61,7 @@ def pad_for(transform: nn.Module, picture: Tensor) -> Tensor:
     if transform.fixed_size is not None or max(height, width) <= transform.max_size * min(height, width):
         return picture
     least = math.ceil(max(height, width) / transform.max_size * (1 + 1e-6))
-    mean = torch.tensor(transform.image_mean, device=picture.device).view(3, 1, 1)
+    mean = torch.tensor(transform.image_mean, device=picture.device).view(-1, 1, 1)
     ground = mean if picture.is_floating_point() else (255 * mean).round()
     padded = ground.to(picture.dtype).repeat(1, max(height, least), max(width, least))
     padded[:, :height, :width] = picture

@@ -20,8 +20,8 @@ from backbones import Backbone
 from detection.data import Loader, SeededItems, TrainingBatches, TrainingLoader, evaluation_batches, loader_options
 from detection.data.image_batches import FolderImages, MemoryBatches, evaluation_transform
 from detection.data.images import ImageFiles, Images, image_format_names, read_image_split
-from detection.data.pictures import pixels_of
-from detection.models import build_classifier
+from detection.data.pictures import pixels_of, unit
+from detection.models import build_classifier, colours_of
 from detection.records import Evaluation
 from detection.sections import Examination, Section, Table, Words, count, percent
 from detection.tasks import register_task
@@ -85,7 +85,7 @@ class ClassificationTask(Task):
         return Loader(items, batch_sampler=batches, **loader_options(data.workers))
 
     def example(self) -> Tensor:
-        return torch.rand(1, 3, self.config.data.size, self.config.data.size)
+        return torch.rand(1, self.config.data.channels, self.config.data.size, self.config.data.size)
 
     # Training
 
@@ -196,6 +196,8 @@ class ClassificationTask(Task):
 
     def prepare(self, model: nn.Module, picture: Tensor) -> Tensor:
         data = self.config.data
+        if data.channels != 3:
+            return unit(picture)
         pixels = pixels_of(picture)
         if data.format == "folder" and not data.in_memory:
             return evaluation_transform(data.size)(torch.from_numpy(pixels).permute(2, 0, 1))
@@ -211,12 +213,12 @@ class ClassificationTask(Task):
 
     def deployable(self, model: nn.Module) -> Deployable:
         outputs = {"logits": "(N, K) float32, in the order of classes"}
-        return Deployable(model, outputs, meaning="RGB in [0, 1], normalised inside")
+        return Deployable(model, outputs, meaning=f"{self.config.data.colours} in [0, 1], normalised inside")
 
     def spiking_part(self, model: nn.Module) -> SpikingPart:
         """Return all but the normalisation."""
         model.normalise = nn.Identity()
-        return SpikingPart(model, model.backbone, self.config.model.mean, self.config.model.std)
+        return SpikingPart(model, model.backbone, *colours_of(self.config))
 
     def calibration_images(self, model: nn.Module, number: int) -> Tensor:
         dataset = self.read("train")

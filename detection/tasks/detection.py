@@ -23,7 +23,7 @@ from detection.data.pictures import pixels_of, unit
 from detection.data.report import DataReport, report, shared_images
 from detection.evaluation import CocoEvaluator, Detections, import_backend, mean_average_precision, precision_recall
 from detection.files import write_whole
-from detection.models import build_detector
+from detection.models import build_detector, colours_of
 from detection.models.dense import DensePredictions, DetectorOf, EnteringSpikes, resize_and_pad
 from detection.models.inference import check_unit_interval, padded_size, thresholds
 from detection.records import Evaluation
@@ -121,7 +121,7 @@ class DetectionTask(Task):
     def example(self) -> list[Tensor]:
         """Return noise as large as images get: the shorter side min_size, the longer one max_size."""
         config = self.config.model
-        return [torch.rand(3, min(config.min_size[-1], config.max_size), config.max_size)]
+        return [torch.rand(self.config.data.channels, min(config.min_size[-1], config.max_size), config.max_size)]
 
     # Training
 
@@ -357,17 +357,16 @@ class DetectionTask(Task):
         return Deployable(
             dense,
             {name: OUTPUTS[name] for name in dense.outputs},
-            meaning=f"RGB in [0, 1], normalised inside; resized (shorter side {list(config.min_size)}, longer at most "
-            f"{config.max_size}) and padded at the right and below with the mean colour {list(config.mean)} to "
-            f"multiples of {PADDED}, which detection.exporters.OnnxDetector does",
+            meaning=f"{self.config.data.colours} in [0, 1], normalised inside; resized (shorter side "
+            f"{list(config.min_size)}, longer at most {config.max_size}) and padded at the right and below with the "
+            f"mean colour {list(colours_of(self.config)[0])} to multiples of {PADDED}, which "
+            "detection.exporters.OnnxDetector does",
             keep=PREDICTION_LAYERS,
         )
 
     def spiking_part(self, model: nn.Module) -> SpikingPart:
         """Return the backbone up to the spikes that enter the neck."""
-        return SpikingPart(
-            EnteringSpikes(model.backbone), model.backbone.body, self.config.model.mean, self.config.model.std
-        )
+        return SpikingPart(EnteringSpikes(model.backbone), model.backbone.body, *colours_of(self.config))
 
     def calibration_images(self, model: nn.Module, number: int) -> Tensor:
         dataset = self.read("train")

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from detection.curves import draw_precision_recall
-from detection.data import DetectionDataset, Record, load_image
+from detection.data import DetectionDataset, Record
+from detection.data.pictures import pixels_of
 from detection.draw import THIN, Box, draw_boxes
 from detection.evaluation import PrecisionRecall, average_precision
 from detection.evaluation.matching import Match, match
@@ -128,7 +129,7 @@ def picture_of(model: nn.Module, record: Record, image: Tensor, found: Match, cl
         found: its detections.
         class_names: names of the labels 1..K.
     """
-    pixels = Image.fromarray(load_image(record.path))
+    pixels = Image.fromarray(pixels_of(image))
     pixels.thumbnail((MAX_SIDE, MAX_SIDE))
     scale = pixels.width / record.width
     boxes = []
