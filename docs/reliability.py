@@ -17,8 +17,8 @@ from xml.etree import ElementTree
 KINDS = {
     "kills": "A training is killed (SIGKILL, SIGTERM, Ctrl-C, one rank of several) and resumed: the log and the "
     "weights are those of an uninterrupted run, bit for bit.",
-    "damaged files": "Weights, states, JSON, YAML and archives with wrong bits, cut off, or of another program: "
-    "refused by name, or read to the same values.",
+    "damaged files": "Weights, states, JSON, YAML, archives and recordings with wrong bits, cut off, or of another "
+    "program: refused by name, or read to the same values.",
     "full disks": "No space left, or a folder that cannot be written: a sentence, and what was there stays.",
     "mutated annotations": "VOC and COCO files changed in type, nesting, ids and encoding: every object is used or "
     "named.",

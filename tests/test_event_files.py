@@ -98,7 +98,7 @@ DAMAGED = {
 def test_a_damaged_dat_file_is_a_sentence_with_its_name(kind, tmp_path, attempt):
     content, expected = DAMAGED[kind]
     path = write(tmp_path / "damaged.dat", content)
-    with attempt("files"):
+    with attempt("damaged files"):
         for read in (
             lambda: Recording(path).between(0, 1 << 32),
             lambda: list(Recording(path).chunks(2)),
