@@ -19,6 +19,9 @@ The twins have the topology of the measured network and see the same images, so 
   and every output written once. 0/1 inputs are 1 bit. An output leaves as 1 bit for each spike layer that takes it
   straight, or as a real value where something else needs it too (a residual sum). In the twins all of them are real
   values. A real value has 32 bits, with 8-bit numbers 8; a weight likewise, but a bias has always 32.
+- In T time steps all steps of the spiking networks count: operations, comparisons and activations. From the second
+  step on, each neuron of a spike layer reads and writes its carried-over potential, a real value, and multiplies it by
+  the leak, a MAC; the reset costs nothing. Weights are read once for all steps. The twins and "binary" take one step.
 - Memory traffic is priced as if all of it went to SRAM, and as if all of it went to DRAM; caches are left aside.
 """
 
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,7 @@ from typing import Any
 from .operations import Measurement, WeightedLayer
 
 SPIKING = ("spiking", "spiking_int8", "binary")  # there only for a network with spike layers
+ONE_STEP = ("twin", "twin_int8", "binary")  # whatever the time steps of the measured network are
 NETWORKS = ("spiking", "spiking_int8", "twin", "twin_int8", "binary")
 RATIOS = (("spiking", "twin"), ("spiking", "twin_int8"), ("spiking_int8", "twin_int8"), ("spiking", "binary"))
 WORD_BITS = 32
@@ -228,14 +233,18 @@ def energy(measured: Measurement, costs: CostTable = HOROWITZ_45NM) -> EnergyRep
         layer.name: {name: _layer_energy(name, layer, measured, costs) for name in names}
         for layer in measured.layers.values()
     }
-    comparisons = sum(spikes.num_neurons for spikes in measured.spikes.values()) / measured.num_images
+    taken = {name for layer in measured.layers.values() for name in layer.spikes_from}
+    others = [name for name in measured.spikes if name not in taken]  # whose spikes enter no layer
     networks = {}
     for name in names:
         counts = dict.fromkeys(("macs", "acs", "weight_bits", "read_bits", "write_bits"), 0.0)
+        for key, count in _of_neurons(name, others, measured).items():
+            counts[key] = count / measured.num_images
         for layer in layers.values():
-            for key in counts:
+            for key in ("macs", "acs", "weight_bits", "read_bits", "write_bits"):
                 counts[key] += getattr(layer[name], key)
-        networks[name] = _price(name, costs, counts | {"comparisons": comparisons if name in SPIKING else 0.0})
+        counts["comparisons"] = _of_neurons(name, measured.spikes, measured)["comparisons"] / measured.num_images
+        networks[name] = _price(name, costs, counts)
     totals = {"operations": "total_pj", "with_sram": "total_sram_pj", "with_dram": "total_dram_pj"}
     ratios = {
         f"{one}/{other}": {
@@ -249,21 +258,43 @@ def energy(measured: Measurement, costs: CostTable = HOROWITZ_45NM) -> EnergyRep
 
 
 def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, costs: CostTable) -> NetworkEnergy:
-    spiking, real_bits = network in SPIKING, 8 if network.endswith("_int8") else 32
+    spiking, real_bits = network in SPIKING, _real_bits(network)
+    steps = layer.time_steps if network in ONE_STEP else 1
     ones_and_zeros = spiking and layer.is_binary
-    leave_as_spikes = spiking and layer.output_bits is not None
+    leaving = float(real_bits)
+    if spiking and layer.output_bits is not None:
+        all_steps = max(spikes.time_steps for spikes in measured.spikes.values())
+        leaving = min(layer.output_bits * (layer.time_steps / all_steps if network in ONE_STEP else 1), real_bits)
     counts = {
-        "macs": 0 if ones_and_zeros else layer.num_exact_macs,
+        "macs": 0 if ones_and_zeros else layer.num_exact_macs / steps,
         "acs": 0,
-        "comparisons": sum(measured.spikes[name].num_neurons for name in layer.spikes_from) if spiking else 0,
         # Once per image in which the layer ran, however many levels of a pyramid share it.
         "weight_bits": (layer.num_weights * real_bits + layer.num_biases * BIAS_BITS) * layer.num_images,
-        "read_bits": layer.num_inputs * (1 if ones_and_zeros else real_bits),
-        "write_bits": layer.num_outputs * (min(layer.output_bits, real_bits) if leave_as_spikes else real_bits),
+        "read_bits": layer.num_inputs / steps * (1 if ones_and_zeros else real_bits),
+        "write_bits": layer.num_outputs / steps * leaving,
     }
+    for key, count in _of_neurons(network, layer.spikes_from, measured).items():
+        counts[key] = counts.get(key, 0) + count
     if ones_and_zeros:
-        counts["acs"] = layer.num_exact_macs if network == "binary" else layer.num_synops
+        counts["acs"] = layer.num_exact_macs / steps if network == "binary" else layer.num_synops
     return _price(network, costs, {key: count / measured.num_images for key, count in counts.items()})
+
+
+def _of_neurons(network: str, names: Iterable[str], measured: Measurement) -> dict[str, int]:
+    """Return counts of the neurons of some spike layers: comparisons, and what it takes to carry their potentials."""
+    counts = dict.fromkeys(("comparisons", "macs", "read_bits", "write_bits"), 0)
+    for spikes in (measured.spikes[name] for name in names if network in SPIKING):
+        neurons = spikes.num_neurons // spikes.time_steps
+        carried = 0 if network in ONE_STEP else spikes.num_neurons - neurons
+        counts["comparisons"] += neurons + carried
+        counts["macs"] += carried
+        counts["read_bits"] += carried * _real_bits(network)
+        counts["write_bits"] += carried * _real_bits(network)
+    return counts
+
+
+def _real_bits(network: str) -> int:
+    return 8 if network.endswith("_int8") else 32
 
 
 def _price(network: str, costs: CostTable, counts: dict[str, float]) -> NetworkEnergy:

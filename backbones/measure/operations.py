@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ..multistep import RepeatSteps
 from ..spiking import spike_layers
 from .flow import Flow
 from .record import LayerActivity, hook_layers
@@ -31,6 +32,7 @@ TRANSPARENT = (
     nn.Dropout2d,
     nn.Flatten,
     nn.Identity,
+    RepeatSteps,
 )
 
 
@@ -47,6 +49,7 @@ class WeightedLayer:
         num_biases: numbers in the bias, 0 without one.
         num_calls: forward calls.
         num_images: images of the passes in which it ran.
+        time_steps: in which it runs for each image, all of them in the counts; 1 in front of the first spike layer.
         num_inputs: input neurons, padding left out.
         num_active: those that were not zero.
         num_synops: synaptic operations, that is pairs of an active input and an output that it reaches. Exact at the
@@ -57,7 +60,8 @@ class WeightedLayer:
         example: an input that was neither 0 nor 1; None if there was none.
         spikes_from: spike layers whose output enters this layer, those left out that entered another one before.
         spikes_to: spike layers that take its output straight, through pooling, normalisation, dropout and flattening.
-        output_bits: binary values that leave per output neuron, one for each spike layer that takes it; None where
+        output_bits: binary values that leave per output neuron, one for each spike layer that takes it, and from a
+            layer in front of the time steps one for each of those; None where
             the output is needed as a real value: no spike layer takes it, or something else does too, such as a
             residual sum.
     """
@@ -68,6 +72,7 @@ class WeightedLayer:
     num_biases: int
     num_calls: int = 0
     num_images: int = 0
+    time_steps: int = 1
     num_inputs: int = 0
     num_active: int = 0
     num_synops: int = 0
@@ -165,7 +170,10 @@ def record_layers(model: nn.Module) -> Iterator[Measurement]:
             )
             for name, module in counted.items()
         },
-        spikes={name: LayerActivity(name, levels=layer.levels) for name, layer in spike_layers(model).items()},
+        spikes={
+            name: LayerActivity(name, levels=layer.levels, time_steps=layer.time_steps)
+            for name, layer in spike_layers(model).items()
+        },
         unhandled={
             name: type(module).__name__
             for name, module in modules.items()
@@ -185,6 +193,7 @@ class _Recorder:
     def __init__(self, measured: Measurement) -> None:
         self.measured = measured
         self.images_in_pass = 0
+        self.time_steps = 1  # of the layer that runs
         self.flow: Flow | None = None  # there in the first pass only
         self.followed = False
         self.seen_in_pass: set[str] = set()
@@ -217,7 +226,7 @@ class _Recorder:
                 f"{type(model).__name__} was given {type(images).__name__}; images are counted in a tensor (N, ...) "
                 "or a list of N images, its first argument"
             )
-        self.images_in_pass = len(images)
+        self.images_in_pass, self.time_steps = len(images), 1
         self.measured.num_images += len(images)
         self.seen_in_pass.clear()
         self.stop_following()  # of a pass that failed
@@ -229,8 +238,9 @@ class _Recorder:
         self.latest = None
         if self.flow is not None:
             layers = self.measured.layers
-            for layer, destination in self.flow.finish(output).items():
-                layers[layer].spikes_to, layers[layer].output_bits = destination
+            for name, (takers, bits) in self.flow.finish(output).items():
+                layers[name].spikes_to = takers
+                layers[name].output_bits = bits and bits * self.time_steps / layers[name].time_steps
             for spikes, layer in self.flow.feeds.items():
                 layers[layer].spikes_from.append(spikes)
             self.stop_following()
@@ -244,6 +254,8 @@ class _Recorder:
     def enter(self, name: str, module: nn.Module, x: Tensor) -> None:
         if self.flow is not None:
             self.flow.enter(name, x)
+        if isinstance(module, RepeatSteps):
+            self.time_steps = module.time_steps
         if name in self.measured.layers:
             self.count_inputs(self.measured.layers[name], module, x)
 
@@ -269,6 +281,7 @@ class _Recorder:
             layer.num_images += self.images_in_pass
         counts = self.count(x)
         layer.num_calls += 1
+        layer.time_steps = self.time_steps
         layer.num_inputs += x.numel()
         layer.num_active += counts.num_active
         if not counts.is_binary and layer.example is None:

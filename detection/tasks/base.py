@@ -143,12 +143,18 @@ class Task(ABC):
         """Whether the network of the recipe spikes."""
         return find_neuron(self.config.model.backbone.activation).spiking
 
+    @property
+    def time_steps(self) -> int:
+        """Time steps of the network of the recipe; the analogue twin has one, whatever the recipe says."""
+        return self.config.model.backbone.time_steps if self.spiking else 1
+
     def describe(self) -> str:
         """Return the network in words, such as "ResNet18 \N{MULTIPLICATION SIGN}0.5, spiking"."""
         backbone = self.config.model.backbone
         name = re.sub("^(resnet|vgg|mobilenetv)", lambda family: FAMILIES[family[0]], backbone.name)
         width = "" if backbone.width == 1 else f" \N{MULTIPLICATION SIGN}{backbone.width:g}"
-        return f"{name}{width}, {find_neuron(backbone.activation).words}"
+        steps = f", {backbone.time_steps} time steps" if self.time_steps > 1 else ""
+        return f"{name}{width}, {find_neuron(backbone.activation).words}{steps}"
 
     def describe_data(self) -> str:
         """Return the data in words, such as "voc data in data/bccd, 3 classes"."""
