@@ -20,9 +20,19 @@ from .measure.record import (
     spike_activity,
     sum_activity,
 )
+from .multistep import MultiStepSpike, RepeatSteps, average_so_far, average_steps
 from .networks import Backbone, Classifier, FeatureInfo, Normalise, Stem, create, names, register_backbone
 from .recompute import recompute_activations
-from .spiking import SpikeFactory, SpikeLayer, find_neuron, logged_state, neurons, register_neuron, spike_layers
+from .spiking import (
+    SpikeFactory,
+    SpikeLayer,
+    find_neuron,
+    logged_state,
+    neurons,
+    register_neuron,
+    spike_layers,
+    time_steps,
+)
 from .weights import load_weights, read_tensors, tensors_to_bytes
 
 __all__ = [
@@ -42,13 +52,17 @@ __all__ = [
     "HoyerSpike",
     "LayerActivity",
     "Measurement",
+    "MultiStepSpike",
     "NetworkEnergy",
     "Normalise",
+    "RepeatSteps",
     "SpikeFactory",
     "SpikeLayer",
     "Stem",
     "WeightedLayer",
     "arithmetic_layers",
+    "average_so_far",
+    "average_steps",
     "certify",
     "create",
     "energy",
@@ -80,6 +94,7 @@ __all__ = [
     "spike_layers",
     "sum_activity",
     "tensors_to_bytes",
+    "time_steps",
     "to_integers",
     "zoo",
 ]

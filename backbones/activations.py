@@ -2,7 +2,7 @@
 
 Options of those with a threshold: `extremum` and `threshold` ("layer" or "channel") are the scopes of the Hoyer
 extremum and of v_th, `momentum` is the weight of a batch in the extremum's running average, `window` has the ends of
-the surrogate gradient.
+the surrogate gradient, `time_steps` and `reset` ("subtract" or "zero") are those of `MultiStepSpike`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from .hoyer import WINDOW, HoyerSpike, Window
+from .multistep import MultiStepSpike, Reset, check_steps
 from .spiking import register_neuron
 
 Scope = Literal["layer", "channel"]
@@ -19,10 +20,17 @@ Scope = Literal["layer", "channel"]
 
 @register_neuron("hoyer", words="spiking")
 def make_hoyer(
-    channels: int, extremum: Scope = "layer", momentum: float = 0.1, threshold: Scope = "layer", window: Window = WINDOW
+    channels: int,
+    extremum: Scope = "layer",
+    momentum: float = 0.1,
+    threshold: Scope = "layer",
+    window: Window = WINDOW,
+    time_steps: int = 1,
+    reset: Reset = "subtract",
 ) -> HoyerSpike:
     """Return the method's neuron: the Hoyer extremum, of the layer or of each channel, lowers the threshold."""
-    return HoyerSpike(channels, **_arguments(extremum, momentum, threshold, window))
+    options = _arguments(extremum, momentum, threshold, window) | {"fixed": False}
+    return _in_steps(channels, time_steps, reset, options)
 
 
 @register_neuron("relu", spiking=False, words="analogue twin")
@@ -33,10 +41,17 @@ def make_relu(channels: int) -> nn.ReLU:
 
 @register_neuron("fixed", words="spiking, threshold without extremum")
 def make_fixed(
-    channels: int, extremum: Scope = "layer", momentum: float = 0.1, threshold: Scope = "layer", window: Window = WINDOW
+    channels: int,
+    extremum: Scope = "layer",
+    momentum: float = 0.1,
+    threshold: Scope = "layer",
+    window: Window = WINDOW,
+    time_steps: int = 1,
+    reset: Reset = "subtract",
 ) -> HoyerSpike:
     """Return the ablation: a plain trainable threshold v_th, the extremum left out."""
-    return HoyerSpike(channels, fixed=True, **_arguments(extremum, momentum, threshold, window))
+    options = _arguments(extremum, momentum, threshold, window) | {"fixed": True}
+    return _in_steps(channels, time_steps, reset, options)
 
 
 class GradedSpike(HoyerSpike):
@@ -83,6 +98,13 @@ def make_graded(
 ) -> GradedSpike:
     """Return a neuron between spike and ReLU, for controlled runs: spikes of 2 to 16 levels."""
     return GradedSpike(channels, levels=levels, **_arguments(extremum, momentum, threshold, window))
+
+
+def _in_steps(channels: int, time_steps: int, reset: Reset, options: dict[str, Any]) -> HoyerSpike:
+    check_steps(time_steps, reset)
+    if time_steps == 1:
+        return HoyerSpike(channels, **options)
+    return MultiStepSpike(channels, time_steps=time_steps, reset=reset, **options)
 
 
 def _arguments(extremum: Scope, momentum: float, threshold: Scope, window: Window) -> dict[str, Any]:

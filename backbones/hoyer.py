@@ -69,12 +69,12 @@ def fire(z: Tensor, threshold: Tensor | float) -> Tensor:
     return (z >= threshold).to(z.dtype)
 
 
-def spike(z: Tensor, threshold: Tensor | float = 1.0) -> Tensor:
+def spike(z: Tensor, threshold: Tensor | float = 1.0, fire: Fire = fire, window: Window = WINDOW) -> Tensor:
     """Return 1 where z >= threshold, else 0, in z's dtype; backward ds/dz = 1/2 for 0 < z < 2, else 0.
 
-    The surrogate gradient belongs to z alone: the threshold gets none.
+    The surrogate gradient belongs to z alone: the threshold gets none. A layer may have another `fire` and `window`.
     """
-    return _Spike.apply(z, threshold, fire, WINDOW)
+    return _Spike.apply(z, threshold, fire, window)
 
 
 def add_surrogate_(dz: Tensor, ds: Tensor, z: Tensor, window: Window = WINDOW) -> Tensor:

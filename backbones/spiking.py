@@ -22,9 +22,11 @@ class SpikeLayer(nn.Module):
         levels: number of values that a spike can take; 2 are 0 and 1.
         has_penalty: whether the layer has a term in the loss.
         sync: whether statistics of a training pass are taken over the batches of all processes.
+        time_steps: steps in the first dimension of its input, see `backbones.multistep`.
     """
 
     levels: int = 2
+    time_steps: int = 1
     has_penalty: bool = False
     sync: bool = False
 
@@ -56,6 +58,10 @@ class SpikeLayer(nn.Module):
     def broadcast(self, value: Tensor, u: Tensor) -> Tensor:
         """Return a value of shape () or (C,) in a shape that broadcasts to the potential u."""
         return value.view(-1, *[1] * (u.dim() - 2)) if value.dim() else value
+
+    def membrane(self, u: Tensor) -> Tensor:
+        """Return what is compared with `threshold` in evaluation, in u's shape: in one time step u itself."""
+        return u
 
     def logged(self) -> dict[str, float]:
         """Scalars of the layer's state that the log of an epoch has, by name."""
@@ -95,6 +101,11 @@ class SpikeLayer(nn.Module):
 def spike_layers(model: nn.Module) -> dict[str, SpikeLayer]:
     """Return the spike layers of any module by name, in the order of their definition."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SpikeLayer)}
+
+
+def time_steps(model: nn.Module) -> int:
+    """Return the time steps of a network, the most of any spike layer; 1 without one."""
+    return max((layer.time_steps for layer in spike_layers(model).values()), default=1)
 
 
 @torch.no_grad()
@@ -184,7 +195,7 @@ class SpikeFactory:
     """Maker of the activation layers of one network: `spike(channels)` gives a layer of the registered neuron.
 
     A network and its analogue twin take the same arguments: options that this neuron does not have are left aside if
-    some other registered neuron has them.
+    some other registered neuron has them. Several time steps a spiking neuron must know.
 
     Args:
         activation: name of a registered neuron, such as "hoyer" (the method) or "relu" (the analogue twin).
@@ -202,6 +213,10 @@ class SpikeFactory:
                 raise ValueError(f"no neuron has the option {option!r} (allowed: {', '.join(sorted(known))})")
         self.activation, self._make = activation, neuron.make
         self.options = {name: value for name, value in options.items() if name in neuron.options}
+        self.time_steps = self.options.get("time_steps", 1)
+        if neuron.spiking and options.get("time_steps", 1) != self.time_steps:
+            several = ", ".join(name for name, each in _NEURONS.items() if "time_steps" in each.options)
+            raise ValueError(f"time_steps: activation {activation!r} has one time step alone (allowed: {several})")
         self(1)  # a value that is not allowed is an error here
 
     def __call__(self, channels: int) -> nn.Module:

@@ -16,6 +16,7 @@ from .networks.base import Backbone
 # The one entry in the metadata of a file that this project wrote: the checksum, and behind it a text. One, because the
 # order of several in the file would be random; of a shape that is known even where its name is damaged.
 CHECKSUM = "sha256"
+LEAK = ".leak"  # of `MultiStepSpike`
 PICKLED = (b"PK\x03\x04", b"\x80\x02")  # begin files of torch.save, new and old
 DIGEST = re.compile("[0-9a-f]{64}")
 
@@ -26,7 +27,8 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
     Args:
         backbone: changed in place, only if every key fits.
         weights: "zoo:NAME", a .safetensors file, or a state dict. The keys are those of a bare backbone, of a
-            `Classifier` ("backbone.*") or of a detector ("backbone.body.*"); other parts of those are left out.
+            `Classifier` ("backbone.*") or of a detector ("backbone.body.*"); other parts of those are left out. Those
+            of one time step fit several, too: every leak is then 1.
 
     Raises:
         FileNotFoundError: no such file.
@@ -44,6 +46,8 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             break
     wanted = backbone.state_dict()
+    if not any(key.endswith(LEAK) for key in state):  # a network of one time step has none; 1 is where it starts
+        state |= {key: torch.ones_like(value) for key, value in wanted.items() if key.endswith(LEAK)}
     problems = [f"{key!r} is missing" for key in wanted if key not in state]
     problems += [f"{key!r} is unknown to this backbone" for key in state if key not in wanted]
     problems += [

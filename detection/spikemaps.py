@@ -21,7 +21,7 @@ class SpikeMap:
     Attributes:
         name: "stem", "c1", "c2", ... for the last spike layer in that part of the backbone, "neck c3", ... for the
             spikes that leave for the neck at that level.
-        rate: (H', W') float32 in [0, 1], the share of channels that fire at each place.
+        rate: (H', W') float32 in [0, 1], the share of channels that fire at each place, mean over the time steps.
         activity: share of all these neurons that fire, the mean of `rate`.
     """
 
@@ -54,7 +54,7 @@ def spike_maps(model: nn.Module, image: Tensor) -> list[SpikeMap]:
     covered = [1.0, 1.0]  # share of the network's input that the image covers, vertically and horizontally
 
     def record(name: str, layer: nn.Module, u: Tensor, spikes: Tensor) -> None:
-        rates[name] = (spikes[0] != 0).float().mean(0)
+        rates[name] = (spikes.flatten(0, 1) != 0).float().mean(0)  # one image in all its time steps
 
     def note_padding(name: str, transform: nn.Module, images: Any, output: Any) -> None:
         batch = output[0]

@@ -129,8 +129,9 @@ def test_the_neurons_that_come_with_the_package():
     known = neurons()
     assert list(known) == ["hoyer", "relu", "fixed", "graded"]
     assert [neuron.spiking for neuron in known.values()] == [True, False, True, True]
-    assert known["hoyer"].options == known["fixed"].options == ("extremum", "momentum", "threshold", "window")
-    assert known["graded"].options == (*known["hoyer"].options, "levels") and known["relu"].options == ()
+    shared = ("extremum", "momentum", "threshold", "window")
+    assert known["hoyer"].options == known["fixed"].options == (*shared, "time_steps", "reset")
+    assert known["graded"].options == (*shared, "levels") and known["relu"].options == ()
     known.clear()
     assert neurons()
 
@@ -140,7 +141,7 @@ def test_options_of_other_neurons_are_left_aside_and_unknown_ones_are_refused():
     assert factory.options == {"extremum": "channel"} and factory(5).extremum.shape == (5,)
     assert SpikeFactory("graded", levels=7)(3).levels == 7
     assert SpikeFactory("relu", extremum="channel", momentum=0.5).options == {}
-    allowed = r"\(allowed: extremum, levels, momentum, threshold, window\)"
+    allowed = r"\(allowed: extremum, levels, momentum, reset, threshold, time_steps, window\)"
     with pytest.raises(ValueError, match=rf"no neuron has the option 'level' {allowed}"):
         SpikeFactory("hoyer", level=7)
     for levels in (1, 17):

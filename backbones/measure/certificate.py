@@ -28,7 +28,7 @@ class Certificate:
         exceptions: allowed: the stem, and layers that the caller declared analogue.
         violations: everything else that was not binary.
         silent: layers that saw nothing but zeros, for which being binary says little.
-        time_steps: passes per image.
+        time_steps: of each image, the most of any layer.
         levels: values that a spike can take, the most of any layer; 2 are 0 and 1.
         arithmetics: convolutions that ran by their arithmetic, ordinary ones left out: ("adder", 7).
     """
@@ -100,6 +100,7 @@ def certify(measured: Measurement, analogue: Mapping[str, str] | None = None, *,
         exceptions=tuple(exceptions),
         violations=tuple(violations),
         silent=tuple(layer.name for layer in ran if not layer.num_active),
+        time_steps=max((layer.time_steps for layer in measured.spikes.values()), default=1),
         levels=max((layer.levels for layer in measured.spikes.values()), default=2),
         arithmetics=tuple(sorted(Counter(layer.arithmetic for layer in ran if layer.accumulates).items())),
     )

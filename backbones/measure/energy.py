@@ -24,6 +24,9 @@ multiply that they save is 3.7). Conventions:
   and every output written once. Inputs of 0/1, or of -1 and 1, are 1 bit. An output leaves as 1 bit for each spike
   layer that takes it straight, or as a real value where something else needs it too (a residual sum). In the twins all
   of them are real values. A real value has 32 bits, with 8-bit numbers 8; a weight likewise, but a bias has always 32.
+- In T time steps all steps of the spiking networks count: operations, comparisons and activations. From the second
+  step on, each neuron of a spike layer reads and writes its carried-over potential, a real value, and multiplies it by
+  the leak, a MAC; the reset costs nothing. Weights are read once for all steps. All others take one step.
 - Memory traffic is priced as if all of it went to SRAM, and as if all of it went to DRAM; caches are left aside.
 """
 
@@ -31,6 +34,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -38,7 +42,7 @@ from typing import Any
 from .operations import Measurement, WeightedLayer
 
 SPIKING = ("spiking", "spiking_int8", "binary")  # there only for a network with spike layers
-SKIPPING = ("spiking", "spiking_int8")  # zeros
+SKIPPING = ("spiking", "spiking_int8")  # zeros; the only ones of several steps
 TWINS = ("twin", "twin_int8")
 NETWORKS = ("spiking", "spiking_int8", "twin", "twin_int8", "binary")
 RATIOS = (("spiking", "twin"), ("spiking", "twin_int8"), ("spiking_int8", "twin_int8"), ("spiking", "binary"))
@@ -238,15 +242,19 @@ def energy(measured: Measurement, costs: CostTable = HOROWITZ_45NM) -> EnergyRep
         layer.name: {name: _layer_energy(name, layer, measured, costs) for name in names}
         for layer in measured.layers.values()
     }
+    taken = {name for layer in measured.layers.values() for name in layer.spikes_from}
+    others = [name for name in measured.spikes if name not in taken]  # whose spikes enter no layer
     signs = sum(layer.num_inputs for layer in measured.layers.values() if layer.is_sign)
-    comparisons = (signs + sum(spikes.num_neurons for spikes in measured.spikes.values())) / measured.num_images
     networks = {}
     for name in names:
         counts = dict.fromkeys(("macs", "acs", "weight_bits", "read_bits", "write_bits"), 0.0)
+        for key, count in _of_neurons(name, others, measured).items():
+            counts[key] = count / measured.num_images
         for layer in layers.values():
-            for key in counts:
+            for key in ("macs", "acs", "weight_bits", "read_bits", "write_bits"):
                 counts[key] += getattr(layer[name], key)
-        networks[name] = _price(name, costs, counts | {"comparisons": 0.0 if name in TWINS else comparisons})
+        comparisons = _of_neurons(name, measured.spikes, measured)["comparisons"] + (0 if name in TWINS else signs)
+        networks[name] = _price(name, costs, counts | {"comparisons": comparisons / measured.num_images})
     totals = {"operations": "total_pj", "with_sram": "total_sram_pj", "with_dram": "total_dram_pj"}
     ratios = {
         f"{one}/{other}": {
@@ -259,25 +267,49 @@ def energy(measured: Measurement, costs: CostTable = HOROWITZ_45NM) -> EnergyRep
 
 
 def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, costs: CostTable) -> NetworkEnergy:
-    own, real_bits = network not in TWINS, 8 if network.endswith("_int8") else 32
+    own, real_bits = network not in TWINS, _real_bits(network)
+    steps = 1 if network in SKIPPING else layer.time_steps
     one_bit = own and (layer.is_binary or layer.is_sign)
     adds = one_bit or (own and layer.accumulates > 0)
-    leave_as_spikes = own and layer.output_bits is not None
     weight_bits = min(real_bits, layer.weight_bits) if own else real_bits
+    leaving = float(real_bits)
+    if own and layer.output_bits is not None:
+        all_steps = max((spikes.time_steps for spikes in measured.spikes.values()), default=1)
+        leaving = min(layer.output_bits * (1 if network in SKIPPING else layer.time_steps / all_steps), real_bits)
     counts = {
-        "macs": 0 if adds else layer.num_exact_macs,
+        "macs": 0 if adds else layer.num_exact_macs / steps,
         "acs": 0,
-        "comparisons": measured.comparisons(layer) if own else 0,
+        "comparisons": layer.num_inputs if own and layer.is_sign else 0,
         # Once per image in which the layer ran, however many levels of a pyramid share it.
         "weight_bits": (layer.num_weights * weight_bits + layer.num_biases * BIAS_BITS) * layer.num_images,
-        "read_bits": layer.num_inputs * (1 if one_bit else real_bits),
-        "write_bits": layer.num_outputs * (min(layer.output_bits, real_bits) if leave_as_spikes else real_bits),
+        "read_bits": layer.num_inputs / steps * (1 if one_bit else real_bits),
+        "write_bits": layer.num_outputs / steps * leaving,
     }
+    for key, count in _of_neurons(network, layer.spikes_from, measured).items():
+        counts[key] += count
     if one_bit and network in SKIPPING:  # |x - w| is |w| + x (|1 - w| - |w|) for x of 0 or 1: one addition per spike
         counts["acs"] = layer.num_synops
     elif adds:
-        counts["acs"] = layer.num_exact_macs * (1 if one_bit and network != layer.arithmetic else layer.accumulates)
+        each = 1 if one_bit and network != layer.arithmetic else layer.accumulates
+        counts["acs"] = layer.num_exact_macs / steps * each
     return _price(network, costs, {key: count / measured.num_images for key, count in counts.items()})
+
+
+def _of_neurons(network: str, names: Iterable[str], measured: Measurement) -> dict[str, int]:
+    """Return counts of the neurons of some spike layers: comparisons, and what it takes to carry their potentials."""
+    counts = dict.fromkeys(("comparisons", "macs", "read_bits", "write_bits"), 0)
+    for spikes in (measured.spikes[name] for name in names if network not in TWINS):
+        neurons = spikes.num_neurons // spikes.time_steps
+        carried = spikes.num_neurons - neurons if network in SKIPPING else 0
+        counts["comparisons"] += neurons + carried
+        counts["macs"] += carried
+        counts["read_bits"] += carried * _real_bits(network)
+        counts["write_bits"] += carried * _real_bits(network)
+    return counts
+
+
+def _real_bits(network: str) -> int:
+    return 8 if network.endswith("_int8") else 32
 
 
 def _price(network: str, costs: CostTable, counts: dict[str, float]) -> NetworkEnergy:

@@ -19,7 +19,8 @@ def record_gradient_shares(model: nn.Module) -> Iterator[dict[str, dict[str, flo
     """Record the regulariser's share in the gradients of each Hoyer layer, over the passes while the context is open.
 
     share = sum |ours| / (sum |ours| + sum |task's|), in [0, 1], for "potential" over the neurons and for "threshold"
-    over the v_th; 0 where there is no gradient at all. Nothing but sums is kept for it, and no gradient changes.
+    over the v_th; 0 where there is no gradient at all. Nothing but sums is kept for it, and no gradient changes. Layers
+    of several time steps are left out: there the task's gradient comes through time, too.
 
     Yields:
         {"potential": {layer: share}, "threshold": {layer: share}}, filled when the context closes.

@@ -14,6 +14,7 @@ from torch.nn.utils import skip_init
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..arithmetic import ArithmeticConv2d, Sign
+from ..multistep import RepeatSteps
 from ..spiking import spike_layers
 from .flow import Flow
 from .record import LayerActivity, hook_layers
@@ -32,6 +33,7 @@ TRANSPARENT = (
     nn.Dropout2d,
     nn.Flatten,
     nn.Identity,
+    RepeatSteps,
 )
 
 
@@ -48,6 +50,7 @@ class WeightedLayer:
         num_biases: numbers in the bias, 0 without one.
         num_calls: forward calls.
         num_images: images of the passes in which it ran.
+        time_steps: in which it runs for each image, all of them in the counts; 1 in front of the first spike layer.
         num_inputs: input neurons, padding left out.
         num_active: those that were not zero.
         num_synops: synaptic operations, that is pairs of an active input and an output that it reaches. Exact at the
@@ -58,8 +61,9 @@ class WeightedLayer:
         example: an input that was neither 0 nor 1; None if there was none.
         spikes_from: spike layers whose output enters this layer, those left out that entered another one before.
         spikes_to: spike layers that take its output straight, through pooling, normalisation, dropout and flattening.
-        output_bits: binary values that leave per output neuron, one for each spike layer, or `Sign`, that takes it;
-            None where the output is needed as a real value: none takes it, or something else does too, such as a
+        output_bits: binary values that leave per output neuron, one for each spike layer, or `Sign`, that takes it, and
+            from a layer in front of the time steps one for each of those; None where the output is needed as a real
+            value: none takes it, or something else does too, such as a
             residual sum.
         arithmetic, accumulates, weight_bits: of an `ArithmeticConv2d`.
         num_signs: calls in which every input was exactly -1 or 1.
@@ -71,6 +75,7 @@ class WeightedLayer:
     num_biases: int
     num_calls: int = 0
     num_images: int = 0
+    time_steps: int = 1
     num_inputs: int = 0
     num_active: int = 0
     num_synops: int = 0
@@ -183,7 +188,10 @@ def record_layers(model: nn.Module) -> Iterator[Measurement]:
             )
             for name, module in counted.items()
         },
-        spikes={name: LayerActivity(name, levels=layer.levels) for name, layer in spike_layers(model).items()},
+        spikes={
+            name: LayerActivity(name, levels=layer.levels, time_steps=layer.time_steps)
+            for name, layer in spike_layers(model).items()
+        },
         unhandled={
             name: type(module).__name__
             for name, module in modules.items()
@@ -204,6 +212,7 @@ class _Recorder:
         self.measured = measured
         self.images_in_pass = 0
         self.signs: set[str] = set()  # names of activations that give -1 and 1
+        self.time_steps = 1  # of the layer that runs
         self.flow: Flow | None = None  # there in the first pass only
         self.followed = False
         self.seen_in_pass: set[str] = set()
@@ -237,7 +246,7 @@ class _Recorder:
                 f"{type(model).__name__} was given {type(images).__name__}; images are counted in a tensor (N, ...) "
                 "or a list of N images, its first argument"
             )
-        self.images_in_pass = len(images)
+        self.images_in_pass, self.time_steps = len(images), 1
         self.measured.num_images += len(images)
         self.seen_in_pass.clear()
         self.stop_following()  # of a pass that failed
@@ -249,9 +258,9 @@ class _Recorder:
         self.latest = None
         if self.flow is not None:
             layers = self.measured.layers
-            for layer, (takers, bits) in self.flow.finish(output).items():
-                layers[layer].spikes_to = [name for name in takers if name not in self.signs]
-                layers[layer].output_bits = bits
+            for name, (takers, bits) in self.flow.finish(output).items():
+                layers[name].spikes_to = [taker for taker in takers if taker not in self.signs]
+                layers[name].output_bits = bits and bits * self.time_steps / layers[name].time_steps
             for spikes, layer in self.flow.feeds.items():
                 if spikes not in self.signs:
                     layers[layer].spikes_from.append(spikes)
@@ -266,6 +275,8 @@ class _Recorder:
     def enter(self, name: str, module: nn.Module, x: Tensor) -> None:
         if self.flow is not None:
             self.flow.enter(name, x)
+        if isinstance(module, RepeatSteps):
+            self.time_steps = module.time_steps
         if name in self.measured.layers:
             self.count_inputs(self.measured.layers[name], module, x)
 
@@ -291,6 +302,7 @@ class _Recorder:
             layer.num_images += self.images_in_pass
         counts = self.count(x)
         layer.num_calls += 1
+        layer.time_steps = self.time_steps
         layer.num_inputs += x.numel()
         layer.num_active += counts.num_active
         layer.num_signs += counts.is_sign

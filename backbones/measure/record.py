@@ -68,16 +68,18 @@ class LayerActivity:
         num_spikes: neurons that fired, summed over passes and images.
         num_neurons: neurons that could have.
         levels: number of values that a spike can take.
+        time_steps: in which each neuron can fire; all of them are in the counts.
     """
 
     name: str
     num_spikes: int = 0
     num_neurons: int = 0
     levels: int = 2
+    time_steps: int = 1
 
     @property
     def firing_rate(self) -> float:
-        """Spikes per neuron and image, in [0, 1]; 0 before the first pass."""
+        """Spikes per neuron, image and time step, in [0, 1]; 0 before the first pass."""
         return self.num_spikes / self.num_neurons if self.num_neurons else 0.0
 
 
@@ -85,7 +87,9 @@ class LayerActivity:
 def record_activity(model: nn.Module) -> Iterator[dict[str, LayerActivity]]:
     """Count, while the context is open, the spikes of every spike layer in `model`, by module name."""
     layers = spike_layers(model)
-    activity = {name: LayerActivity(name, levels=layer.levels) for name, layer in layers.items()}
+    activity = {
+        name: LayerActivity(name, levels=layer.levels, time_steps=layer.time_steps) for name, layer in layers.items()
+    }
 
     def count(name: str, layer: nn.Module, u: Tensor, spikes: Tensor) -> None:
         activity[name].num_spikes += int(torch.count_nonzero(spikes))
@@ -103,13 +107,14 @@ def sum_activity(shares: Sequence[Mapping[str, LayerActivity]]) -> dict[str, Lay
             sum(share[name].num_spikes for share in shares),
             sum(share[name].num_neurons for share in shares),
             layer.levels,
+            layer.time_steps,
         )
         for name, layer in shares[0].items()
     }
 
 
 def spike_activity(activity: Mapping[str, LayerActivity]) -> float:
-    """Return the share of all neurons of a network that fire per image, in [0, 1]; 0 without spike layers."""
+    """Return the share of all neurons of a network that fire per image and step, in [0, 1]; 0 without spike layers."""
     num_neurons = sum(layer.num_neurons for layer in activity.values())
     return sum(layer.num_spikes for layer in activity.values()) / num_neurons if num_neurons else 0.0
 
@@ -125,7 +130,7 @@ def record_potentials(model: nn.Module) -> Iterator[dict[str, list[float]]]:
 
     def count(name: str, layer: SpikeLayer, u: Tensor) -> None:
         if name not in histograms:
-            ratio = u.float() / layer.broadcast(layer.threshold.float(), u)
+            ratio = layer.membrane(u).float() / layer.broadcast(layer.threshold.float(), u)
             histograms[name] = (torch.histc(ratio, 40, -1, 3) / u.numel()).tolist()
 
     with hook_layers(spike_layers(model), before=count):

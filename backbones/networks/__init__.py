@@ -52,7 +52,7 @@ def create(
             .safetensors file; or a state dict. Loaded strictly by `load_weights`.
         options: of the family: pool_first=False puts BN before the pooling (VGG, ResNet), shortcut="real" and
             norm_first=True (ResNet), head="normalised" or "pooled" (VGG); of the neuron: extremum="channel",
-            momentum=0.1, threshold="channel", window=(0.0, 2.0), levels=4.
+            momentum=0.1, threshold="channel", window=(0.0, 2.0), levels=4, time_steps=4, reset="zero".
 
     Raises:
         ValueError: an unknown name, activation, arithmetic, stem or option, a value that is not allowed, an option that
@@ -72,7 +72,11 @@ def create(
             raise ValueError(f"{key} must be {others[key]!r} for {name}, which has no other, got {options[key]!r}")
     spike = SpikeFactory(activation, **{key: value for key, value in options.items() if key not in others})
     backbone = family(name, spike, in_channels=in_channels, stem=stem, width=width, **given)
+    if spike.time_steps > 1 and arithmetic != "float":
+        raise ValueError(f"arithmetic {arithmetic!r} takes one time step, got time_steps {spike.time_steps}")
     convert(backbone, arithmetic)
+    if spike.time_steps > 1:
+        backbone.run_in_steps(spike.time_steps)
     if weights is not None:
         from ..weights import load_weights  # which knows the class of a backbone
         from ..zoo import is_entry, require_same

@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..spiking import SpikeFactory
+from ..multistep import RepeatSteps, average_steps
+from ..spiking import SpikeFactory, spike_layers
 
 Stem = Literal["imagenet", "cifar"]
 
@@ -31,7 +32,8 @@ class Backbone(nn.Module):
     takes (name, spike, *, in_channels, stem, width) and options of its own; `spike(channels)` makes its activation
     layers.
 
-    Shape: (N, in_channels, H, W) -> {name: (N, channels, ceil or floor of H / stride, W / stride)}.
+    Shape: (N, in_channels, H, W) -> {name: (N, channels, ceil or floor of H / stride, W / stride)}; in T time steps
+    (T N, channels, ...), step by step, see `backbones.multistep`.
 
     Attributes:
         stem: what sees pixels.
@@ -47,6 +49,8 @@ class Backbone(nn.Module):
     make_spike: SpikeFactory
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if "repeat" in self._modules:
+            return self._forward_in_steps(x)
         if "stem" in self._modules:
             x = self.stem(x)
         maps = {}
@@ -54,6 +58,26 @@ class Backbone(nn.Module):
             x = stage(x)
             maps[name] = x
         return {info.name: maps[info.name] for info in self.feature_info}
+
+    def _forward_in_steps(self, x: Tensor) -> dict[str, Tensor]:
+        maps, wanted, waiting = {}, [info.name for info in self.feature_info], True
+        for name, part in self.parts().items():
+            if waiting and spike_layers(part):
+                x, waiting = self.repeat.within(part, x), False
+            else:
+                x = part(x)
+            if name in wanted:
+                maps[name] = self.repeat(x) if waiting else x
+        return maps
+
+    def run_in_steps(self, time_steps: int) -> None:
+        """Let the network, whose spike layers have so many time steps, repeat what comes in front of the first."""
+        self.repeat = RepeatSteps(time_steps)
+
+    @property
+    def time_steps(self) -> int:
+        """Steps that the maps of an image have."""
+        return self.repeat.time_steps if "repeat" in self._modules else 1
 
     @property
     def stage_names(self) -> list[str]:
@@ -159,6 +183,8 @@ class Normalise(nn.Module):
 class Classifier(nn.Module):
     """Logits (N, num_classes) of a backbone's last feature map, by the head of the backbone's family.
 
+    In several time steps the logits are the mean of those of each.
+
     Args:
         backbone: kept as `self.backbone`, so that its weights move to a detector under the same names.
         num_classes: number of logits.
@@ -185,7 +211,8 @@ class Classifier(nn.Module):
         self.head = backbone.make_head(num_classes, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.backbone(self.normalise(x))[self.backbone.feature_info[-1].name])
+        logits = self.head(self.backbone(self.normalise(x))[self.backbone.feature_info[-1].name])
+        return average_steps(logits, self.backbone.time_steps)
 
 
 def scale_channels(channels: int, width: float) -> int:

@@ -56,6 +56,17 @@ class Backbone(Section):
         (0.0, 2.0), description="ends of the surrogate gradient's window, in thresholds v_th; it contains 0 to 1"
     )
     levels: int = Field(4, ge=2, le=16, description="values that a spike of the activation graded can take")
+    time_steps: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="steps in which spike layers carry their potential over; the image is the same in each, the "
+        "outputs are averaged; the analogue twin has no use for them",
+    )
+    reset: Literal["subtract", "zero"] = Field(
+        "subtract",
+        description="several time_steps: what a spike does to its potential; subtract the threshold, or zero",
+    )
     pool_first: bool = Field(True, description="max-pool before BatchNorm, as published; false: after it")
     shortcut: Literal["spiking", "real"] = Field(
         "spiking",

@@ -8,7 +8,7 @@ from torch import nn
 
 import backbones
 from detection.config import Recipe, read_recipe, schema
-from detection.models.detectors import build_fasterrcnn, build_fcos, build_retinanet, build_ssd
+from detection.models.detectors import average_over_steps, build_fasterrcnn, build_fcos, build_retinanet, build_ssd
 from detection.models.neck import BackboneWithNeck, SpikingFPN, SpikingMaps, check_levels
 from detection.runs import check_weights
 
@@ -59,7 +59,10 @@ def build_detector(config: Recipe) -> nn.Module:
         extra = "pool" if model.detector == "fasterrcnn" else "conv"
         spiking = model.neck.spiking
         neck = SpikingFPN(channels, model.neck.out_channels, spike, spiking=spiking, extra=extra, **shared)
-    return BUILDERS[model.detector](model, BackboneWithNeck(body, neck, levels), len(config.data.classes), spike)
+    detector = BUILDERS[model.detector](model, BackboneWithNeck(body, neck, levels), len(config.data.classes), spike)
+    if body.time_steps > 1:
+        average_over_steps(detector, body.time_steps)
+    return detector
 
 
 def build_classifier(config: Recipe) -> backbones.Classifier:

@@ -17,7 +17,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 
-from backbones import SpikeFactory
+from backbones import SpikeFactory, average_steps
 from backbones.networks.base import conv
 from detection.config.schema import Model
 from detection.models.inference import AnyShape
@@ -214,6 +214,33 @@ def build_ssd(config: Model, backbone: BackboneWithNeck, num_classes: int, spike
     scales = [0.07, *np.linspace(0.15, 1.05, num_maps).round(4).tolist()]
     boxes, size = DefaultBoxGenerator(aspect_ratios, scales=scales), (config.max_size, config.max_size)
     return AnyShapeSSD(backbone, boxes, size, num_classes + 1, **_colours_and_limits(config))
+
+
+def average_over_steps(detector: nn.Module, time_steps: int) -> None:
+    """Let a detector's heads, which see the maps of all time steps, give the mean of their outputs over the steps.
+
+    So losses and detections are those of the means. The regions of a Faster R-CNN, found in the means of its RPN, are
+    pooled from the maps of each step.
+
+    Shape: what a head gives, (T N, ...), step by step -> (N, ...).
+    """
+
+    def average(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return average_steps(output, time_steps)
+        if isinstance(output, dict):
+            return {name: average(module, inputs, value) for name, value in output.items()}
+        return type(output)(average(module, inputs, value) for value in output)
+
+    def repeat(module: nn.Module, inputs: tuple[Any, list[Tensor], list[tuple[int, int]]]) -> tuple[Any, ...]:
+        maps, regions, sizes = inputs
+        return maps, regions * time_steps, sizes * time_steps
+
+    heads = [detector.head] if hasattr(detector, "head") else [detector.rpn.head, detector.roi_heads.box_predictor]
+    for head in heads:
+        head.register_forward_hook(average)
+    if hasattr(detector, "roi_heads"):
+        detector.roi_heads.box_roi_pool.register_forward_pre_hook(repeat)
 
 
 def norm_layer(norm: str, channels: int) -> Callable[[int], nn.Module] | None:

@@ -14,7 +14,6 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from backbones.spiking import find_neuron
 from detection.config import Recipe
 from detection.curves import draw_robustness
 from detection.figures import save_png
@@ -32,6 +31,12 @@ TRAINING_KEYS = {"train", "train_images", "num_train", "augment", "workers", "ve
 """Keys of a recipe's `data` in which runs on the same evaluation images may differ."""
 
 
+REASONS = {
+    "no spike layers": "no spike layers, so no threshold as a scale",
+    "no single time step": "no single time step: what is put into one is carried over to the next",
+}
+
+
 def study(
     folders: Sequence[str | Path],
     out: str | Path,
@@ -45,8 +50,9 @@ def study(
 ) -> dict[str, Any]:
     """Return the accuracy of runs over the severities of several kinds of noise, as written to out/robustness.json.
 
-    A network without spike layers has no threshold that could be a scale, so the kinds of `SPIKE_KINDS` are left out
-    for it, under "left_out" and on standard error. Kinds without chance are evaluated once, with the seed None.
+    A network without spike layers has no threshold that could be a scale, and one of several time steps carries noise
+    from one to the next, so the kinds of `SPIKE_KINDS` are left out for them, under "left_out" and on standard error.
+    Kinds without chance are evaluated once, with the seed None.
     After each run robustness.json, robustness.csv and robustness.png in `out` are written anew.
 
     Args:
@@ -80,7 +86,7 @@ def study(
         runs = {str(run.folder): run for run in opened}
     kinds_of = {name: _kinds_of(run, kinds) for name, run in runs.items()}
     found = describe_environment(command).to_json() | _empty(task_of(opened[0].config), weights)
-    found["left_out"] += _left_out(kinds, kinds_of)
+    found["left_out"] += _left_out(kinds, kinds_of, runs)
     for name, run in runs.items():
         subject = prepare(run, name, weights=weights, num_images=num_images)
         found["num_images"] = subject.num_images
@@ -103,14 +109,21 @@ def _check_request(kinds: Sequence[str], seeds: Sequence[int], num_images: int |
         raise ValueError(f"--images {num_images}: expected 1 or more")
 
 
+def _why_not(run: Run) -> str | None:
+    """Return why a run's network cannot be asked for the kinds of `SPIKE_KINDS`; None: it can."""
+    task = task_of(run.config)
+    return "no spike layers" if not task.spiking else None if task.time_steps == 1 else "no single time step"
+
+
 def _kinds_of(run: Run, kinds: Sequence[str]) -> list[str]:
     """Return the kinds that a run's network can be asked for."""
-    if find_neuron(run.config.model.backbone.activation).spiking:
+    why = _why_not(run)
+    if why is None:
         return list(kinds)
     left = [kind for kind in kinds if kind not in SPIKE_KINDS]
     if not left:
         raise ValueError(
-            f"{run.folder}: no spike layers, which --kinds {' '.join(kinds)} needs; leave the run out, or name one "
+            f"{run.folder}: {why}, which --kinds {' '.join(kinds)} needs; leave the run out, or name one "
             f"of {', '.join(IMAGE_KINDS)} too"
         )
     return left
@@ -122,13 +135,16 @@ def _empty(task: Task, weights: Weights) -> dict[str, Any]:
     return {"task": task.name, "metrics": list(task.headline), "weights": weights, "runs": {}, **empty}
 
 
-def _left_out(kinds: Sequence[str], kinds_of: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
+def _left_out(
+    kinds: Sequence[str], kinds_of: Mapping[str, Sequence[str]], runs: Mapping[str, Run]
+) -> Iterator[dict[str, Any]]:
     """Yield an entry for each run that is not asked for all kinds, and say so on standard error."""
     for name, chosen in kinds_of.items():
         missing = [kind for kind in kinds if kind not in chosen]
         if missing:
-            say(f"{name}: no spike layers; left out: {', '.join(missing)}", error=True)
-            yield {"run": name, "kinds": missing, "reason": "no spike layers, so no threshold as a scale"}
+            why = _why_not(runs[name])
+            say(f"{name}: {why}; left out: {', '.join(missing)}", error=True)
+            yield {"run": name, "kinds": missing, "reason": REASONS[why]}
 
 
 def _add(found: dict[str, Any], subject: Subject, run: Run, kinds: Sequence[str], seeds: Sequence[int]) -> None:

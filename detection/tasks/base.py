@@ -145,6 +145,11 @@ class Task(ABC):
         """Whether the network of the recipe spikes."""
         return find_neuron(self.config.model.backbone.activation).spiking
 
+    @property
+    def time_steps(self) -> int:
+        """Time steps of the network of the recipe; the analogue twin has one, whatever the recipe says."""
+        return self.config.model.backbone.time_steps if self.spiking else 1
+
     def describe(self) -> str:
         """Return the network in words, such as "ResNet18 \N{MULTIPLICATION SIGN}0.5, spiking"."""
         backbone = self.config.model.backbone
@@ -154,7 +159,8 @@ class Task(ABC):
         if backbone.arithmetic != "float":
             kind = find_arithmetic(backbone.arithmetic)
             words = [kind.words, *(words if backbone.activation != kind.activation else [])]
-        return f"{name}{width}, {', '.join(words)}"
+        steps = f", {backbone.time_steps} time steps" if self.time_steps > 1 else ""
+        return f"{name}{width}, {', '.join(words)}{steps}"
 
     def describe_data(self) -> str:
         """Return the data in words, such as "voc data in data/bccd, 3 classes"."""

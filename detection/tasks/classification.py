@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from backbones import Backbone
+from backbones import Backbone, average_so_far, hook_layers, time_steps
 from detection.data import Loader, SeededItems, TrainingBatches, TrainingLoader, evaluation_batches, loader_options
 from detection.data.image_batches import FolderImages, MemoryBatches, evaluation_transform
 from detection.data.images import ImageFiles, Images, image_format_names, read_image_split
@@ -126,7 +126,8 @@ class ClassificationTask(Task):
     ) -> Evaluation:
         """Return accuracy "top1" and "top5" in [0, 1], and "val_loss", the mean cross entropy.
 
-        With fewer than five classes "top5" takes as many as there are.
+        With fewer than five classes "top5" takes as many as there are. In several time steps "anytime" has the top-1 of
+        the network stopped after fewer.
 
         Raises:
             ValueError: `save`: a classifier has no boxes to save.
@@ -139,21 +140,28 @@ class ClassificationTask(Task):
         self, model: nn.Module, batches: Iterable[Any], accelerator: Accelerator, confusion: Tensor | None = None
     ) -> Evaluation:
         """Return the evaluation; `confusion` (K, K), images by true class (row) and answer (column), is added to."""
-        counts = []
-        with record_spikes(model) as spikes:
+        counts, steps, so_far = [], time_steps(model), []
+        heads = {"head": model.head} if steps > 1 else {}
+
+        def keep(name: str, head: nn.Module, x: Tensor, logits: Tensor) -> None:
+            so_far[:] = average_so_far(logits.float(), steps)
+
+        with record_spikes(model) as spikes, hook_layers(heads, after=keep):
             for images, labels in batches:
                 images, labels = images.to(accelerator.device), labels.to(accelerator.device)
                 with accelerator.autocast():
                     logits = model(images)
-                counts.append(torch.stack(_count(logits.float(), labels)))
+                early = [_count(each, labels)[1] for each in so_far[:-1]]
+                counts.append(torch.stack([*_count(logits.float(), labels), *early]))
                 if confusion is not None:
                     confusion += _count_answers(logits.float(), labels).cpu()
         # Batch b is the b // n-th of process b % n: summed in their order, for the same digits with any number of them.
         shares = gather_object([torch.stack(counts).tolist() if counts else []])
         in_order = [count for row in itertools.zip_longest(*shares) for count in row if count is not None]
-        number, top1, top5, loss = (sum(column) for column in zip(*in_order, strict=True))
+        number, top1, top5, loss, *early = (sum(column) for column in zip(*in_order, strict=True))
         metrics = {"top1": top1 / number, "top5": top5 / number, "val_loss": loss / number}
-        return Evaluation(metrics=metrics, **spikes())
+        after = {f"top1 after {step} of {steps} steps": count / number for step, count in enumerate(early, start=1)}
+        return Evaluation(metrics=metrics, tables={"anytime": after} if after else {}, **spikes())
 
     def sections(self, logged: Evaluation | None, found: Examination | None) -> list[Section]:
         parts = [] if found is None else found.parts["classes"]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from backbones import average_steps, time_steps
 from detection.training.trainer import Losses
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def learn_from(teacher: nn.Module, student: nn.Module, task: Task, accelerator: 
     settings = task.config.distillation
     teacher = teacher.to(accelerator.device).requires_grad_(False)
     ask = task.teacher_pass(student)
-    seen, known = watch(task.head_of(student)), watch(task.head_of(teacher))
+    seen, known = (watch(task.head_of(model), time_steps(model)) for model in (student, teacher))
 
     def compute(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         found = task.losses(model, batch)
@@ -47,13 +48,16 @@ def learn_from(teacher: nn.Module, student: nn.Module, task: Task, accelerator: 
     return compute
 
 
-def watch(head: nn.Module) -> dict[str, Any]:
-    """Return a dict that always has what `head` saw and said in its last pass: "features", maps; "logits"."""
+def watch(head: nn.Module, steps: int) -> dict[str, Any]:
+    """Return a dict that always has what `head` saw and said in its last pass: "features", maps; "logits".
+
+    Of several time steps it has the means.
+    """
     seen: dict[str, Any] = {}
 
     def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        maps = inputs[0]
-        seen.update(features=[maps] if isinstance(maps, Tensor) else list(maps), logits=output)
+        maps = [inputs[0]] if isinstance(inputs[0], Tensor) else inputs[0]
+        seen.update(features=[average_steps(x, steps) for x in maps], logits=average_steps(output, steps))
 
     head.register_forward_hook(keep)
     return seen
