@@ -127,8 +127,8 @@ def test_a_copy_of_a_layer_has_no_term_pending():
 
 def test_the_neurons_that_come_with_the_package():
     known = neurons()
-    assert list(known) == ["hoyer", "relu", "fixed", "graded"]
-    assert [neuron.spiking for neuron in known.values()] == [True, False, True, True]
+    assert list(known) == ["hoyer", "relu", "fixed", "graded", "sign"]
+    assert [neuron.spiking for neuron in known.values()] == [True, False, True, True, False]
     shared = ("extremum", "momentum", "threshold", "window")
     assert known["hoyer"].options == known["fixed"].options == (*shared, "time_steps", "reset")
     assert known["graded"].options == (*shared, "levels") and known["relu"].options == ()
@@ -147,15 +147,16 @@ def test_options_of_other_neurons_are_left_aside_and_unknown_ones_are_refused():
     for levels in (1, 17):
         with pytest.raises(ValueError, match=rf"levels must be in 2\.\.16, got {levels}"):
             SpikeFactory("graded", levels=levels)
-    with pytest.raises(ValueError, match=r"activation must be one of 'hoyer', 'relu', 'fixed', 'graded', got 'gelu'"):
+    known = "'hoyer', 'relu', 'fixed', 'graded', 'sign'"
+    with pytest.raises(ValueError, match=f"activation must be one of {known}, got 'gelu'"):
         find_neuron("gelu")
 
 
 def test_a_name_belongs_to_one_neuron(monkeypatch):
     monkeypatch.setattr(backbones.spiking, "_NEURONS", dict(backbones.spiking._NEURONS))
-    assert register_neuron("sign", words="a sign")(lambda channels: Sign()) is neurons()["sign"].make
-    assert isinstance(SpikeFactory("sign", extremum="channel")(3), Sign)
-    assert list(spike_layers(create("vgg11", stem="cifar", width=WIDTH, activation="sign")))
+    assert register_neuron("plain", words="a sign")(lambda channels: Sign()) is neurons()["plain"].make
+    assert isinstance(SpikeFactory("plain", extremum="channel")(3), Sign)
+    assert list(spike_layers(create("vgg11", stem="cifar", width=WIDTH, activation="plain")))
     with pytest.raises(ValueError, match=r"neuron 'hoyer' is registered already, by backbones\.activations"):
         register_neuron("hoyer")(Sign)
     assert neurons()["hoyer"].make is not Sign
