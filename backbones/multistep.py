@@ -141,7 +141,7 @@ class MultiStepSpike(HoyerSpike):
 
     def fold_threshold(self) -> Tensor:
         if self.time_steps > 1:
-            raise ValueError(f"{self.time_steps} time steps: one comparison per neuron is all that one step has")
+            raise ValueError(f"{self.time_steps} time steps: fold, integers and exported files are for one")
         return super().fold_threshold()
 
     def logged(self) -> dict[str, float]:

@@ -225,7 +225,7 @@ def test_a_silent_batch_has_an_extremum_of_one():
         ),
         (lambda: make_layer(2)(torch.ones(3, 1)), "3 maps are no multiple of 2 time steps"),
         (lambda: synchronise(make_layer(2), spikes=True, batch_norm=False), "hoyer.sync: several time steps"),
-        (lambda: fold(backbones.create("resnet18", width=0.125, time_steps=2)), "2 time steps: one comparison"),
+        (lambda: fold(backbones.create("resnet18", width=0.125, time_steps=2)), "2 time steps: fold, integers"),
     ],
 )
 def test_what_is_not_allowed_is_said(make, message):
@@ -420,7 +420,7 @@ def test_a_run_of_two_steps_from_its_log_to_its_analysis(run, tmp_path):
 
 def test_a_run_of_two_steps_is_refused_by_name(run, tmp_path):
     for options in ({}, {"int8": True}, {"file_format": "nir"}, {"file_format": "torch"}):
-        with pytest.raises(ValueError, match=r"two: cannot be exported, spike layer .*: 2 time steps: one comparison"):
+        with pytest.raises(ValueError, match=r"two: cannot be exported, spike layer .*: 2 time steps: fold, integers"):
             export_run(run, out=tmp_path / "net", **options)
     with pytest.raises(ValueError, match="two: no single time step, which --kinds membrane needs"):
         study([run], tmp_path / "noise", ["test"], kinds=["membrane"])
