@@ -21,16 +21,16 @@ WIDTH = 0.125
 STEMS = ("imagenet", "cifar")
 # By family, at WIDTH: 128, 256, 512, 512 channels of a VGG; 64 ... 512 of a ResNet, four times that from resnet50 on.
 CHANNELS = {"vgg": (16, 32, 64, 64), "basic": (8, 16, 32, 64), "bottleneck": (32, 64, 128, 256)}
-CHANNELS["mobilenet"] = (16, 32, 64, 128)
+CHANNELS |= {"mobilenetv1": (16, 32, 64, 128), "mobilenetv2": (8, 8, 16, 40)}
 every_name = pytest.mark.parametrize("name", backbones.names())
 every_stem = pytest.mark.parametrize("stem", STEMS)
-one_of_each_family = pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet50", "mobilenetv1"])
+one_of_each_family = pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet50", "mobilenetv1", "mobilenetv2"])
 
 
 def family(name: str) -> str:
     if name in ("resnet18", "resnet20", "resnet34"):
         return "basic"
-    return "bottleneck" if name.startswith("resnet") else name.rstrip("0123456789").removesuffix("v")
+    return "bottleneck" if name.startswith("resnet") else "vgg" if name.startswith("vgg") else name
 
 
 def images(stem: str, num: int = 2, seed: int = 1) -> Tensor:
@@ -99,7 +99,12 @@ def assert_equal_state(state: dict[str, Tensor], other: dict[str, Tensor]) -> No
 
 def test_names():
     vggs, resnets = (11, 13, 16, 19), (18, 20, 34, 50, 101, 152)
-    published = ["mobilenetv1", *(f"resnet{depth}" for depth in resnets), *(f"vgg{depth}" for depth in vggs)]
+    published = [
+        "mobilenetv1",
+        "mobilenetv2",
+        *(f"resnet{depth}" for depth in resnets),
+        *(f"vgg{depth}" for depth in vggs),
+    ]
     assert backbones.names() == published
 
 
@@ -112,7 +117,8 @@ def test_maps_are_as_declared_and_real_valued(name, stem, size):
     if stem == "cifar":
         size = (size[0] // 2 + size[0] % 2, size[1] // 2)  # (32, 48) and (33, 51)
     maps = backbone(torch.randn(2, 3, *size))
-    strides = (4, 8, 16, 32) if stem == "imagenet" else (4, 8, 16, 16) if family(name) == "vgg" else (2, 4, 8, 16)
+    of_cifar = {"vgg": (4, 8, 16, 16), "mobilenetv2": (1, 1, 2, 4)}.get(family(name), (2, 4, 8, 16))
+    strides = (4, 8, 16, 32) if stem == "imagenet" else of_cifar
     rounded = math.floor if family(name) == "vgg" else math.ceil
     assert tuple(backbone.feature_info) == tuple(
         zip(("c2", "c3", "c4", "c5"), CHANNELS[family(name)], strides, strict=True)
@@ -258,8 +264,8 @@ def test_order_of_layers_in_a_resnet():
 def test_number_of_layers_is_the_one_in_the_name(name):
     # Counted are convolutions and linear layers without the shortcuts' 1x1 convolutions.
     stem = "cifar" if name == "resnet20" else "imagenet"
-    shortcuts = {"vgg": 0, "basic": 3, "bottleneck": 4, "mobilenet": 0}[family(name)]
-    named = 28 if family(name) == "mobilenet" else int(name.lstrip("vgresnt"))
+    shortcuts = {"basic": 3, "bottleneck": 4}.get(family(name), 0)
+    named = {"mobilenetv1": 28, "mobilenetv2": 53}.get(name) or int(name.lstrip("vgresnt"))
     counts = []
     for _ in range(2):  # the second network must not find anything that the first one left
         with torch.device("meta"):
@@ -516,9 +522,10 @@ def test_norm_before_pool_has_the_same_maps_and_parameters(name, stem):
     assert neighbours(swapped) == [(True, False)] * len(neighbours(published))
 
 
-def test_mobilenet_has_no_pooling_to_move():
-    with pytest.raises(ValueError, match="pool_first must be True for mobilenetv1"):
-        create("mobilenetv1", pool_first=False)
+@pytest.mark.parametrize("name", ["mobilenetv1", "mobilenetv2"])
+def test_mobilenet_has_no_pooling_to_move(name):
+    with pytest.raises(ValueError, match=f"pool_first must be True for {name}"):
+        create(name, pool_first=False)
 
 
 # Published networks

@@ -84,7 +84,7 @@ def test_one_spike_layer_that_is_missing_is_found(place):
     assert "its input is not 0/1" in violation.reason
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet20", "mobilenetv1"])
+@pytest.mark.parametrize("name", ["vgg11", "resnet20", "mobilenetv1", "mobilenetv2"])
 def test_every_classifier_is_binary_with_dropout_and_all(name):
     torch.manual_seed(0)
     model = backbones.Classifier(backbones.create(name, stem="cifar", width=0.0625), 3, dropout=0.5)

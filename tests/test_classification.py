@@ -173,9 +173,17 @@ def test_two_processes_share_the_images(finished, monkeypatch, capsys, tmp_path)
         ["--train.low_memory", "True", "--train.accumulate", "2"],
         ["--model.backbone.name", "vgg11", "--model.backbone.stem", "cifar", "--model.backbone.pool_first", "False"],
         ["--model.backbone.name", "mobilenetv1", "--model.backbone.extremum", "channel", "--model.dropout", "0.1"],
+        [
+            "--model.backbone.name",
+            "mobilenetv2",
+            "--model.backbone.stem",
+            "cifar",
+            "--model.backbone.extremum",
+            "channel",
+        ],
         ["--model.backbone.activation", "fixed", "--label_smoothing", "0.1", "--data.augment.cutout", "8"],
     ],
-    ids=["adam", "bf16", "low memory, accumulated", "norm-before-pool", "mobilenet", "fixed"],
+    ids=["adam", "bf16", "low memory, accumulated", "norm-before-pool", "mobilenet", "mobilenetv2", "fixed"],
 )
 def test_options_train(finished, monkeypatch, tmp_path, overrides):
     run_tool(monkeypatch, "train_cls", finished[0], *overrides, "train.epochs=1", "--out", tmp_path / "run")

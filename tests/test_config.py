@@ -103,7 +103,7 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(tmp_path, values, pa
         assert part in message
 
 
-BACKBONES = ["allowed: ", "resnet18", "vgg16", "mobilenetv1"]
+BACKBONES = ["allowed: ", "resnet18", "vgg16", "mobilenetv1", "mobilenetv2"]
 NEURONS = ["allowed: ", "hoyer", "relu", "fixed", "graded"]
 
 
@@ -313,6 +313,7 @@ PUBLISHED = {
     "cifar10_resnet18": ("sgd", 0.1, 600, 128, 1e-4, 1e-8, "channel"),
     "cifar10_resnet34": ("sgd", 0.2, 400, 256, 1e-4, 1e-8, "channel"),
     "cifar10_mobilenetv1": ("adam", 1e-4, 600, 256, 1e-4, 1e-9, "channel"),
+    "cifar10_mobilenetv2": ("adam", 1e-4, 600, 256, 1e-4, 1e-9, "channel"),  # that of V1
     "imagenet_vgg16": ("adam", 1e-4, 150, 4 * 128, 5e-4, 1e-8, "channel"),
     "imagenet_resnet50": ("sgd", 0.2, 400, 4 * 64, 5e-4, 2e-9, "layer"),
 }

@@ -235,7 +235,7 @@ def is_binary(inputs: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("backbone", ["resnet18", "vgg11", "resnet50"])
+@pytest.mark.parametrize("backbone", ["resnet18", "vgg11", "resnet50", "mobilenetv2"])
 @pytest.mark.parametrize(("detector", "model"), [("retinanet", SPIKING), ("fcos", SPIKING), ("ssd", {})])
 def test_spiking_from_the_stem_to_the_last_prediction_layer(detector, model, backbone, training):
     torch.manual_seed(0)

@@ -101,7 +101,14 @@ def error_of(monkeypatch, capsys, *arguments) -> str:
 
 @pytest.mark.parametrize(
     ("name", "pool_first"),
-    [("vgg11", True), ("vgg11", False), ("resnet18", True), ("resnet50", False), ("mobilenetv1", True)],
+    [
+        ("vgg11", True),
+        ("vgg11", False),
+        ("resnet18", True),
+        ("resnet50", False),
+        ("mobilenetv1", True),
+        ("mobilenetv2", True),
+    ],
 )
 def test_onnx_gives_what_pytorch_gives(name, pool_first):
     model = classifier(name, pool_first=pool_first)
@@ -164,7 +171,10 @@ def test_extreme_weights_do_not_saturate():
     assert theirs[0, :, 2, 2].tolist() == [1, 0, 1, 1]
 
 
-@pytest.mark.parametrize(("kind", "body"), [("retinanet", "resnet18"), ("fcos", "vgg11"), ("ssd", "mobilenetv1")])
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [("retinanet", "resnet18"), ("fcos", "vgg11"), ("ssd", "mobilenetv1"), ("retinanet", "mobilenetv2")],
+)
 def test_dense_detectors_in_every_form(kind, body):
     model = detector(kind, backbone={"name": body, "width": 0.125})
     dense = DensePredictions(model)
@@ -210,12 +220,20 @@ def test_a_wrong_file_is_found_out():
 
 
 @pytest.mark.parametrize(
-    ("name", "pool_first"), [("vgg11", True), ("vgg11", False), ("mobilenetv1", True), ("resnet18", True)]
+    ("name", "pool_first"),
+    [
+        ("vgg11", True),
+        ("vgg11", False),
+        ("mobilenetv1", True),
+        ("mobilenetv2", True),
+        ("resnet18", True),
+        ("resnet50", True),
+    ],
 )
 def test_nir_gives_what_pytorch_gives(name, pool_first, tmp_path):
     model = classifier(name, pool_first=pool_first)
     x = torch.randn(2, 3, 32, 32)
-    if name == "resnet18":
+    if name.startswith("resnet"):
         with torch.no_grad():
             x = model.backbone.stem(x)
         model.backbone.stem = nn.Identity()

@@ -130,7 +130,7 @@ def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, tu
     return found
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet18", "mobilenetv1"])
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "mobilenetv1", "mobilenetv2"])
 def test_hidden_convolutions_go_to_muon_and_the_rest_to_adamw(name):
     model = backbones.Classifier(backbones.create(name, width=0.125, stem="cifar"), 10)
     config = schema.Optimizer(name="muon", lr=0.002, muon_lr=0.03, muon_decay=0.1, weight_decay=0.05)
@@ -139,7 +139,7 @@ def test_hidden_convolutions_go_to_muon_and_the_rest_to_adamw(name):
     convolutions = [(key, each) for key, each in model.named_modules() if isinstance(each, nn.Conv2d)]
     expected = {f"{key}.weight" for key, each in convolutions[1:] if each.groups == 1}
     assert {key for key, (*_, muon) in found.items() if muon} == expected == hidden_convolutions(model)
-    assert len(expected) == {"vgg11": 7, "resnet18": 21, "mobilenetv1": 13}[name]
+    assert len(expected) == {"vgg11": 7, "resnet18": 21, "mobilenetv1": 13, "mobilenetv2": 34}[name]
     for key, parameter in model.named_parameters():
         rest = (0.002, 0.05 if parameter.dim() >= 2 else 0.0, False)
         assert found[key] == ((0.03, 0.1, True) if key in expected else rest)

@@ -202,7 +202,12 @@ def test_training_with_less_memory_has_the_same_bits(name, options):
 
 def test_published_networks_are_those_with_the_options_off():
     off = {"shortcut": "spiking", "norm_first": False, "threshold": "layer", "window": (0.0, 2.0)}
-    for name, own in (("resnet18", off), ("vgg11", off | {"head": "linear"}), ("mobilenetv1", off)):
+    for name, own in (
+        ("resnet18", off),
+        ("vgg11", off | {"head": "linear"}),
+        ("mobilenetv1", off),
+        ("mobilenetv2", off),
+    ):
         torch.manual_seed(0)
         plain = backbones.Classifier(backbones.create(name, width=0.125), 3)
         torch.manual_seed(0)

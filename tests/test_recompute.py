@@ -134,7 +134,7 @@ def trained(model: nn.Module, images: Tensor, context, dtype: torch.dtype | None
     return results + [buffer.clone() for buffer in model.buffers()]
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet34", "resnet50", "mobilenetv1"])
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet34", "resnet50", "mobilenetv1", "mobilenetv2"])
 def test_every_family_trains_bit_for_bit_alike(name):
     torch.manual_seed(0)
     model = backbones.create(name, width=0.125)

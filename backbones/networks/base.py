@@ -80,18 +80,8 @@ class Backbone(nn.Module):
         self.feature_info = self.feature_info[: names.index(name) + 1]
 
     def make_head(self, num_classes: int, dropout: float) -> nn.Module:
-        """Return the classification head: last map -> global average pool -> spike -> linear -> (N, num_classes).
-
-        While training, dropout scales the spikes that it keeps by 1 / (1 - p). A family may have a head of its own.
-        """
-        channels = self.feature_info[-1].channels
-        return nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            self.make_spike(channels),
-            nn.Flatten(),
-            nn.Dropout(dropout),
-            nn.Linear(channels, num_classes),
-        )
+        """Return the classification head, `pooled_head` over the last map. A family may have a head of its own."""
+        return pooled_head(self.make_spike, self.feature_info[-1].channels, num_classes, dropout)
 
 
 _FAMILIES: dict[str, type[Backbone]] = {}
@@ -211,6 +201,15 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int =
     fan_out = out_channels // groups * kernel_size**2
     nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
     return layer
+
+
+def pooled_head(spike: SpikeFactory, channels: int, num_classes: int, dropout: float) -> nn.Sequential:
+    """Global average pool -> spike -> linear: (N, channels, H, W) -> (N, num_classes).
+
+    While training, dropout scales the spikes that it keeps by 1 / (1 - p).
+    """
+    linear = nn.Linear(channels, num_classes)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), spike(channels), nn.Flatten(), nn.Dropout(dropout), linear)
 
 
 def pool_and_norm(pool: nn.Module, channels: int, *, pool_first: bool) -> list[nn.Module]:

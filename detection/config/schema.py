@@ -34,7 +34,7 @@ __all__ = [
 class Backbone(Section):
     """The feature extractor, `backbones.create(name, ...)`."""
 
-    name: str = Field("resnet18", description="one of `backbones.names()`: vgg11 ... resnet152, mobilenetv1")
+    name: str = Field("resnet18", description="one of `backbones.names()`: vgg11 ... resnet152, mobilenetv2")
     width: float = Field(1.0, gt=0, le=64, description="multiplier of every channel count (rounded to multiples of 8)")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="first layers: for large images, or for 32x32")
     activation: str = Field(

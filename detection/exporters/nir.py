@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from backbones.deploy.fold import ChannelThreshold, channels_first, module_of
+from backbones.deploy.fold import ChannelThreshold, channels_first, module_of, norm_affine
 from backbones.deploy.integer import fix_size, is_binary, shape_of
 from detection.exporters.common import import_extra, pair
 
@@ -20,8 +20,9 @@ def to_nir(network: fx.GraphModule, example: Tensor) -> Any:
     """Return a folded network, for images of one size, as `nir.NIRGraph`: convolutions, sums, thresholds without state.
 
     NIR adds up what comes in along several edges: so do the residual sums. It has no maximum: a max-pool in front of a
-    comparison is Threshold -> SumPool2d -> Threshold. Its Threshold fires above, ours at its number, so that the number
-    below is written, and a comparison that is turned round has a Scale of -1 in front.
+    comparison is Threshold -> SumPool2d -> Threshold. A BatchNorm over the residual stream is a convolution of 1x1. Its
+    Threshold fires above, ours at its number, so that the number below is written, and a comparison that is turned
+    round has a Scale of -1 in front.
 
     Args:
         network: of `fold`, with one input.
@@ -95,7 +96,8 @@ class _NirWriter:
         if isinstance(module, nn.Flatten):
             return self.nir.Flatten({"input": np.array(shape)}, start_dim=0, end_dim=-1)
         if isinstance(module, nn.BatchNorm2d):
-            raise ValueError(f"NIR has nothing for {node.target}, a BatchNorm with no convolution to go into")
+            scale, shift = norm_affine(module)
+            return self.nir.Conv2d(shape[1:], _array(scale.diag()[..., None, None]), 1, 0, 1, 1, _array(shift))
         if isinstance(module, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
             kernel = shape[1:] if isinstance(module, nn.AdaptiveAvgPool2d) else pair(module.kernel_size)
             return self.nir.AvgPool2d(np.array(kernel), np.array(kernel), np.array([0, 0]))
