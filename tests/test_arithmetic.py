@@ -362,6 +362,7 @@ def test_a_recipe_trains_and_its_run_says_what_it_is(trained, name, tmp_path, ca
             export_run(trained / name, out=tmp_path / "net", **options)
     summary.main([str(trained / name)])
     text = capsys.readouterr().out
+    text = " ".join(text.split())  # the table breaks lines
     assert f"arithmetic {name}" in text and f"{name} conv 3x3 8 -> 16" in text
 
 

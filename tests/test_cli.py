@@ -114,7 +114,7 @@ def test_help_of_train_has_every_key_with_its_values(capsys):
         return found
 
     sections = {"model", "data", "train", "hoyer", "optimizer", "distillation", "evaluation", "neck", "head"}
-    sections |= {"backbone", "scenes", "augment", "options"}
+    sections |= {"backbone", "scenes", "events", "augment", "options"}
     for name in ("scenes_retinanet_resnet18", "cifar10_vgg11"):
         text = call(capsys, "train", name, "--help")
         recipe = read_recipe(ROOT / "configs" / f"{name}.yaml").model_dump(mode="json")

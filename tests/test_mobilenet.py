@@ -65,15 +65,15 @@ def test_layers_parameters_and_operations_are_those_of_torchvision():
     [
         ("imagenet", (224, 224), [(56, 56), (28, 28), (14, 14), (7, 7)]),
         ("imagenet", (97, 33), [(25, 9), (13, 5), (7, 3), (4, 2)]),
-        ("cifar", (32, 32), [(16, 16), (8, 8), (4, 4), (2, 2)]),
-        ("cifar", (33, 51), [(17, 26), (9, 13), (5, 7), (3, 4)]),
+        ("cifar", (32, 32), [(32, 32), (32, 32), (16, 16), (8, 8)]),
+        ("cifar", (33, 51), [(33, 51), (33, 51), (17, 26), (9, 13)]),
     ],
 )
 def test_maps_at_full_width(stem, size, sides):
     with torch.device("meta"):
         backbone = create("mobilenetv2", stem=stem)
         maps = backbone(torch.empty(2, 3, *size))
-    strides = (4, 8, 16, 32) if stem == "imagenet" else (2, 4, 8, 16)
+    strides = (4, 8, 16, 32) if stem == "imagenet" else (1, 1, 2, 4)
     assert list(backbone.feature_info) == list(zip(maps, (24, 32, 96, 320), strides, strict=True))
     assert [tuple(each.shape) for each in maps.values()] == [
         (2, channels, *side) for channels, side in zip((24, 32, 96, 320), sides, strict=True)

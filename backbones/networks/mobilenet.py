@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from ..spiking import SpikeFactory
@@ -48,13 +50,15 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNet(Backbone):
-    """Base of both versions: a convolution and BN, then blocks in five stages, of which all but the first halve.
+    """Base of both versions: a convolution and BN, then blocks in five stages, of which some begin by halving.
 
     Attributes:
         channels: of the blocks' outputs, by stage.
+        strides: of each stage, by stem.
     """
 
     channels: tuple[tuple[int, ...], ...]
+    strides: ClassVar[dict[Stem, tuple[int, ...]]] = {"imagenet": (1, 2, 2, 2, 2), "cifar": (1, 2, 2, 2, 2)}
 
     def __init__(
         self, name: str, spike: SpikeFactory, *, in_channels: int = 3, stem: Stem = "imagenet", width: float = 1.0
@@ -69,7 +73,7 @@ class MobileNet(Backbone):
         for index, stage in enumerate(self.channels):
             blocks = []
             for position, channels in enumerate(scale_channels(channels, width) for channels in stage):
-                block_stride = 2 if index and position == 0 else 1
+                block_stride = 1 if position else self.strides[stem][index]
                 blocks.append(self.make_block(index, channels_in, channels, block_stride))
                 channels_in = channels
                 stride *= block_stride
@@ -112,22 +116,23 @@ class MobileNetV2(MobileNet):
 
     Every convolution but the first sees spikes; no spike cuts the stream itself. The network has no pooling, strided
     convolutions halve the size. Spikes and BN stand in the blocks as in those that the authors of arXiv:2212.10170
-    publish. Their network is for images of 32x32 alone, and differs in three points: it halves the size in front of
-    64 and of 160 channels only, its first block has a pointwise convolution more (32 to 32 channels), and its head
-    takes the maximum of each map. They take the extremum per channel.
+    publish, with the extremum per channel. Their network is for images of 32x32 alone: the "cifar" stem's strides are
+    theirs. It differs in two points: its first block has a pointwise convolution more (32 to 32 channels), and its
+    head takes the maximum of each map.
 
     Args:
         name: "mobilenetv2".
         spike: makes the activation layers.
         in_channels: channels of the image.
         stem: "imagenet" starts with a convolution of stride 2 (strides 4, 8, 16, 32 for c2 ... c5), "cifar" with one
-            of stride 1 (strides 2, 4, 8, 16).
+            of stride 1, and only the stages of 64 and of 160 channels halve (strides 1, 1, 2, 4).
         width: multiplier of all channel counts, that of the head's 1280 included.
 
     Shape: (N, in_channels, H, W) -> {"c2": (N, 24 width, ceil(H / stride), ...), "c3": 32, "c4": 96, "c5": 320 width}.
     """
 
     channels = ((16,), (24,) * 2, (32,) * 3, (64,) * 4 + (96,) * 3, (160,) * 3 + (320,))
+    strides = MobileNet.strides | {"cifar": (1, 1, 1, 2, 2)}
 
     def make_block(self, stage: int, channels_in: int, channels: int, stride: int) -> nn.Module:
         return InvertedResidual(channels_in, channels, stride, self.make_spike, expansion=6 if stage else 1)

@@ -172,7 +172,7 @@ def read_boxes(path: Path) -> np.ndarray:
     if Path(path).stat().st_size == 0:
         raise ValueError(f"{path}: an empty file, 0 bytes")
     try:
-        stored = np.load(path, allow_pickle=False)
+        stored = np.load(path)  # which unpickles nothing
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: no whole .npy file of boxes ({error})") from None
     found = getattr(stored, "dtype", np.dtype(float)).names or ()
