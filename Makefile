@@ -24,7 +24,7 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 tests
 
-# Every recipe for a few dozen steps, an eighth as wide: fails where one does not learn.
+# Every recipe for about a hundred steps, a quarter as wide: fails where one does not learn.
 recipes: install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/recipes.py
 
