@@ -238,7 +238,7 @@ class HoyerSpike(SpikeLayer):
         if not self.training:
             z = u / v
             threshold = 1.0 if self.fixed else self.broadcast(self.extremum.to(z.dtype), z)
-            return _Spike.apply(z, threshold, self.fire, self.window)
+            return spike(z, threshold, self.fire, self.window)
         with torch.no_grad():
             z = u / v
             sum_c, sum_c2 = moments(F.hardtanh(z, 0.0, 1.0), per_channel=self.per_channel)

@@ -138,6 +138,11 @@ class EpochLog(Record):
         found = self.evaluation
         return found.metrics | ({} if found.activity is None else {"activity": found.activity})
 
+    @property
+    def total_seconds(self) -> float | None:
+        """Seconds of the steps and the evaluations together; None where `seconds` is."""
+        return None if self.seconds is None else self.seconds + (self.eval_seconds or 0.0)
+
     def to_json(self) -> dict[str, Any]:
         """Return the line of the file."""
         line: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "lr": self.lr, "loss": self.loss}

@@ -72,7 +72,7 @@ def row(change: str, runs: Sequence[Run], twins: dict[tuple[str, ...], float]) -
     values = [run.history()[-1].evaluation for run in runs]
     activity = [each.activity for each in values if each.activity is not None]
     twin = None if is_twin(runs[0]) else twins.get(structure(runs[0]))
-    seconds = [(line.seconds or 0) + (line.eval_seconds or 0) for run in runs for line in run.history()]
+    seconds = [line.total_seconds or 0.0 for run in runs for line in run.history()]
     cells = [
         change,
         str(len(runs)),

@@ -153,7 +153,7 @@ def last_line(run: Run) -> EpochLog:
 
 def minutes(run: Run) -> float:
     """Return how long training and evaluations took."""
-    return sum((line.seconds or 0.0) + (line.eval_seconds or 0.0) for line in run.history()) / 60
+    return sum(line.total_seconds or 0.0 for line in run.history()) / 60
 
 
 def run_row(folder: Path, run: Run, runs: Sequence[Run]) -> list[str]:

@@ -86,10 +86,10 @@ def headline(source: Source) -> list[Number]:
     if activity is not None:
         shown, note = f"{100 * activity:.1f} %", "of the spiking neurons fire per image"
     numbers += [Number("activity", "Spike activity", activity, shown, note), *analysis_headline(source)]
-    times = [(line.seconds, line.eval_seconds or 0.0) for line in source.log if line.seconds is not None]
+    times = [line.total_seconds for line in source.log if line.total_seconds is not None]
     if not times:
         return [*numbers, Number("seconds", "Training time", None, "unknown", "There is no log of it.")]
-    seconds, machine = sum(map(sum, times)), source.info.machine
+    seconds, machine = sum(times), source.info.machine
     note = machine.gpu or f"{plural(machine.threads, 'thread')}, {machine.cpu}"
     return [*numbers, Number("seconds", "Training time", seconds, format_time(seconds), note)]
 

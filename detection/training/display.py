@@ -31,7 +31,7 @@ def summary(line: EpochLog, num_epochs: int, best_by: str, headline: Sequence[st
     parts += [f"{key} {line.metrics[key]:.4f}" for key in shown if key in line.metrics]
     if line.ema is not None:
         parts.append(f"ema {best_by} {line.ema.metrics[best_by]:.4f}")
-    parts.append(f"{line.seconds + (line.eval_seconds or 0.0):.1f} s")
+    parts.append(f"{line.total_seconds:.1f} s")
     return "  ".join(parts)
 
 
