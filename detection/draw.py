@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
@@ -209,18 +210,20 @@ def draw_spike_maps(
     places = [axes for index, axes in enumerate(grid) if index and (index % columns or not steps)]
     grid[0].imshow(image, aspect="auto")
     grid[0].set_title(f"image\n{width}\N{MULTIPLICATION SIGN}{height} pixels", fontsize=9)
-    for axes, entry in zip(places, shown, strict=False):
-        rows, cells = entry.rate.shape
-        picture = axes.imshow(entry.rate, cmap="inferno", vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
-        axes.set_title(
-            f"{entry.name}\n{cells}\N{MULTIPLICATION SIGN}{rows}, {100 * entry.activity:.1f} % active", fontsize=9
-        )
-    bar = figure.colorbar(picture, ax=list(grid), aspect=30, pad=0.01, extend="max" if vmax < 1 else "neither")
+    pictures = [_draw_map(axes, entry, vmax) for axes, entry in zip(places, shown, strict=False)]
+    bar = figure.colorbar(pictures[0], ax=list(grid), aspect=30, pad=0.01, extend="max" if vmax < 1 else "neither")
     bar.set_label("share of channels that fire", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     if title:
         figure.suptitle(shorten(title, 80), fontsize=11)
     return figure
+
+
+def _draw_map(axes: Axes, entry: SpikeMap, vmax: float) -> AxesImage:
+    rows, cells = entry.rate.shape
+    words = f"{cells}\N{MULTIPLICATION SIGN}{rows}, {100 * entry.activity:.1f} % active"
+    axes.set_title(f"{entry.name}\n{words}", fontsize=9)
+    return axes.imshow(entry.rate, cmap="inferno", vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
 
 
 # Boxes
