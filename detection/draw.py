@@ -222,7 +222,7 @@ def draw_spike_maps(
 def _draw_map(axes: Axes, entry: SpikeMap, vmax: float) -> AxesImage:
     rows, cells = entry.rate.shape
     words = f"{cells}\N{MULTIPLICATION SIGN}{rows}, {100 * entry.activity:.1f} % active"
-    axes.set_title(f"{entry.name}\n{words}", fontsize=9)
+    axes.set_title(f"{entry.name}{', mean' if entry.steps else ''}\n{words}", fontsize=9)
     return axes.imshow(entry.rate, cmap="inferno", vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
 
 
