@@ -203,6 +203,18 @@ def _lines_of_layers(
 # Other charts
 
 
+def draw_anytime(scores: Mapping[str, Sequence[float]]) -> list[Figure]:
+    """Return a panel of metrics after 1, ..., T time steps of one network; none where only the last is known.
+
+    Args:
+        scores: metric -> its values, of `Evaluation.after_steps`; COCO's -1 for undefined is left out.
+    """
+    known = {name: [point for point in enumerate(values, start=1) if point[1] != -1] for name, values in scores.items()}
+    lines = _styled([(name, points) for name, points in known.items() if len(scores[name]) > 1 and points])
+    panel = draw_panel("Stopped early", lines, "on the evaluation images", "time steps")
+    return [] if panel is None else [panel]
+
+
 def draw_precision_recall(curves: Mapping[str, PrecisionRecall]) -> Figure:
     """Return precision over recall, a line per class, under which the area is the average precision beside its name.
 

@@ -54,6 +54,11 @@ class Evaluation(Record):
     activity_per_layer: Values = {}
     potentials: dict[str, list[float]] = {}
 
+    def after_steps(self, metric: str) -> list[float]:
+        """Return a metric of the network stopped after 1, 2, ... time steps, as far as known; the last is its own."""
+        early = self.tables.get("anytime", {})
+        return [*(early[name] for name in early if name.startswith(f"{metric} after ")), self.metrics[metric]]
+
     def to_json(self) -> dict[str, Any]:
         """Return everything in one flat object, as the log has it."""
         flat: dict[str, Any] = {**self.metrics, **self.tables}

@@ -61,7 +61,7 @@ def build_detector(config: Recipe) -> nn.Module:
         neck = SpikingFPN(channels, model.neck.out_channels, spike, spiking=spiking, extra=extra, **shared)
     detector = BUILDERS[model.detector](model, BackboneWithNeck(body, neck, levels), len(config.data.classes), spike)
     if body.time_steps > 1:
-        average_over_steps(detector, body.time_steps)
+        average_over_steps(detector, body)
     return detector
 
 

@@ -17,7 +17,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 
-from backbones import SpikeFactory, average_steps
+from backbones import Backbone, SpikeFactory, average_steps
 from backbones.networks.base import conv
 from detection.config.schema import Model
 from detection.models.inference import AnyShape
@@ -216,25 +216,25 @@ def build_ssd(config: Model, backbone: BackboneWithNeck, num_classes: int, spike
     return AnyShapeSSD(backbone, boxes, size, num_classes + 1, **_colours_and_limits(config))
 
 
-def average_over_steps(detector: nn.Module, time_steps: int) -> None:
+def average_over_steps(detector: nn.Module, body: Backbone) -> None:
     """Let a detector's heads, which see the maps of all time steps, give the mean of their outputs over the steps.
 
     So losses and detections are those of the means. The regions of a Faster R-CNN, found in the means of its RPN, are
-    pooled from the maps of each step.
+    pooled from the maps of each step. `body` is its backbone, which has the number of steps.
 
     Shape: what a head gives, (T N, ...), step by step -> (N, ...).
     """
 
     def average(module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
-            return average_steps(output, time_steps)
+            return average_steps(output, body.time_steps)
         if isinstance(output, dict):
             return {name: average(module, inputs, value) for name, value in output.items()}
         return type(output)(average(module, inputs, value) for value in output)
 
     def repeat(module: nn.Module, inputs: tuple[Any, list[Tensor], list[tuple[int, int]]]) -> tuple[Any, ...]:
         maps, regions, sizes = inputs
-        return maps, regions * time_steps, sizes * time_steps
+        return maps, regions * body.time_steps, sizes * body.time_steps
 
     heads = [detector.head] if hasattr(detector, "head") else [detector.rpn.head, detector.roi_heads.box_predictor]
     for head in heads:

@@ -28,7 +28,7 @@ from detection.tasks import register_task
 from detection.tasks.base import Deployable, SpikingPart, Split, Task, record_spikes
 from detection.tasks.predictions import ClassPrediction
 from detection.tasks.recipes import ClassificationRecipe
-from detection.training.distillation import softened_distance
+from detection.training.distillation import require_same_input, softened_distance
 
 
 @register_task
@@ -101,7 +101,8 @@ class ClassificationTask(Task):
         return metrics["top1"] < 1.5 / len(self.config.data.classes)
 
     def learn_from(self, teacher: Task) -> None:
-        """Any classifier of these classes will do: each normalises its images by itself."""
+        """Any classifier of these classes and images will do: each normalises them by itself."""
+        require_same_input(self.config, teacher.config, "data.size")
 
     def head_of(self, model: nn.Module) -> nn.Module:
         return model.head

@@ -33,7 +33,7 @@ from detection.tasks import register_task
 from detection.tasks.base import Deployable, SpikingPart, Split, Task, record_spikes
 from detection.tasks.predictions import Prediction, in_batches, read_category_ids
 from detection.tasks.recipes import DetectionRecipe
-from detection.training.distillation import detection_distance
+from detection.training.distillation import detection_distance, require_same_input
 
 NUM_PICTURES = 12
 PADDED = 32  # torchvision pads images to multiples of so many pixels
@@ -138,6 +138,7 @@ class DetectionTask(Task):
         ours, theirs = self.config.model, teacher.config.model
         if theirs.detector != ours.detector:
             raise ValueError(f"is a {theirs.detector}, this recipe a {ours.detector}")
+        require_same_input(self.config, teacher.config, "model.min_size", "model.max_size")
         # The teacher is given the pixels as the student's recipe has normalised them.
         for key in ("mean", "std"):
             if getattr(theirs, key) != getattr(ours, key):

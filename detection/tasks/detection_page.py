@@ -19,7 +19,7 @@ from detection.evaluation.matching import Match, match
 from detection.figures import data_uri
 from detection.records import Evaluation
 from detection.sections import Charts, Gallery, Key, Legend, Map, Picture, Section, Table, Words, count, score
-from detection.spikemaps import SpikeMap, spike_maps
+from detection.spikemaps import SpikeMap, rows_of, spike_maps
 
 SCORE_THRESHOLD = 0.3  # detections with a lower score are neither drawn nor counted in an image's F1
 MAX_SIDE = 640  # pixels of a picture
@@ -153,12 +153,14 @@ def picture_of(model: nn.Module, record: Record, image: Tensor, found: Match, cl
 
 def maps_of(found: Sequence[SpikeMap], name: str) -> list[Map]:
     """Return the spike maps of an image as grey pictures, brighter where more channels fire, all on one scale."""
-    brightest = max((float(np.quantile(entry.rate, 0.99)) for entry in found), default=0.0) or 1.0
+    shown = [(entry.name, entry) for entry in found]
+    shown += [(f"{entry.name} step {step}", entry) for step, row in rows_of(found).items() for entry in row]
+    brightest = max((float(np.quantile(entry.rate, 0.99)) for _, entry in shown), default=0.0) or 1.0
     maps = []
-    for entry in found:
+    for place, entry in shown:
         height, width = entry.rate.shape
         pixels = (255 * np.clip(entry.rate / brightest, 0, 1)).astype(np.uint8)
-        alt = f"Spike map of {entry.name} on {name}, {width}\N{MULTIPLICATION SIGN}{height} cells"
-        caption = (entry.name, f"{100 * entry.activity:.1f} %")
+        alt = f"Spike map of {place} on {name}, {width}\N{MULTIPLICATION SIGN}{height} cells"
+        caption = (place, f"{100 * entry.activity:.1f} %")
         maps.append(Map(data_uri(Image.fromarray(pixels), "PNG"), alt, caption, width / height))
     return maps

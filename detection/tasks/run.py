@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 
+from backbones import stop_after, time_steps
 from detection.config import Recipe, flatten, require_same
 from detection.files import require_writable
 from detection.records import DataFingerprint, EpochLog, Evaluation, RunInfo, Weights
@@ -262,11 +263,18 @@ def require_same_origin(run: Run, info: RunInfo) -> None:
 
 def leave_pictures(run: Run) -> None:
     """Draw the curves of a run's log into its folder."""
-    from detection.curves import draw_curves, draw_dynamics, draw_potentials  # which bring matplotlib, slow to import
+    from detection.curves import (
+        draw_anytime,
+        draw_curves,
+        draw_dynamics,
+        draw_potentials,
+    )  # which bring matplotlib, slow to import
     from detection.figures import save_png
 
     task, history = task_of(run.config), run.history()
-    save_png(draw_curves(history, task.metrics, task.score), run.folder / "curves.png")
+    logged = [line.evaluation for line in history if line.evaluation]
+    early = draw_anytime({key: logged[-1].after_steps(key) for key in task.headline} if logged else {})
+    save_png(draw_curves(history, task.metrics, task.score) + early, run.folder / "curves.png")
     dynamics = draw_dynamics(history)
     if dynamics:
         save_png(dynamics + draw_potentials(history), run.folder / "dynamics.png")
@@ -351,4 +359,22 @@ def evaluate_run(
     if accelerator.is_main_process:
         tell_dropped(val=dataset)
     batches = task.evaluation_batches(dataset, accelerator)
-    return task.evaluate(model, batches, dataset, accelerator, save=save), logged
+    evaluation = task.evaluate(model, batches, dataset, accelerator, save=save)
+    return with_early_metrics(evaluation, task, model, dataset, accelerator), logged
+
+
+def with_early_metrics(
+    evaluation: Evaluation, task: Task, model: nn.Module, dataset: Dataset, accelerator: Accelerator
+) -> Evaluation:
+    """Return the evaluation of a network of T time steps with the headline metrics after 1, ..., T - 1 under "anytime".
+
+    A task that has found them in passing is left alone; of others the network is stopped early and evaluated again.
+    """
+    steps, early = time_steps(model), {}
+    if steps == 1 or "anytime" in evaluation.tables:
+        return evaluation
+    for step in range(1, steps):
+        with stop_after(model, step):
+            found = task.evaluate(model, task.evaluation_batches(dataset, accelerator), dataset, accelerator)
+        early |= {f"{key} after {step} of {steps} steps": found.metrics[key] for key in task.headline}
+    return evaluation.model_copy(update={"tables": evaluation.tables | {"anytime": early}})
