@@ -20,7 +20,7 @@ from .measure.record import (
     spike_activity,
     sum_activity,
 )
-from .multistep import MultiStepSpike, RepeatSteps, average_so_far, average_steps
+from .multistep import FramesToSteps, MultiStepSpike, RepeatSteps, average_so_far, average_steps
 from .networks import Backbone, Classifier, FeatureInfo, Normalise, Stem, create, names, register_backbone
 from .recompute import recompute_activations
 from .spiking import (
@@ -49,6 +49,7 @@ __all__ = [
     "FeatureInfo",
     "Finding",
     "FirstLayer",
+    "FramesToSteps",
     "HoyerSpike",
     "LayerActivity",
     "Measurement",

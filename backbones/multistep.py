@@ -10,8 +10,9 @@ E and H are those of `backbones.hoyer`, of the z of all steps together. The grad
 reset, ds/dz being the surrogate's.
 
 The steps lie in the first dimension, step by step: (T N, ...). The image is the same in every step (direct encoding),
-so a network is computed once up to its first spike layer, `RepeatSteps` stands there, and its outputs are averaged over
-the steps in the end, `average_steps`.
+so a network is computed once up to its first spike layer, and `RepeatSteps` stands there; or each step has a frame of
+its own, of an event camera, and `FramesToSteps` stands in front of all. The outputs are averaged over the steps in the
+end, `average_steps`.
 """
 
 from __future__ import annotations
@@ -77,6 +78,13 @@ class RepeatSteps(nn.Module):
             else:
                 x = child(x)
         return x
+
+
+class FramesToSteps(RepeatSteps):
+    """The frames in an image's channels as its steps: (N, T C, H, W), frame by frame -> (T N, C, H, W), step by step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.time_steps, -1)).transpose(0, 1).flatten(0, 1)
 
 
 class MultiStepSpike(HoyerSpike):

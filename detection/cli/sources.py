@@ -1,4 +1,4 @@
-"""The images, films and cameras that a command line names."""
+"""The images, films, recordings and cameras that a command line names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".w
 
 
 def find_sources(sources: Sequence[str], failures: list[str]) -> tuple[list[str], list[str]]:
-    """Return image files, and films and cameras, in the order given.
+    """Return image files and recordings of events, and films and cameras, in the order given.
 
     `failures` gets a sentence for each source that gives none, and for each file that is none, such as a FIFO.
     """
@@ -44,9 +44,10 @@ def _files_of(source: str, failures: list[str]) -> list[str]:
     kind = kind_of(source)
     if kind == "a folder":
         from detection.data.image_files import EXTENSIONS, is_image
+        from detection.data.pictures import is_recording
 
         try:
-            found = sorted(str(path) for path in Path(source).iterdir() if is_image(path))
+            found = sorted(str(path) for path in Path(source).iterdir() if is_image(path) or is_recording(path))
         except OSError as error:
             failures.append(f"{source}: this folder cannot be read ({error.strerror})")
             return []

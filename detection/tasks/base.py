@@ -28,6 +28,7 @@ from backbones import (
 from backbones.networks.base import find_family
 from detection.config import Recipe
 from detection.data.batches import Batches
+from detection.data.events.files import read_recording, read_windows
 from detection.records import Evaluation
 from detection.runs import Run
 from detection.sections import Examination, Section
@@ -111,6 +112,7 @@ class Task(ABC):
         num_calibration: images that 8-bit thresholds are set on by default.
         prediction_layers: parts of names of the layers whose outputs are predictions: they stay in floating point in
             8-bit files, and Muon leaves them to AdamW.
+        windows: whether a recording of events is an image for each of its windows, as a film's, or one image.
     """
 
     recipe: ClassVar[type[Recipe]]
@@ -121,6 +123,7 @@ class Task(ABC):
     score: ClassVar[str] = "Metrics"
     num_calibration: ClassVar[int] = 64
     prediction_layers: ClassVar[tuple[str, ...]] = ()
+    windows: ClassVar[bool] = False
 
     def __init__(self, config: Recipe) -> None:
         self.config = config
@@ -325,6 +328,17 @@ class Task(ABC):
     ) -> list[AnyPrediction]:
         """Return a prediction for each picture (3, H, W), uint8 or float in [0, 1]; subclasses have more options."""
         raise self.refusal("has no predictions of single images")
+
+    def read_recording(self, path: Path) -> Iterator[Tensor]:
+        """Yield the pictures of a recording of events, one or, if `windows`, one for each of its windows.
+
+        Raises:
+            OSError, ModuleNotFoundError, ValueError: it cannot be read, or the network takes no events.
+        """
+        data = self.config.data
+        if not getattr(data, "are_events", False):
+            raise ValueError(f"{path}: a recording of events, and {self.name} of {data.format} data takes images")
+        return read_windows(path, data.events) if self.windows else iter([read_recording(path, data.size, data.events)])
 
     def prepare(self, model: nn.Module, picture: Tensor) -> Tensor:
         """Return a picture as the network takes one, in [0, 1]: for `spike_maps`."""
