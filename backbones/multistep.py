@@ -81,7 +81,7 @@ class RepeatSteps(nn.Module):
 
 
 class FramesToSteps(RepeatSteps):
-    """The frames in an image's channels as its steps: (N, T C, H, W), frame by frame -> (T N, C, H, W), step by step."""
+    """Frames in an image's channels as its steps: (N, T C, H, W), frame by frame -> (T N, C, H, W), step by step."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (self.time_steps, -1)).transpose(0, 1).flatten(0, 1)

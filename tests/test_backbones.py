@@ -98,7 +98,7 @@ def assert_equal_state(state: dict[str, Tensor], other: dict[str, Tensor]) -> No
 
 
 def test_names():
-    vggs, resnets = (11, 13, 16, 19), (18, 20, 34, 50, 101, 152)
+    vggs, resnets = (9, 11, 13, 16, 19), (18, 20, 34, 50, 101, 152)
     published = [
         "mobilenetv1",
         "mobilenetv2",

@@ -84,9 +84,12 @@ def film(source: str, call: Call, advance: Callable[[], None]) -> str | None:
     if is_recording(source):
         task = call.predictor.task
         windows = read_windows(task, Path(source), call.failures)
-        return take_in(windows, source, call, advance, 1 / task.config.data.events.window if task.windows else 0.0)
+        return take_in(windows, source, call, advance, 1 / task.config.data.events.window)
     camera = is_camera(source)
     name = f"camera {source}" if camera else source
+    if getattr(call.predictor.run.config.data, "are_events", False):
+        call.failures.append(f"{name}: a film, and the network takes recordings of events")
+        return None
     # OpenCV and FFmpeg write lines of their own about what is said in one sentence here.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -129,8 +132,8 @@ def take_in(
         # The pictures of a camera are drawn at once, whatever the batch size.
         size = 1 if camera else call.options["batch_size"]
         for frames in in_batches(pictures, size, lambda frame: frame[0].numel()):
-            found_in = call.predict(frames, [f"{name}: frame {number + step}" for step in range(len(frames))])
-            for picture, prediction in zip(frames, found_in, strict=True):
+            predictions = call.predict(frames, [f"{name}: frame {number + step}" for step in range(len(frames))])
+            for picture, prediction in zip(frames, predictions, strict=True):
                 if prediction is not None:
                     if call.draw:
                         if drawn is None:
