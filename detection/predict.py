@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from detection.data.events.files import read_recording, read_windows
 from detection.data.pictures import ImageLike, is_recording, read_image
 from detection.runs import Run, Weights
 from detection.spikemaps import SpikeMap, spike_maps
@@ -108,7 +109,7 @@ def predict_images(
             raise ValueError(f"{name}: no option of {task.name} (allowed: {', '.join(allowed) or 'none'})")
     if is_recording(images) and task.windows:
         path = Path(images)
-        batches = in_batches(task.read_recording(path), batch_size, Tensor.numel)
+        batches = in_batches(pictures_of(task, path), batch_size, Tensor.numel)
         found = [task.predict(model, each, batch_size=batch_size, precision=precision, **options) for each in batches]
         return [dataclasses.replace(each, path=path) for each in itertools.chain(*found)]
     several = isinstance(images, (list, tuple))
@@ -138,6 +139,18 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         ) from None
 
 
+def pictures_of(task: Task, path: Path) -> Iterator[Tensor]:
+    """Yield the images that a recording of events is to a network of the task, in the order of time.
+
+    Raises:
+        OSError, ModuleNotFoundError, ValueError: it cannot be read, or the network takes no events.
+    """
+    data = task.config.data
+    if not getattr(data, "are_events", False):
+        raise ValueError(f"{path}: a recording of events, and {task.name} of {data.format} data takes images")
+    return read_windows(path, data.events) if task.windows else iter([read_recording(path, data.size, data.events)])
+
+
 def read_picture(task: Task, image: ImageLike) -> Tensor:
     """Return an image as a network of the task takes it, before it is resized; see `read_image`.
 
@@ -145,7 +158,7 @@ def read_picture(task: Task, image: ImageLike) -> Tensor:
         OSError, ModuleNotFoundError, ValueError: it cannot be read, or is none for this network.
     """
     if is_recording(image):
-        pictures = task.read_recording(Path(image))
+        pictures = pictures_of(task, Path(image))
         if task.windows:
             raise ValueError(f"{image}: a recording, which is many images to {task.name}; it is predicted on alone")
         return next(pictures)

@@ -21,6 +21,7 @@ import backbones
 import detection
 from backbones import FramesToSteps, MultiStepSpike, RepeatSteps, certify, energy, measure_activity, spike_layers
 from detection.config import load_config, read_recipe
+from detection.config.schema import Events
 from detection.data.events import Recording, events_to_frames, read_windows
 from detection.data.pictures import as_rgb
 from detection.predict import predict_images
@@ -126,7 +127,7 @@ def test_refused_frames(options, message):
 def recipe_of(task: str, folder: Path, steps: int, time_steps: int, **backbone) -> Path:
     recipe = RECIPES[task] | {"train": {"epochs": 1, "batch_size": 4}}
     recipe["data"] = recipe["data"] | {"format": "synthetic_events", "root": str(folder / f"made_{task}"), "workers": 0}
-    recipe["data"]["events"] = {"steps": steps, "skip": 0, "min_diagonal": 0, "min_side": 0}
+    recipe["data"]["events"] = {"steps": steps, "window": 0.1, "skip": 0, "min_diagonal": 0, "min_side": 0}
     model = dict(recipe["model"])
     model["backbone"] = model["backbone"] | {"time_steps": time_steps} | backbone
     path = folder / f"{task}.yaml"
@@ -207,9 +208,9 @@ def test_windows_of_a_recording(recording, tmp_path):
     whole = Recording(recording)
     settings = read_recipe(recording.parents[2] / "detection.yaml").data.events
     pictures = list(read_windows(recording, settings))
-    assert len(pictures) == math.ceil((whole.end + 1 - whole.start) / 50_000) == 20
-    first = whole.start + 3 * 50_000
-    counts = events_to_frames(whole.between(first, first + 50_000), (64, 64), 2, window=(first, first + 50_000))
+    assert len(pictures) == math.ceil((whole.end + 1 - whole.start) / 100_000) == 10
+    first = whole.start + 3 * 100_000
+    counts = events_to_frames(whole.between(first, first + 100_000), (64, 64), 2, window=(first, first + 100_000))
     assert torch.equal(pictures[3], (255 * (counts / 3).clamp(max=1)).round().byte().flatten(0, 1))
     nothing = whole.path.read_bytes().replace(b"% Width 64\n", b"")
     (tmp_path / "old.dat").write_bytes(nothing)
@@ -223,7 +224,7 @@ def test_windows_of_other_files(tmp_path):
     rows = [(3, 1, 1, 10), (4, 2, 0, 20_000), (5, 0, 1, 100_015)]
     content = b"".join(bytes([x, y, p << 7 | t >> 16, t >> 8 & 255, t & 255]) for x, y, p, t in rows)
     (tmp_path / "a.bin").write_bytes(content)
-    settings = detection.config.schema.Events(full=1)
+    settings = Events(full=1)
     first, second, third = read_windows(tmp_path / "a.bin", settings)
     assert first.shape == (2, 3, 6) and first.nonzero().tolist() == [[0, 2, 4], [1, 1, 3]]
     assert not second.any() and third.nonzero().tolist() == [[1, 0, 5]]
@@ -231,7 +232,7 @@ def test_windows_of_other_files(tmp_path):
 
 def test_a_detectors_film_of_a_recording(runs, recording, monkeypatch, capsys, tmp_path):
     out = tmp_path / "out"
-    arguments = (runs["detection"], recording, "--score", "0.01", "--spikes", "--out", out)
+    arguments = (runs["detection"], recording, "--score", "0.0125", "--spikes", "--out", out)
     assert predict(monkeypatch, capsys, *arguments)[0] == 0
     assert {path.name for path in out.iterdir()} == {
         "predictions.json",
@@ -239,20 +240,20 @@ def test_a_detectors_film_of_a_recording(runs, recording, monkeypatch, capsys, t
         "000001_td.mp4",
         "000001_td_spikes.png",
     }
-    assert count_frames(out / "000001_td.mp4") == 20
+    assert count_frames(out / "000001_td.mp4") == 10
     images = json.loads((out / "images.json").read_text())["images"]
-    assert [entry["frame"] for entry in images] == list(range(20))
+    assert [entry["frame"] for entry in images] == list(range(10))
     assert {(entry["file_name"], entry["width"], entry["height"]) for entry in images} == {(str(recording), 64, 64)}
     predictor = detection.load(runs["detection"], device="cpu")
-    found = predictor.predict(str(recording), score_threshold=0.01)
+    found = predictor.predict(str(recording), score_threshold=0.0125)
     pictures = list(read_windows(recording, predictor.run.config.data.events))
-    assert len(found) == 20 and {each.path for each in found} == {recording}
-    assert np.array_equal(found[7].image, as_rgb(pictures[7]).permute(1, 2, 0).numpy()) and found[7].image.any()
+    assert len(found) == 10 and {each.path for each in found} == {recording}
+    assert np.array_equal(found[6].image, as_rgb(pictures[6]).permute(1, 2, 0).numpy()) and found[6].image.any()
     rows = json.loads((out / "predictions.json").read_text())
     assert [row["image_id"] for row in rows] == [number for number, each in enumerate(found, 1) for _ in each.scores]
-    assert rows and [each.name for each in predictor.spike_maps(pictures[7])] == ["c2", "c3", "neck c3"]
-    alone = predictor.predict(pictures[7], score_threshold=0.01)
-    torch.testing.assert_close(alone.boxes, found[7].boxes, atol=1e-3, rtol=1e-4)
+    assert rows and [each.name for each in predictor.spike_maps(pictures[6])] == ["c2", "c3", "neck c3"]
+    alone = predictor.predict(pictures[6], score_threshold=0.0125)
+    torch.testing.assert_close(alone.boxes, found[6].boxes, atol=1e-3, rtol=1e-4)
 
 
 def test_a_classifiers_answer_to_a_recording(runs, monkeypatch, capsys, tmp_path):
@@ -291,7 +292,7 @@ def test_what_a_network_does_not_take_is_named(runs, recording, monkeypatch, cap
     ):
         assert sum(sentence in line for line in errors.splitlines()) == 1, errors
     images = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
-    assert 5 < len(images) < 20 and {entry["drawn"] for entry in images} == {"jumps.mp4"}  # what came before the jump
+    assert 2 < len(images) < 10 and {entry["drawn"] for entry in images} == {"jumps.mp4"}  # what came before the jump
     predictor = detection.load(runs["detection"], device="cpu")
     for image, message in (
         ([recording], r"index 0: .*000001_td\.dat: a recording, which is many images to detection"),

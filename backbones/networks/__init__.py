@@ -64,8 +64,6 @@ def create(
             where the arithmetic has none.
     """
     family, own = find_family(name)
-    if frames < 1 or in_channels % frames:
-        raise ValueError(f"in_channels {in_channels} are no {frames} frames of as many channels")
     activation = activation or find_arithmetic(arithmetic).activation
     if stem not in ("imagenet", "cifar"):
         raise ValueError(f"stem must be 'imagenet' or 'cifar', got {stem!r}")
@@ -77,22 +75,31 @@ def create(
         if options[key] != others[key]:
             raise ValueError(f"{key} must be {others[key]!r} for {name}, which has no other, got {options[key]!r}")
     spike = SpikeFactory(activation, **{key: value for key, value in options.items() if key not in others})
-    own_frames = frames > 1 and spike.time_steps > 1
-    if own_frames and frames != spike.time_steps:
-        raise ValueError(f"{frames} frames for {spike.time_steps} time steps: each step takes one, or all the same one")
-    channels = in_channels // frames if own_frames else in_channels
+    channels = _channels_of_a_step(in_channels, frames, spike.time_steps)
     backbone = family(name, spike, in_channels=channels, stem=stem, width=width, **given)
     if spike.time_steps > 1 and arithmetic != "float":
         raise ValueError(f"arithmetic {arithmetic!r} takes one time step, got time_steps {spike.time_steps}")
     convert(backbone, arithmetic)
     if spike.time_steps > 1:
-        backbone.run_in_steps(spike.time_steps, frames=own_frames)
+        backbone.run_in_steps(spike.time_steps, frames=frames > 1)
     if weights is not None:
-        from ..weights import load_weights  # which knows the class of a backbone
-        from ..zoo import is_entry, require_same
-
-        if is_entry(weights):
-            wanted = {"name": name, "width": width, "stem": stem, "activation": activation, "arithmetic": arithmetic}
-            require_same(weights, {"extremum": "layer"} | others | wanted | options)
-        load_weights(backbone, weights)
+        wanted = {"name": name, "width": width, "stem": stem, "activation": activation, "arithmetic": arithmetic}
+        _load(backbone, weights, {"extremum": "layer"} | others | wanted | options)
     return backbone
+
+
+def _load(backbone: Backbone, weights: str | Path | Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    from ..weights import load_weights  # which knows the class of a backbone
+    from ..zoo import is_entry, require_same
+
+    if is_entry(weights):
+        require_same(weights, settings)
+    load_weights(backbone, weights)
+
+
+def _channels_of_a_step(in_channels: int, frames: int, time_steps: int) -> int:
+    if frames < 1 or in_channels % frames:
+        raise ValueError(f"in_channels {in_channels} are no {frames} frames of as many channels")
+    if 1 not in (frames, time_steps) and frames != time_steps:
+        raise ValueError(f"{frames} frames for {time_steps} time steps: each step takes one, or all the same one")
+    return in_channels // frames if time_steps > 1 else in_channels

@@ -15,6 +15,7 @@ from torch import Tensor
 from detection.cli.call import Call
 from detection.cli.sources import is_camera
 from detection.data.pictures import is_recording, read_image
+from detection.predict import pictures_of
 from detection.tasks.base import Task
 from detection.tasks.predictions import in_batches
 
@@ -166,7 +167,7 @@ def take_in(
 def read_windows(task: Task, path: Path, failures: list[str]) -> Iterator[Tensor]:
     """Yield the pictures of a recording of events, up to its end or where it is damaged, which `failures` gets."""
     try:
-        yield from task.read_recording(path)
+        yield from pictures_of(task, path)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         failures.append(str(error))
 

@@ -28,7 +28,6 @@ from backbones import (
 from backbones.networks.base import find_family
 from detection.config import Recipe
 from detection.data.batches import Batches
-from detection.data.events.files import read_recording, read_windows
 from detection.records import Evaluation
 from detection.runs import Run
 from detection.sections import Examination, Section
@@ -328,17 +327,6 @@ class Task(ABC):
     ) -> list[AnyPrediction]:
         """Return a prediction for each picture (3, H, W), uint8 or float in [0, 1]; subclasses have more options."""
         raise self.refusal("has no predictions of single images")
-
-    def read_recording(self, path: Path) -> Iterator[Tensor]:
-        """Yield the pictures of a recording of events, one or, if `windows`, one for each of its windows.
-
-        Raises:
-            OSError, ModuleNotFoundError, ValueError: it cannot be read, or the network takes no events.
-        """
-        data = self.config.data
-        if not getattr(data, "are_events", False):
-            raise ValueError(f"{path}: a recording of events, and {self.name} of {data.format} data takes images")
-        return read_windows(path, data.events) if self.windows else iter([read_recording(path, data.size, data.events)])
 
     def prepare(self, model: nn.Module, picture: Tensor) -> Tensor:
         """Return a picture as the network takes one, in [0, 1]: for `spike_maps`."""
