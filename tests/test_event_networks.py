@@ -129,6 +129,8 @@ def recipe_of(task: str, folder: Path, steps: int, time_steps: int, **backbone) 
     recipe["data"] = recipe["data"] | {"format": "synthetic_events", "root": str(folder / f"made_{task}"), "workers": 0}
     recipe["data"]["events"] = {"steps": steps, "window": 0.1, "skip": 0, "min_diagonal": 0, "min_side": 0}
     model = dict(recipe["model"])
+    if task == "detection":
+        model["head"] = model["head"] | {"score_threshold": 0, "max_detections": 5}
     model["backbone"] = model["backbone"] | {"time_steps": time_steps} | backbone
     path = folder / f"{task}.yaml"
     path.write_text(yaml.safe_dump(recipe | {"model": model}), encoding="utf-8")
@@ -232,7 +234,7 @@ def test_windows_of_other_files(tmp_path):
 
 def test_a_detectors_film_of_a_recording(runs, recording, monkeypatch, capsys, tmp_path):
     out = tmp_path / "out"
-    arguments = (runs["detection"], recording, "--score", "0.0125", "--spikes", "--out", out)
+    arguments = (runs["detection"], recording, "--score", "0", "--spikes", "--out", out)
     assert predict(monkeypatch, capsys, *arguments)[0] == 0
     assert {path.name for path in out.iterdir()} == {
         "predictions.json",
@@ -245,14 +247,14 @@ def test_a_detectors_film_of_a_recording(runs, recording, monkeypatch, capsys, t
     assert [entry["frame"] for entry in images] == list(range(10))
     assert {(entry["file_name"], entry["width"], entry["height"]) for entry in images} == {(str(recording), 64, 64)}
     predictor = detection.load(runs["detection"], device="cpu")
-    found = predictor.predict(str(recording), score_threshold=0.0125)
+    found = predictor.predict(str(recording), score_threshold=0)
     pictures = list(read_windows(recording, predictor.run.config.data.events))
     assert len(found) == 10 and {each.path for each in found} == {recording}
     assert np.array_equal(found[6].image, as_rgb(pictures[6]).permute(1, 2, 0).numpy()) and found[6].image.any()
     rows = json.loads((out / "predictions.json").read_text())
     assert [row["image_id"] for row in rows] == [number for number, each in enumerate(found, 1) for _ in each.scores]
     assert rows and [each.name for each in predictor.spike_maps(pictures[6])] == ["c2", "c3", "neck c3"]
-    alone = predictor.predict(pictures[6], score_threshold=0.0125)
+    alone = predictor.predict(pictures[6], score_threshold=0)
     torch.testing.assert_close(alone.boxes, found[6].boxes, atol=1e-3, rtol=1e-4)
 
 
