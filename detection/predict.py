@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from detection.data.events.files import read_recording, read_windows
-from detection.data.pictures import ImageLike, is_recording, read_image
+from detection.data.pictures import ImageLike, read_image
+from detection.files import is_recording
 from detection.runs import Run, Weights
 from detection.spikemaps import SpikeMap, spike_maps
 from detection.tasks import task_of

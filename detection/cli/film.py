@@ -14,7 +14,8 @@ from torch import Tensor
 
 from detection.cli.call import Call
 from detection.cli.sources import is_camera
-from detection.data.pictures import is_recording, read_image
+from detection.data.pictures import read_image
+from detection.files import is_recording
 from detection.predict import pictures_of
 from detection.tasks.base import Task
 from detection.tasks.predictions import in_batches

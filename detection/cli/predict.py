@@ -26,7 +26,7 @@ from detection.cli.call import Call
 from detection.cli.common import Parser, check_run, option_of
 from detection.cli.output import JOURNAL, Output, arguments_of
 from detection.cli.sources import find_sources
-from detection.files import kind_of
+from detection.files import is_recording, kind_of
 from detection.records import Weights
 from detection.text import say
 
@@ -50,8 +50,6 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     options = parser.parse_args(arguments)
     options.out = options.out if resumed is None else resumed
     check_run(options.run)
-    from detection.data.pictures import is_recording  # with torch, which the checks so far do without
-
     failures: list[str] = []
     images, films = find_sources(options.source, failures)
     if not images and not films:

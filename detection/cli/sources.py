@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from detection.files import kind_of
+from detection.files import is_recording, kind_of
 
 VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
@@ -44,7 +44,6 @@ def _files_of(source: str, failures: list[str]) -> list[str]:
     kind = kind_of(source)
     if kind == "a folder":
         from detection.data.image_files import EXTENSIONS, is_image
-        from detection.data.pictures import is_recording
 
         try:
             found = sorted(str(path) for path in Path(source).iterdir() if is_image(path) or is_recording(path))

@@ -55,7 +55,6 @@ class Events(Section):
 
 
 EVENT_FORMATS = ("events", "synthetic_events")
-EVENT_SUFFIXES = (".dat", ".bin", ".aedat")  # of recordings
 
 
 class Channels:

@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from detection.config.data_sections import EVENT_SUFFIXES
 from detection.data.image_files import decode_image, rgb_pixels
-from detection.files import kind_of
+from detection.files import EVENT_SUFFIXES, kind_of
 
 ImageLike = str | Path | np.ndarray | Image.Image | Tensor
 
@@ -59,11 +58,6 @@ def read_image(image: ImageLike, channels: int = 3) -> Tensor:
             raise ValueError(
                 f"image: expected a path, a NumPy array, a PIL image or a tensor, got {type(image).__name__}"
             )
-
-
-def is_recording(image: object) -> bool:
-    """Return whether it is the path of a recording of events, by its name."""
-    return isinstance(image, str | Path) and Path(image).suffix.lower() in EVENT_SUFFIXES
 
 
 def _read_file(path: Path) -> np.ndarray:

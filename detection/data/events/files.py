@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detection.config.data_sections import EVENT_SUFFIXES as SUFFIXES
 from detection.config.schema import Events
 from detection.data.events.frames import Size, events_to_frames, frames_to_pixels
 from detection.data.events.prophesee import EVENT, Recording
 from detection.data.records import NUM_THREADS, check_classes, require_folder
+from detection.files import EVENT_SUFFIXES as SUFFIXES
 from detection.text import printable
 
 DVS128 = (128, 128)  # the sensor of DVS-CIFAR10: its files do not say
