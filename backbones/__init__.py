@@ -29,7 +29,7 @@ from .measure.record import (
     spike_activity,
     sum_activity,
 )
-from .multistep import MultiStepSpike, RepeatSteps, average_so_far, average_steps, stop_after
+from .multistep import FramesToSteps, MultiStepSpike, RepeatSteps, average_so_far, average_steps, stop_after
 from .networks import Backbone, Classifier, FeatureInfo, Normalise, Stem, create, names, register_backbone
 from .recompute import recompute_activations
 from .spiking import (
@@ -58,6 +58,7 @@ __all__ = [
     "FeatureInfo",
     "Finding",
     "FirstLayer",
+    "FramesToSteps",
     "HoyerSpike",
     "LayerActivity",
     "Measurement",

@@ -10,8 +10,9 @@ E and H are those of `backbones.hoyer`, of the z of all steps together. The grad
 reset, ds/dz being the surrogate's.
 
 The steps lie in the first dimension, step by step: (T N, ...). The image is the same in every step (direct encoding),
-so a network is computed once up to its first spike layer, `RepeatSteps` stands there, and its outputs are averaged over
-the steps in the end, `average_steps`.
+so a network is computed once up to its first spike layer, and `RepeatSteps` stands there; or each step has a frame of
+its own, of an event camera, and `FramesToSteps` stands in front of all. The outputs are averaged over the steps in the
+end, `average_steps`.
 """
 
 from __future__ import annotations
@@ -101,6 +102,18 @@ class RepeatSteps(nn.Module):
             else:
                 x = child(x)
         return x
+
+
+class FramesToSteps(RepeatSteps):
+    """Frames in an image's channels as its steps: (N, T C, H, W), frame by frame -> (T N, C, H, W), step by step."""
+
+    def __init__(self, time_steps: int) -> None:
+        super().__init__(time_steps)
+        self.frames = time_steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.unflatten(1, (self.frames, -1)).transpose(0, 1)
+        return frames[: self.time_steps].flatten(0, 1)  # of all, where the network is stopped early
 
 
 class MultiStepSpike(HoyerSpike):

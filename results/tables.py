@@ -31,6 +31,7 @@ CONTROLLED = "controlled_"  # begins the names of folders that have a page of th
 ZOO = """These networks come with the package: `detection.load("zoo:NAME")`, or `zoo:NAME` wherever a command takes a
 run. Weights of convolutions and linear layers are stored in 16 bits, and measured so."""
 DATA = {"scenes": "drawn scenes", "bccd": "BCCD", "coco128": "COCO128", "cifar10": "CIFAR-10 (JPEG)"}
+DATA |= {"event_scenes": "made recordings"}
 # What README.md shows: one run of each kind.
 BEST = (
     "demo_scenes_retinanet_resnet18_hoyer",

@@ -160,7 +160,7 @@ def test_mistyped_verbs_name_the_nearest(capsys):
         (["train", "scenes_retinanet_resnet18", "--resume", "runs/none"], "has its own recipe: leave scenes_"),
         (["train", "scenes_retinanet_resnet18", "--trian.epochs", "3"], "--trian.epochs"),
         (["train", "scenes_retinanet_resnet18", "train.epochs=many"], "many"),
-        (["check-data", "scenes_retinanet"], "did you mean 'scenes_retinanet_resnet18'?"),
+        (["check-data", "scene_retinanet_resnet18"], "did you mean 'scenes_retinanet_resnet18'?"),
         (["compare", "none.yaml", "--out", "x"], "none.yaml: no such config file"),
         (["compare", "cifar10_vgg11", "--out", "x", "--variants", "rleu"], "--variants rleu: unknown (allowed: hoyer"),
         (["compare", "cifar10_vgg11", "--out", "x", "--variants", "a='--x"], "--variants a='--x: no closing quotation"),

@@ -276,6 +276,7 @@ def energy_after_steps(measured: Measurement, costs: CostTable = HOROWITZ_45NM) 
 def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, costs: CostTable) -> NetworkEnergy:
     own, real_bits = network not in TWINS, _real_bits(network)
     steps = 1 if network in SKIPPING else layer.time_steps
+    taken = 1 if layer.name == measured.stem else steps  # a stem of several steps sees another frame in each
     one_bit = own and (layer.is_binary or layer.is_sign)
     adds = one_bit or (own and layer.accumulates > 0)
     weight_bits = min(real_bits, layer.weight_bits) if own else real_bits
@@ -284,12 +285,12 @@ def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, cos
         share = 1 if network in SKIPPING else layer.time_steps / measured.time_steps
         leaving = min(layer.output_bits * share, real_bits)
     counts = {
-        "macs": 0 if adds else layer.num_exact_macs / steps,
+        "macs": 0 if adds else layer.num_exact_macs / taken,
         "acs": 0,
         "comparisons": layer.num_inputs if own and layer.is_sign else 0,
         # Once per image in which the layer ran, however many levels of a pyramid share it.
         "weight_bits": (layer.num_weights * weight_bits + layer.num_biases * BIAS_BITS) * layer.num_images,
-        "read_bits": layer.num_inputs / steps * (1 if one_bit else real_bits),
+        "read_bits": layer.num_inputs / taken * (1 if one_bit else real_bits),
         "write_bits": layer.num_outputs / steps * leaving,
     }
     for key, count in _of_neurons(network, layer.spikes_from, measured).items():

@@ -1,4 +1,4 @@
-"""The images, films and cameras that a command line names."""
+"""The images, films, recordings and cameras that a command line names."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from detection.files import kind_of
+from detection.files import is_recording, kind_of
 
 VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
 
 def find_sources(sources: Sequence[str], failures: list[str]) -> tuple[list[str], list[str]]:
-    """Return image files, and films and cameras, in the order given.
+    """Return image files and recordings of events, and films and cameras, in the order given.
 
     `failures` gets a sentence for each source that gives none, and for each file that is none, such as a FIFO.
     """
@@ -46,7 +46,7 @@ def _files_of(source: str, failures: list[str]) -> list[str]:
         from detection.data.image_files import EXTENSIONS, is_image
 
         try:
-            found = sorted(str(path) for path in Path(source).iterdir() if is_image(path))
+            found = sorted(str(path) for path in Path(source).iterdir() if is_image(path) or is_recording(path))
         except OSError as error:
             failures.append(f"{source}: this folder cannot be read ({error.strerror})")
             return []

@@ -61,14 +61,24 @@ class Channels:
     """Mixin of the sections of data: what the channels of their images are."""
 
     @property
+    def are_events(self) -> bool:
+        """Whether images are frames of events, not RGB."""
+        return self.format in EVENT_FORMATS
+
+    @property
     def channels(self) -> int:
         """Number of channels of an image."""
-        return 2 * self.events.steps if self.format in EVENT_FORMATS else 3
+        return 2 * self.frames if self.are_events else 3
+
+    @property
+    def frames(self) -> int:
+        """Number of frames in these channels, one after the other."""
+        return self.events.steps if self.are_events else 1
 
     @property
     def colours(self) -> str:
         """Words for the channels."""
-        return "events, darker and brighter of each step," if self.format in EVENT_FORMATS else "RGB"
+        return "events, darker and brighter of each step," if self.are_events else "RGB"
 
 
 class Augment(Section):

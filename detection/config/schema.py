@@ -35,7 +35,7 @@ __all__ = [
 class Backbone(Section):
     """The feature extractor, `backbones.create(name, ...)`."""
 
-    name: str = Field("resnet18", description="one of `backbones.names()`: vgg11 ... resnet152, mobilenetv2")
+    name: str = Field("resnet18", description="one of `backbones.names()`: vgg9 ... resnet152, mobilenetv2")
     width: float = Field(1.0, gt=0, le=64, description="multiplier of every channel count (rounded to multiples of 8)")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="first layers: for large images, or for 32x32")
     activation: str = Field(
@@ -60,14 +60,18 @@ class Backbone(Section):
         1,
         ge=1,
         le=64,
-        description="steps in which spike layers carry their potential over; the image is the same in each, the "
-        "outputs are averaged; the analogue twin has no use for them",
+        description="steps in which spike layers carry their potential over; the image is the same in each, or of "
+        "events the frame of each of as many data.events.steps; the outputs are averaged; the analogue twin has no use "
+        "for them",
     )
     reset: Literal["subtract", "zero"] = Field(
         "subtract",
         description="several time_steps: what a spike does to its potential; subtract the threshold, or zero",
     )
     pool_first: bool = Field(True, description="max-pool before BatchNorm, as published; false: after it")
+    pooling: Literal["max", "stride"] = Field(
+        "max", description="vgg: max-pool, or stride 2 in the convolution before it in its place"
+    )
     shortcut: Literal["spiking", "real"] = Field(
         "spiking",
         description="resnet: where the stream changes its shape; spiking, as published; real: average pool, channels "
@@ -368,3 +372,13 @@ class Recipe(Section):
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     distillation: Distillation = Distillation()
+
+    @model_validator(mode="after")
+    def _a_frame_per_step(self) -> Recipe:
+        frames, steps = getattr(self.data, "frames", 1), self.model.backbone.time_steps
+        if frames > 1 and steps > 1 and frames != steps:
+            raise ValueError(
+                f"model.backbone.time_steps {steps}: data.events.steps is {frames}; allowed are the same number, a "
+                "frame for each time step, or 1 for either"
+            )
+        return self

@@ -10,13 +10,15 @@ from PIL import Image
 from torch import Tensor
 
 from detection.data.image_files import decode_image, rgb_pixels
-from detection.files import kind_of
+from detection.files import EVENT_SUFFIXES, kind_of
 
 ImageLike = str | Path | np.ndarray | Image.Image | Tensor
 
 
-def read_image(image: ImageLike) -> Tensor:
+def read_image(image: ImageLike, channels: int = 3) -> Tensor:
     """Return the image as (3, H, W): uint8 RGB, or float32 in [0, 1] if it came as floats.
+
+    An image of another number of channels, of events, comes as a tensor only: (channels, H, W).
 
     Files and PIL images are turned as their EXIF orientation says, as every viewer does. (Training does not: there,
     annotations count stored pixels.) Transparency is dropped, 16 bits are scaled to 8, grey becomes RGB.
@@ -25,10 +27,19 @@ def read_image(image: ImageLike) -> Tensor:
         image: a path; a PIL image of any mode; an array (H, W), (H, W, 3) or (H, W, 4), RGB, of uint8, uint16 or floats
             in [0, 1] (OpenCV's are BGR: turn them by `[..., ::-1]`); a tensor (3, H, W) or (1, H, W) of uint8 or of
             floats in [0, 1].
+        channels: that the network takes.
 
     Raises:
         ValueError: a file that is missing or does not decode, or another type, shape or range; says which.
     """
+    if channels != 3:
+        if not isinstance(image, Tensor) or image.dim() != 3 or len(image) != channels:
+            given = f"a tensor {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(
+                f"{image if isinstance(image, str | Path) else 'image'}: the network takes events in {channels} "
+                f"channels, a recording ({' '.join(EVENT_SUFFIXES)}) or a tensor ({channels}, H, W), got {given}"
+            )
+        return _check_values(image.detach())
     match image:
         case str() | Path():
             return _from_array(_read_file(Path(image)))

@@ -111,6 +111,7 @@ class Task(ABC):
         num_calibration: images that 8-bit thresholds are set on by default.
         prediction_layers: parts of names of the layers whose outputs are predictions: they stay in floating point in
             8-bit files, and Muon leaves them to AdamW.
+        windows: whether a recording of events is an image for each of its windows, as a film's, or one image.
     """
 
     recipe: ClassVar[type[Recipe]]
@@ -121,6 +122,7 @@ class Task(ABC):
     score: ClassVar[str] = "Metrics"
     num_calibration: ClassVar[int] = 64
     prediction_layers: ClassVar[tuple[str, ...]] = ()
+    windows: ClassVar[bool] = False
 
     def __init__(self, config: Recipe) -> None:
         self.config = config

@@ -60,6 +60,7 @@ class DetectionTask(Task):
     words = {"AP50_11point": "VOC AP50 (11 points)", "AP50_area": "VOC AP50 (area)"}  # noqa: RUF012
     num_calibration = 64
     prediction_layers = PREDICTION_LAYERS
+    windows = True
 
     def __init__(self, config: DetectionRecipe) -> None:
         super().__init__(config)
