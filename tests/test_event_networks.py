@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 import backbones
 import detection
-from backbones import FramesToSteps, MultiStepSpike, RepeatSteps, certify, energy, measure_activity, spike_layers
+from backbones import (
+    FramesToSteps,
+    MultiStepSpike,
+    RepeatSteps,
+    certify,
+    energy,
+    measure_activity,
+    spike_layers,
+    stop_after,
+)
 from detection.config import load_config, read_recipe
 from detection.config.schema import Events
 from detection.data.events import Recording, events_to_frames, read_windows
@@ -31,6 +40,24 @@ from detection.tasks import task_of
 from detection.tasks.run import read_evaluation_data, train_run
 
 # Networks
+
+
+def test_a_network_that_is_stopped_early_has_seen_its_first_frames_alone():
+    torch.manual_seed(0)
+    backbone = backbones.create("vgg9", in_channels=6, frames=3, time_steps=3, width=0.125, stem="cifar")
+    model = backbones.Classifier(backbone, 4)
+    images = torch.rand(2, 6, 32, 32)
+    model(images)
+    model.eval()
+    whole = measure_activity(model, [images])
+    assert whole.layers[whole.stem].time_steps == 3
+    for steps in (1, 2):
+        other = images.clone()
+        other[:, 2 * steps :] = torch.rand(2, 6 - 2 * steps, 32, 32)
+        with stop_after(model, steps):
+            assert torch.equal(backbone(images)["c2"], backbone(other)["c2"])
+            assert measure_activity(model, [images]) == whole.stopped(steps)
+    assert not torch.equal(backbone(images)["c2"], backbone(other)["c2"])
 
 
 class Carried(nn.Module):
