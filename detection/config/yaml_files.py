@@ -85,6 +85,12 @@ def read_yaml(path: Path, *, numbers: bool = False, what: str = "a recipe") -> A
         raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
 
 
+def flow_yaml(value: Any) -> str:
+    """Return a value as YAML in one line, as it may stand behind a key."""
+    options = {"default_flow_style": True, "width": 10**9, "sort_keys": False, "allow_unicode": True}
+    return yaml.dump([value], Dumper=_Dumper, **options).strip()[1:-1]
+
+
 def dump_yaml(values: dict[str, Any]) -> str:
     """Return YAML that `read_yaml` reads back equal."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

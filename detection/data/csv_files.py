@@ -150,7 +150,7 @@ def read_table(source: Path, dropped: list[str], values: Sequence[str] = ()) -> 
     Raises:
         ValueError: it is no CSV file with a header that is understood, or no row has one of the values.
     """
-    rows = _rows(source)
+    rows = rows_of(source)
     header = read_header(next(rows, (1, []))[1], source)
     images: dict[str, list[Row]] = defaultdict(list)
     seen: dict[tuple[str, ...], int] = {}
@@ -180,8 +180,8 @@ def read_table(source: Path, dropped: list[str], values: Sequence[str] = ()) -> 
     return Table(dict(images), header.layout, counts if header.split is not None else Counter())
 
 
-def _rows(source: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number and cells of each line that has any."""
+def rows_of(source: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield number and cells of each line that has any; raises ValueError for what is no CSV file."""
     require_size(source, MAX_BYTES)
     try:
         text = read_text(source)

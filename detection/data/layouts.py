@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detection.data.csv_files import SPLITS, read_header, read_table
-from detection.data.csv_files import _rows as csv_rows
+from detection.data.csv_files import SPLITS, read_header, read_table, rows_of
 from detection.data.image_files import is_image, visible_files
 from detection.data.voc import parse_xml
 from detection.data.voc_folders import IMAGES, find_split, flat_pair
@@ -219,7 +218,7 @@ def _devkit(root: Path, devkits: Sequence[Path]) -> tuple[dict[str, Any], tuple[
     lists: dict[str, list[str]] = {}
     for devkit in devkits:
         for path in sorted((devkit / "ImageSets" / "Main").glob("*.txt")):
-            first = next(iter(path.read_text(errors="replace").split()), "")
+            first = next(iter(path.read_text(errors="replace").splitlines()), "").strip()
             if (
                 path.stem in ("train", "val", "trainval", "test")
                 and (devkit / "Annotations" / f"{first}.xml").is_file()
@@ -263,7 +262,7 @@ def _csv(root: Path) -> Layout | None:
     fitting: dict[str, Path] = {}
     for path in _near(root, ".csv"):
         with contextlib.suppress(ValueError, OSError):
-            read_header(next(csv_rows(path), (1, []))[1], path)
+            read_header(next(rows_of(path), (1, []))[1], path)
             fitting[path.relative_to(root).as_posix()] = path
     if not fitting:
         return None

@@ -71,7 +71,8 @@ def flat_pair(folder: Path, split: str = "") -> tuple[Path, Path] | None:
     inside = {path.name.lower(): path for path in sorted(folder.iterdir())} if folder.is_dir() else {}
     found = [next((inside[name] / split for name in names if name in inside), None) for names in (IMAGES, SOURCES)]
     images, sources = found
-    if images is not None and sources is not None and images.is_dir() and has_xml(visible_files(sources)):
+    both = images is not None and sources is not None and images.is_dir() and sources.is_dir()
+    if both and has_xml(visible_files(sources)):
         return images, sources
     return (folder, folder) if not split and has_xml(inside.values()) else None
 

@@ -125,7 +125,12 @@ def find_set(root: Path, dropped: list[str]) -> YoloSet:
     found = [path for path in (root / "data.yaml", root / "dataset.yaml") if path.is_file()]
     found += sorted(path for path in root.iterdir() if path.suffix.lower() in (".yaml", ".yml") and path.is_file())
     for path in found:
-        content = read_yaml(path, numbers=True, what="YOLO data")
+        try:
+            content = read_yaml(path, numbers=True, what="YOLO data")
+        except ValueError:
+            if path.stem in ("data", "dataset"):
+                raise
+            continue  # another tool's
         if isinstance(content, dict) and "names" in content:
             return _from_yaml(path, content, dropped)
     for path in (root / name for name in NAME_LISTS):
