@@ -370,6 +370,38 @@ def test_lists_other_folders_and_layouts_of_a_yolo_set(tmp_path):
         read_split(Data(format="yolo", root=tmp_path), "val")
 
 
+def test_label_files_beside_images_with_lists_and_no_yaml(tmp_path):
+    pictures = whole()["train"]
+    place(tmp_path, ".", pictures)
+    for each in pictures:
+        lines = [yolo_line(each, number) for number in range(len(each.objects))]
+        (tmp_path / f"{Path(each.name).stem}.txt").write_text("".join(lines))
+    (tmp_path / "obj.names").write_text("\n".join(NAMES))
+    (found,) = recognise(tmp_path)
+    assert found.values["train"] == ["."] and found.values["val_fraction"] == 0.2
+    for split, part in (("train", pictures[2:]), ("test", pictures[:2])):
+        (tmp_path / f"{split}.txt").write_text("\n".join(each.name for each in part))
+    (found,) = recognise(tmp_path)
+    assert (found.values["train"], found.values["val"], found.share) == (["train.txt"], ["test.txt"], 1)
+    for split, part in (("train", pictures[2:]), ("val", pictures[:2])):
+        annotations = read_split(Data(**found.values), split).annotations
+        assert found_in(annotations) == expected(part) and annotations.dropped == ()
+
+
+def test_roots_of_roboflow_called_as_a_class_or_as_nothing(tmp_path):
+    pictures = whole()["train"]
+    place(tmp_path, ".", pictures)
+    for name, parent, said in (("cat", "cat", "category 0, 'cat', is the root"), ("all", "other", "'all' is the par")):
+        content = coco_of(pictures, 1)
+        content["categories"][0]["name"] = name
+        for item in content["categories"][1:]:
+            item["supercategory"] = parent
+        (tmp_path / "_annotations.coco.json").write_text(json.dumps(content))
+        annotations = read_split(Data(root=tmp_path, train=["_annotations.coco.json"]), "train").annotations
+        assert annotations.categories == NAMES and found_in(annotations) == expected(pictures)
+        sentence(annotations, said)
+
+
 @pytest.mark.parametrize("names", [[], "cat", {"a": 1}, [["cat"]], ["cat", "cat"], None, {-1: "cat"}])
 def test_names_that_are_none(tmp_path, names):
     write_yolo(tmp_path, {"train": whole()["train"]})
@@ -460,7 +492,7 @@ def test_what_is_no_data_set_is_told_with_what_was_looked_for(tmp_path, capsys):
             main([verb[0], str(tmp_path), *verb[1:]])
         assert stop.value.code == 2
         said = capsys.readouterr().err
-        assert "not a data set that is recognised: 1 images, but none of data.yaml or classes.txt" in said
+        assert "not a data set that is recognised: 1 image, but none of data.yaml or classes.txt" in said
         assert "_annotations.coco.json" in said and "CSV files with a header" in said
     with pytest.raises(ValueError, match="format 'xml': recognised are yolo, coco, voc, csv"):
         recognise(tmp_path, "xml")

@@ -68,7 +68,7 @@ def recognise(root: Path, format: str | None = None) -> list[Layout]:
         inside = list(itertools.islice(visible_files(root), 2000))
         pictures = sum(map(is_image, inside))
         sought = SOUGHT if format is None else f"files of format {format}"
-        more = f"{pictures} images, but " if pictures else ""
+        more = f"{plural(pictures, 'image')}, but " if pictures else ""
         raise ValueError(f"{root}: not a data set that is recognised: {more}none of {sought}")
     return layouts
 
@@ -93,6 +93,11 @@ def _values(format: str, root: Path, splits: Mapping[str, str], alone: str | Non
         return values | {"train": [splits["train"]], "val": [splits["val"]]}
     one = alone if alone is not None else splits.get("train", next(iter(splits.values()), None))
     return None if one is None else values | {"train": [one], "val_fraction": FRACTION}
+
+
+def _lists(root: Path) -> dict[str, str]:
+    """Names of the lists of images in a folder, such as train.txt, by themselves."""
+    return {path.name: path.name for path in root.glob("*.txt") if path.stem.lower() in sum(SPLITS.values(), ())}
 
 
 # YOLO
@@ -123,9 +128,11 @@ def _yolo(root: Path) -> Layout | None:
         values["val_fraction"] = FRACTION
     else:
         place = next((path for path in root.iterdir() if path.is_dir() and path.name.lower() == "images"), root)
-        inside = {path.name: f"{place.relative_to(root)}/{path.name}" for path in place.iterdir() if path.is_dir()}
-        tops = {path.name: path.name for path in root.iterdir() if path.is_dir()}
-        splits = _splits(inside) or _splits(tops)
+        inside, tops = (
+            {path.name: path.relative_to(root).as_posix() for path in folder.iterdir() if path.is_dir()}
+            for folder in (place, root)
+        )
+        splits = _splits(_lists(root)) or _splits(inside) or _splits(tops)
         values = _values("yolo", root, splits, None if splits else place.relative_to(root).as_posix())
         test = (splits["test"],) if values.get("val") and "test" in splits else ()
     return Layout("yolo", saw, good / max(1, len(lines)), values, test)
@@ -239,9 +246,8 @@ def _flat_voc(root: Path) -> tuple[dict[str, Any], tuple[str, ...], str] | None:
     tops = {path.name: path.name for path in root.iterdir() if path.is_dir() and flat_pair(path) is not None}
     inner = [path for top in root.iterdir() if top.name.lower() in IMAGES and top.is_dir() for path in top.iterdir()]
     inside = {path.name: path.name for path in inner if path.is_dir() and flat_pair(root, path.name) is not None}
-    lists = {path.name: path.name for path in root.glob("*.txt") if path.stem.lower() in sum(SPLITS.values(), ())}
     pair = flat_pair(root)
-    splits = _splits(inside) or _splits(tops) or (_splits(lists) if pair else {})
+    splits = _splits(inside) or _splits(tops) or (_splits(_lists(root)) if pair else {})
     values = _values("voc", root, splits, "." if pair and not splits else None)
     if values is None:
         return None

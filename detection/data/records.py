@@ -112,8 +112,7 @@ def build_record(
     """Return the record of one image; objects without a usable box are left out.
 
     Args:
-        layout: coco: x, y, width, height; corners: xmin, ymin, xmax, ymax; voc: the same, counted from 1, the last
-            pixel included.
+        layout: coco: x, y, width, height; corners: xmin, ymin, xmax, ymax; voc: these from 1, last pixel included.
         source: annotation file, for the messages.
         dropped: receives one sentence for each box left out or clipped.
     """

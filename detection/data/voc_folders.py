@@ -1,4 +1,4 @@
-"""Where the images and the XML files of a VOC split lie: in a devkit, or in flat folders."""
+"""The places of the images and the XML files of a VOC split: in a devkit, or in flat folders."""
 
 from __future__ import annotations
 

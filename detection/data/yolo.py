@@ -35,6 +35,7 @@ from detection.text import plural
 
 NAME_LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # a name per line, where there is no data.yaml
 NOT_LABELS = {*NAME_LISTS, "notes.txt", "README.txt", "README.dataset.txt", "README.roboflow.txt"}
+NOT_LABELS |= {f"{split}.txt" for split in ("train", "val", "valid", "validation", "test")}
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 MAX_LABELS = 64 * 2**20  # bytes of a label file
 
