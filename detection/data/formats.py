@@ -31,8 +31,8 @@ def register_format(name: str) -> Callable[[Reader], Reader]:
     `classes` are the names to keep, label 1 first; empty: all that the data have.
 
     Example:
-        >>> @register_format("csv")
-        ... def read_csv(data, split, classes):
+        >>> @register_format("own")
+        ... def read_own(data, split, classes):
         ...     return build_annotations(...)
 
     Raises:
