@@ -418,6 +418,7 @@ def test_the_logged_command_is_what_a_user_types(monkeypatch):
 
 def test_checks_the_data_of_a_classifier_too(capsys, tmp_path):
     recipe = {"task": "classification", "data": {"format": "folder", "root": str(tmp_path / "images")}}
+    recipe["optimizer"] = {"warmup_steps": 5}  # of 12 steps
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for split, number in (("train", 3), ("val", 2)):
         for name in ("cat", "dog"):

@@ -8,7 +8,7 @@ import os
 import re
 import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -29,6 +29,7 @@ MAX_NAMES = 20  # in one message
 
 NUM_THREADS = 8  # that look at image files; more than cores, since files may lie on a slow disk
 
+Layout = Literal["coco", "corners", "voc"]
 Transform = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
@@ -104,14 +105,14 @@ def build_record(
     height: int,
     objects: Iterable[RawObject],
     *,
-    layout: Literal["coco", "voc"],
+    layout: Layout,
     source: Path,
     dropped: list[str],
 ) -> Record:
     """Return the record of one image; objects without a usable box are left out.
 
     Args:
-        layout: coco: x, y, width, height; voc: xmin, ymin, xmax, ymax counted from 1, the last pixel included.
+        layout: coco: x, y, width, height; corners: xmin, ymin, xmax, ymax; voc: these from 1, last pixel included.
         source: annotation file, for the messages.
         dropped: receives one sentence for each box left out or clipped.
     """
@@ -178,7 +179,9 @@ def build_annotations(
     # Reading and decoding release the interpreter's lock. This pool hands out many files at a time: a look at one takes
     # less than handing it out.
     with ThreadPool(NUM_THREADS) as pool:
-        looks = pool.starmap(examine_image, [(each.path, each.width, each.height, verify) for each in records])
+        looks = pool.starmap(
+            examine_image, [(each.path, each.width, each.height, verify, each.upright) for each in records]
+        )
     told, usable = list(dropped), []
     for record, look in zip(records, looks, strict=True):
         told += [f"{record.path}: {note}" for note in look.notes]
@@ -232,6 +235,12 @@ def outside_of(folder: Path, paths: Iterable[Path], source: Path) -> list[str]:
     outside = [path for path in paths if not Path(os.path.abspath(path)).is_relative_to(root)]
     number = plural(len(outside), "image file")
     return [f"{source}: {number} outside of {folder}, the first: {outside[0]}; used all the same"] if outside else []
+
+
+def others_left_out(others: Mapping[str, int], categories: Sequence[str], source: Path) -> list[str]:
+    """Return a sentence for each class that is not among those to keep, with the number of its objects."""
+    end = f"left out, not among the classes {few(categories)}"
+    return [f"{source}: {plural(count, 'object')} of category {name!r} {end}" for name, count in others.items()]
 
 
 def is_true(value: Any) -> bool:
@@ -353,10 +362,10 @@ class DetectionDataset(Dataset):
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
-def _to_corners(box: np.ndarray, layout: Literal["coco", "voc"]) -> np.ndarray:
+def _to_corners(box: np.ndarray, layout: Layout) -> np.ndarray:
     low, high = box[:2], box[2:]
-    if layout == "coco":
-        return np.concatenate([low, low + high])
+    if layout != "voc":
+        return box if layout == "corners" else np.concatenate([low, low + high])
     # Formally xmin == xmax is one pixel wide, but in practice it is a slip of the annotator (two such boxes in BCCD):
     # without the shift it stays without area.
     return np.concatenate([low - 1, high]) if (low < high).all() else box

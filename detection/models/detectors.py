@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -155,6 +155,12 @@ def build_fasterrcnn(config: Model, backbone: BackboneWithNeck, num_classes: int
     )
 
 
+def retinanet_anchors(strides: Sequence[int], scale: float) -> AnchorGenerator:
+    """Return the anchors of a RetinaNet whose levels have these strides; `scale` is `head.anchor_scale`."""
+    sizes = tuple(tuple(round(scale * stride * 2 ** (octave / 3)) for octave in range(3)) for stride in strides)
+    return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+
+
 def build_retinanet(config: Model, backbone: BackboneWithNeck, num_classes: int, spike: SpikeFactory) -> RetinaNet:
     """A RetinaNet for labels 1 to `num_classes`.
 
@@ -162,14 +168,10 @@ def build_retinanet(config: Model, backbone: BackboneWithNeck, num_classes: int,
     published (Lin et al., arXiv:1708.02002).
     """
     settings, channels = config.head, backbone.out_channels
-    scale = settings.anchor_scale or 4.0
-    sizes = tuple(
-        tuple(round(scale * stride * 2 ** (octave / 3)) for octave in range(3)) for stride in backbone.strides
-    )
-    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    anchors = retinanet_anchors(backbone.strides, settings.anchor_scale or 4.0)
     shape = channels, anchors.num_anchors_per_location()[0], num_classes + 1
     if settings.spiking:
-        make_tower = partial(SpikingTower, channels, settings.num_convs, len(sizes), spike)
+        make_tower = partial(SpikingTower, channels, settings.num_convs, len(backbone.strides), spike)
         head: RetinaNetHead = SpikingRetinaNetHead(*shape, make_tower)
     else:
         head = RetinaNetHead(*shape, norm_layer(settings.norm or "none", channels))

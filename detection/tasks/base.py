@@ -31,6 +31,7 @@ from detection.data.batches import Batches
 from detection.records import Evaluation
 from detection.runs import Run
 from detection.sections import Examination, Section
+from detection.tasks.checks import run_warnings
 from detection.text import nearest, plural
 
 if TYPE_CHECKING:
@@ -225,6 +226,10 @@ class Task(ABC):
     def data_report(self, dataset: Dataset) -> DataReport | None:
         """Return the counts of a split's objects; None: its images have none."""
         return None
+
+    def warnings(self, dataset: Dataset, *, data_alone: bool = False) -> list[str]:
+        """Return a sentence for each likely mistake in training data, and in the recipe unless `data_alone`."""
+        return [] if data_alone else run_warnings(self.config, len(dataset))
 
     def shared_images(self, train: Dataset, val: Dataset) -> tuple[str, ...]:
         """Return the paths of images that are in both splits, as far as the task can tell."""

@@ -31,6 +31,7 @@ from detection.runs import Run
 from detection.sections import Examination, Section
 from detection.tasks import register_task
 from detection.tasks.base import Deployable, SpikingPart, Split, Task, record_spikes
+from detection.tasks.checks import few_boxes, small_objects
 from detection.tasks.predictions import Prediction, in_batches, read_category_ids
 from detection.tasks.recipes import DetectionRecipe
 from detection.training.distillation import detection_distance, require_same_input
@@ -115,6 +116,13 @@ class DetectionTask(Task):
 
     def data_report(self, dataset: DetectionDataset) -> DataReport:
         return report(dataset.annotations)
+
+    def warnings(self, dataset: DetectionDataset, *, data_alone: bool = False) -> list[str]:
+        """Return also classes with few objects, and objects smaller than the finest cell of the network."""
+        found = few_boxes(dataset.annotations)
+        if not data_alone:
+            found += super().warnings(dataset) + small_objects(self.config, dataset.annotations)
+        return found
 
     def shared_images(self, train: DetectionDataset, val: DetectionDataset) -> tuple[str, ...]:
         return shared_images(train.annotations, val.annotations)
