@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -290,6 +292,7 @@ class Trainer:
             losses={name.removeprefix("loss/"): value.item() for name, value in means.items()},
             seconds=round(progress.seconds, 3),
             images_per_second=round(progress.num_images * num_processes / progress.seconds, 3),
+            memory_mib=peak_memory(self.accelerator.device),
             layers=layers,
         )
 
@@ -360,3 +363,11 @@ class Trainer:
                 where = f"in epoch {progress.epoch} of {epochs} after step {progress.step} of {self.num_steps}"
             sentence = f"stopped {where}, state saved; go on with: {resume_command(self.run)}"
         return Interrupted(sentence, self.signals.received or signal.SIGTERM)  # a signal that came to another process
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most memory of this process so far, in MiB; on a GPU that of its tensors there."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
