@@ -276,7 +276,11 @@ def draw_trade_off(values: Mapping[str, Points], title: str, label: str, x_label
         x_label: unit of the cost.
     """
     lines = [
-        Line(name, points, style_of(index) | {"marker": MARKS[(index + index // 8) % 8], "linestyle": "none"})
+        Line(
+            name,
+            points,
+            style_of(index) | {"marker": MARKS[(index + index // 8) % 8], "markersize": 6, "linestyle": "none"},
+        )
         for index, (name, points) in enumerate(values.items())
         if points
     ]

@@ -80,9 +80,9 @@ class EpochLog(Record):
         losses: each term, weighted, by name; "loss/NAME" in the file.
         seconds: spent on the steps; an entry of the zoo has none, as it is one epoch of many.
         images_per_second: of all processes together.
-        memory_mib: the most that the training held until the end of the epoch's steps, in MiB: resident memory of the
-            process that writes the log, libraries and data among it; on a GPU that of its tensors there. None in logs
-            of before it was measured.
+        memory_mib: the most from the beginning of the training, or since it went on, to the end of the epoch's steps,
+            in MiB: resident memory of the process that writes the log, libraries and data among it; on a GPU that of
+            its tensors there. None in older logs.
         layers: {quantity: {spike layer: value}}: "hoyer_per_layer" (H as it enters the loss), and what the layers
             themselves log at the end of the epoch, such as "v_th" and "extremum"; "hoyer_share_of_potential" and
             "hoyer_share_of_threshold" are the regulariser's shares in the gradients of the epoch's last step.

@@ -47,6 +47,9 @@ SPIKING_KEYS = (
     "model.backbone.activation",
     "model.backbone.extremum",
     "model.backbone.momentum",
+    "model.backbone.time_steps",
+    "model.backbone.reset",
+    "model.backbone.levels",
 )
 NETWORKS = {
     "vgg16": "VGG16",
