@@ -69,6 +69,8 @@ class Analysis:
     Attributes:
         run: the run folder.
         weights: which of its weights.
+        sha256: of their file, as the training left it; None for a run that has not ended.
+        num_parameters: numbers that were trained.
         metrics: of the evaluation, as in the run's log.
         headline: names of those that stand above its tables.
         measured: counts of every layer over the images.
@@ -78,6 +80,8 @@ class Analysis:
 
     run: str
     weights: Weights
+    sha256: str | None
+    num_parameters: int
     metrics: dict[str, Any]
     headline: tuple[str, ...]
     measured: Measurement
@@ -92,6 +96,8 @@ class Analysis:
         return {
             "run": self.run,
             "weights": self.weights,
+            "sha256": self.sha256,
+            "num_parameters": self.num_parameters,
             "num_images": self.measured.num_images,
             "time_steps": certificate.time_steps,
             "levels": certificate.levels,
@@ -275,6 +281,7 @@ def analyze_run(
     *,
     data_root: str | Path | None = None,
     num_images: int | None = None,
+    spread: bool = False,
     costs: CostTable = HOROWITZ_45NM,
     strict: bool = False,
 ) -> Analysis:
@@ -285,6 +292,7 @@ def analyze_run(
         weights: which of its weights.
         data_root: where its data lie now; None: where they lay when it was trained.
         num_images: the first so many images only, at most all there are; the metrics are then those of these.
+        spread: so many in equal distances instead, for the first ones of a folder may be of one class.
         costs: picojoules by operation.
         strict: allow no layer but the stem to see real values, see `certify`.
 
@@ -298,7 +306,8 @@ def analyze_run(
     task = task_of(run.config)
     model, accelerator = load_for_evaluation(run, weights)
     dataset = read_evaluation_data(run)
-    dataset = dataset.choose(range(len(dataset))[:num_images])
+    number = len(dataset) if num_images is None else min(num_images, len(dataset))
+    dataset = dataset.choose([index * len(dataset) // number if spread else index for index in range(number)])
     batches = task.evaluation_batches(dataset, accelerator)
     with record_layers(model) as measured:
         evaluation = task.evaluate(model, batches, dataset, accelerator)
@@ -306,7 +315,17 @@ def analyze_run(
     certificate = certify(measured, task.analogue_parts(model), strict=strict)
     # The histograms of the potentials are in the log already.
     metrics = evaluation.model_copy(update={"potentials": {}}).to_json()
-    return Analysis(run.address, weights, metrics, task.headline, measured, energy(measured, costs), certificate)
+    return Analysis(
+        run.address,
+        weights,
+        run.info().sha256.get(f"{weights}.safetensors") if (run.folder / "run.json").is_file() else None,
+        sum(parameter.numel() for parameter in model.parameters()),
+        metrics,
+        task.headline,
+        measured,
+        energy(measured, costs),
+        certificate,
+    )
 
 
 def _flat(layer: dict[str, Any]) -> dict[str, Any]:

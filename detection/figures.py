@@ -59,8 +59,8 @@ class Line(NamedTuple):
     @property
     def look(self) -> dict[str, Any]:
         """The whole style; a single point is a dot, since a line would show nothing."""
-        dot = {"marker": "o", "markersize": 4, "linestyle": "none"} if len(self.points) == 1 else {}
-        return {"linewidth": 1.5} | self.style | dot
+        dot = {"linestyle": "none"} if len(self.points) == 1 else {}
+        return {"linewidth": 1.5} | ({"marker": "o", "markersize": 4} if dot else {}) | self.style | dot
 
 
 def style_of(index: int) -> dict[str, Any]:

@@ -85,6 +85,9 @@ class EpochLog(Record):
         losses: each term, weighted, by name; "loss/NAME" in the file.
         seconds: spent on the steps; an entry of the zoo has none, as it is one epoch of many.
         images_per_second: of all processes together.
+        memory_mib: the most from the beginning of the training, or since it went on, to the end of the epoch's steps,
+            in MiB: resident memory of the process that writes the log, libraries and data among it; on a GPU that of
+            its tensors there. None in older logs.
         layers: {quantity: {spike layer: value}}: "hoyer_per_layer" (H as it enters the loss), and what the layers
             themselves log at the end of the epoch, such as "v_th" and "extremum"; "hoyer_share_of_potential" and
             "hoyer_share_of_threshold" are the regulariser's shares in the gradients of the epoch's last step.
@@ -102,6 +105,7 @@ class EpochLog(Record):
     losses: Values = {}
     seconds: float | None = None
     images_per_second: float | None = None
+    memory_mib: float | None = None
     layers: dict[str, Values] = {}
     evaluation: Evaluation | None = None
     ema: Evaluation | None = None
@@ -119,6 +123,7 @@ class EpochLog(Record):
             "loss",
             "seconds",
             "images_per_second",
+            "memory_mib",
             "eval_seconds",
             "silent",
             "warnings",
@@ -152,8 +157,8 @@ class EpochLog(Record):
         """Return the line of the file."""
         line: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "lr": self.lr, "loss": self.loss}
         line |= {f"{LOSS}{name}": value for name, value in self.losses.items()}
-        speed = {"seconds": self.seconds, "images_per_second": self.images_per_second}
-        line |= {key: value for key, value in speed.items() if value is not None} | self.layers
+        cost = {key: getattr(self, key) for key in ("seconds", "images_per_second", "memory_mib")}
+        line |= {key: value for key, value in cost.items() if value is not None} | self.layers
         if self.evaluation is not None:
             line |= self.evaluation.to_json()
         if self.ema is not None:

@@ -19,6 +19,7 @@ LAYERS = (
         "detection.report",
         "detection.exporters",
         "detection.analysis",
+        "detection.comparison",
         "detection.robustness",
         "detection.predict",
         "detection.api",

@@ -92,7 +92,7 @@ def test_help_names_every_verb_and_every_verb_has_a_file(capsys):
             ["--format", "--int8", "--analogue-int8", "--out FILE", "--calibration N", "--evaluate", "--width"],
         ),
         ("check-data", ["RECIPE", "--data.verify", "--data.train_images"]),
-        ("compare", ["RECIPE", "--out", "--seeds", "--variants", "no_regulariser"]),
+        ("compare", ["RECIPE", "--out", "--seeds", "--variants", "no_regulariser", "--images N"]),
         ("zoo", ["list", "add"]),
         ("recipes", ["list", "show", "copy"]),
         ("summary", ["RECIPE_OR_RUN", "--classes N", "--model.backbone.width"]),

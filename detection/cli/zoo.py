@@ -109,7 +109,7 @@ def add(
         **task.facts(read_evaluation_data(run)),
     }
     # One epoch's times would pass for those of the training.
-    left_out = {"ema": None, "seconds": None, "images_per_second": None, "eval_seconds": None}
+    left_out = dict.fromkeys(("ema", "seconds", "images_per_second", "memory_mib", "eval_seconds"))
     line = before.model_copy(update=left_out | {"layers": before.layers | logged_state(model)})
     line = store(entry, run, content, origin.model_copy(update=facts), line)
     old, new = before.metrics, line.metrics

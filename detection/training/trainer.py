@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -118,6 +122,7 @@ class Trainer:
         """
         epochs = self.config.train.epochs
         line = None
+        forget_peak_memory()
         with self.signals.watch(), progress_bar(self.console) as self.bar:
             self.task = self.bar.add_task("", total=self.num_steps)
             try:
@@ -290,6 +295,7 @@ class Trainer:
             losses={name.removeprefix("loss/"): value.item() for name, value in means.items()},
             seconds=round(progress.seconds, 3),
             images_per_second=round(progress.num_images * num_processes / progress.seconds, 3),
+            memory_mib=peak_memory(self.accelerator.device),
             layers=layers,
         )
 
@@ -360,3 +366,22 @@ class Trainer:
                 where = f"in epoch {progress.epoch} of {epochs} after step {progress.step} of {self.num_steps}"
             sentence = f"stopped {where}, state saved; go on with: {resume_command(self.run)}"
         return Interrupted(sentence, self.signals.received or signal.SIGTERM)  # a signal that came to another process
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` begin anew, so that what reading the data took does not count; on Linux and GPUs alone."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most memory of this process in MiB; on a GPU that of its tensors there."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    status = Path("/proc/self/status")
+    # What getrusage says may be that of the process that started this one.
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.is_file() else None
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return round(int(found[1] if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / unit, 1)
