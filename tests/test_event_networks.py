@@ -30,7 +30,8 @@ from backbones import (
     stop_after,
 )
 from detection.config import load_config, read_recipe
-from detection.config.schema import Events
+from detection.config.schema import Augment, Events
+from detection.data import build_transform
 from detection.data.events import Recording, events_to_frames, read_windows
 from detection.data.pictures import as_rgb
 from detection.predict import predict_images
@@ -336,6 +337,25 @@ def test_what_a_network_does_not_take_is_named(runs, recording, monkeypatch, cap
         subject = task_of(load_config(path, ["--data.format", "synthetic", "--data.classes", "a", "b"]))
         with pytest.raises(ValueError, match=rf"a recording of events, and {task} of synthetic data takes images"):
             predict_images(subject, subject.build_model().eval(), recording)
+
+
+# Augmentation
+
+
+def test_five_frames_are_scaled_each_as_if_alone(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (40, 50, 10), dtype=np.uint8)
+    for factor in (0.7, 1.3):
+        transform = build_transform(Augment(hflip=0, scale=1, scale_range=(factor, factor)))
+        torch.manual_seed(0)
+        together = transform(image, np.zeros((0, 4)), np.zeros(0, np.int64))[0]
+        for first in (0, 3, 7):  # torch's seed draws the same place again
+            torch.manual_seed(0)
+            # Four channels, since the ground of three is grey.
+            alone = transform(image[:, :, [first, *[first + 1] * 3]], np.zeros((0, 4)), np.zeros(0, np.int64))[0]
+            assert np.array_equal(together[:, :, first : first + 2], alone[:, :, :2]) and together.shape == image.shape
+    config = load_config(recipe_of("detection", tmp_path, 1, 1), ["--data.augment.color", "0.5"])
+    with pytest.raises(ValueError, match=r"data\.augment\.color 0\.5: it takes pictures, not events"):
+        task_of(config).read("train")
 
 
 # Other commands

@@ -131,13 +131,19 @@ def _synthetic(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
 
 @register_format("events")
 def _events(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
-    return read_recordings(data.root, _named(data, split), classes, data.events, verify=data.verify)
+    return _recordings(data, _named(data, split), classes)
 
 
 @register_format("synthetic_events")
 def _synthetic_events(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
     draw_recordings(data.root, **data.scenes.model_dump())
-    return read_recordings(data.root, [split], classes, data.events, verify=data.verify)
+    return _recordings(data, [split], classes)
+
+
+def _recordings(data: Data, folders: Sequence[str], classes: Sequence[str]) -> Annotations:
+    if data.augment.color:
+        raise ValueError(f"data.augment.color {data.augment.color:g}: it takes pictures, not events")
+    return read_recordings(data.root, folders, classes, data.events, verify=data.verify)
 
 
 def _images_of(data: Data, split: Split) -> str:

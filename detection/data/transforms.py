@@ -175,7 +175,10 @@ class _ScaleJitter(A.DualTransform):
         (w, h), (left, top) = scaled_size, offset
         height, width = img.shape[:2]
         smaller = w < width
-        scaled = cv2.resize(img, scaled_size, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+        kind = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+        # OpenCV takes four channels at a time; frames of events have more.
+        parts = np.split(img, range(4, img.shape[2], 4), axis=2)
+        scaled = np.dstack([cv2.resize(np.ascontiguousarray(part), scaled_size, interpolation=kind) for part in parts])
         frame = np.full_like(img, FRAME_COLOR if img.shape[2] == 3 else 0)
         x1, y1, x2, y2 = max(0, left), max(0, top), min(width, left + w), min(height, top + h)
         frame[y1:y2, x1:x2] = scaled[y1 - top : y2 - top, x1 - left : x2 - left]
