@@ -19,6 +19,7 @@ VERBS = {
     "robustness": "measure accuracy under noise",
     "report": "write one HTML page about a run or several",
     "export": "write an ONNX, torch.export or NIR file, checked",
+    "benchmark": "measure how fast an exported file is, and how accurate",
     "check-data": "read the whole data set of a recipe and say what is wrong with it",
     "compare": "train variants of a recipe with several seeds and compare them",
     "zoo": "list the trained networks that come with the package, or add one",

@@ -39,10 +39,10 @@ class AnyShape:
         if self.training:
             return found
         pairs = zip(images, padded, found, strict=True)
-        return [each if image is wide else _within(each, image) for image, wide, each in pairs]
+        return [each if image is wide else within(each, image) for image, wide, each in pairs]
 
 
-def _within(found: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
+def within(found: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
     """Detections cut off at the border of an image, those outside of it left out."""
     height, width = image.shape[1:]
     boxes = found["boxes"]
