@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,8 +14,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from detection.data.pictures import ImageLike, read_image
+from detection.data.pictures import Channels, ImageLike, read_image
+from detection.files import kind_of
 from detection.runs import Run, Weights
+from detection.sources import files_of
 from detection.spikemaps import SpikeMap, spike_maps
 from detection.tasks import task_of
 from detection.tasks.base import Task
@@ -56,11 +59,27 @@ class Predictor:
         return options_of(self.task)
 
     def predict(
-        self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 8, **options: Any
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        batch_size: int = 8,
+        channels: Channels = "rgb",
+        **options: Any,
     ) -> AnyPrediction | list[AnyPrediction]:
-        """Return what the network makes of an image, or a list of that for a list; see `predict_images`."""
+        """Return what the network makes of an image, or a list of that for several; see `predict_images`.
+
+        Args:
+            images: path, array, PIL image or tensor, a list of these, a folder or a glob.
+            batch_size: images at a time.
+            channels: order of the colours in arrays and tensors; "bgr" is OpenCV's.
+            options: a detector's: score_threshold=0.3, nms_threshold (the recipe's).
+        """
         precision = autocast(self.run.config.train.precision, self.device)
-        return predict_images(self.task, self.model, images, batch_size=batch_size, precision=precision, **options)
+        options |= {"batch_size": batch_size, "channels": channels, "precision": precision}
+        return predict_images(self.task, self.model, images, **options)
+
+    def __repr__(self) -> str:
+        return f"Predictor({self.run.address!r}: {self.task.describe()}, on {self.device})"
 
     def spike_maps(self, image: ImageLike) -> list[SpikeMap]:
         """Return where the network fires on what it sees of an image; empty for a network without spike layers."""
@@ -80,18 +99,21 @@ def predict_images(
     images: ImageLike | Sequence[ImageLike],
     *,
     batch_size: int = 8,
+    channels: Channels = "rgb",
     precision: AbstractContextManager = contextlib.nullcontext(),  # noqa: B008, it has no state
     **options: Any,
 ) -> AnyPrediction | list[AnyPrediction]:
-    """Return what a network makes of an image, or a list of that for a list.
+    """Return what a network makes of an image, or a list of that for a list, a folder or a glob.
 
     A detector gives `Prediction`s, a classifier `ClassPrediction`s.
 
     Args:
         task: of the network.
         model: the network, in evaluation mode.
-        images: one image or several: path, array, PIL image or tensor, see `read_image`.
+        images: one image or a list of them: path, array, PIL image or tensor, see `read_image`; or a folder of images,
+            or a glob such as "shots/*.png". All are in memory together; `hoyer-det predict` takes any number.
         batch_size: images at a time; fewer where they are large.
+        channels: "rgb", or "bgr" for arrays and tensors as OpenCV has them.
         precision: context of the passes.
         options: of the task: score_threshold and nms_threshold, a detector's; see `Task.predict`.
 
@@ -104,9 +126,11 @@ def predict_images(
     for name in options:
         if name not in allowed:
             raise ValueError(f"{name}: no option of {task.name} (allowed: {', '.join(allowed) or 'none'})")
+    images = _expand(images)
     several = isinstance(images, (list, tuple))
     items = list(images) if several else [images]
-    pictures = [_read(item, f"image at index {index}: " if several else "") for index, item in enumerate(items)]
+    places = [f"image at index {index}: " if several else "" for index in range(len(items))]
+    pictures = [_read(item, place, channels) for item, place in zip(items, places, strict=True)]
     found = task.predict(model, pictures, batch_size=batch_size, precision=precision, **options)
     paths = [Path(item) if isinstance(item, (str, Path)) else None for item in items]
     named = [dataclasses.replace(each, path=path) for each, path in zip(found, paths, strict=True)]
@@ -131,8 +155,21 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         ) from None
 
 
-def _read(image: ImageLike, place: str) -> Tensor:
+def _expand(images: ImageLike | Sequence[ImageLike]) -> ImageLike | Sequence[ImageLike]:
+    """Return the files of a folder or glob in their order, anything else as it is."""
+    if not isinstance(images, (str, Path)):
+        return images
+    kind, failures = kind_of(images), []
+    if kind != "a folder" and not (kind == "no such file" and glob.has_magic(str(images))):
+        return images
+    files = files_of(str(images), failures)
+    if failures:
+        raise ValueError("; ".join(failures))
+    return files
+
+
+def _read(image: ImageLike, place: str, channels: Channels) -> Tensor:
     try:
-        return read_image(image)
+        return read_image(image, channels)
     except ValueError as error:
         raise ValueError(f"{place}{error}") from error

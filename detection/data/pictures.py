@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -13,9 +14,10 @@ from detection.data.image_files import decode_image, rgb_pixels
 from detection.files import kind_of
 
 ImageLike = str | Path | np.ndarray | Image.Image | Tensor
+Channels = Literal["rgb", "bgr"]
 
 
-def read_image(image: ImageLike) -> Tensor:
+def read_image(image: ImageLike, channels: Channels = "rgb") -> Tensor:
     """Return the image as (3, H, W): uint8 RGB, or float32 in [0, 1] if it came as floats.
 
     Files and PIL images are turned as their EXIF orientation says, as every viewer does. (Training does not: there,
@@ -23,12 +25,20 @@ def read_image(image: ImageLike) -> Tensor:
 
     Args:
         image: a path; a PIL image of any mode; an array (H, W), (H, W, 3) or (H, W, 4), RGB, of uint8, uint16 or floats
-            in [0, 1] (OpenCV's are BGR: turn them by `[..., ::-1]`); a tensor (3, H, W) or (1, H, W) of uint8 or of
-            floats in [0, 1].
+            in [0, 1]; a tensor (3, H, W) or (1, H, W) of uint8 or of floats in [0, 1].
+        channels: order of an array's or tensor's colours: "rgb", or "bgr" as OpenCV has them; files and PIL images know
+            theirs.
 
     Raises:
-        ValueError: a file that is missing or does not decode, or another type, shape or range; says which.
+        ValueError: a file that is missing or does not decode, or another type, shape, range or order; says which.
     """
+    if channels not in get_args(Channels):
+        raise ValueError(f"channels: expected {' or '.join(get_args(Channels))}, got {channels!r}")
+    picture = _read(image)
+    return picture.flip(0) if channels == "bgr" and isinstance(image, (np.ndarray, Tensor)) else picture
+
+
+def _read(image: ImageLike) -> Tensor:
     match image:
         case str() | Path():
             return _from_array(_read_file(Path(image)))
