@@ -1,4 +1,4 @@
-"""How fast an exported ONNX file is on this machine's CPU, and how accurate."""
+"""The speed of an exported ONNX file on this machine's CPU, and its accuracy."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class AnyShape:
 
 
 def within(found: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
-    """Detections cut off at the border of an image, those outside of it left out."""
+    """Return detections cut off at the border of an image, without those outside of it."""
     height, width = image.shape[1:]
     boxes = found["boxes"]
     boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)
