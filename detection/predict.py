@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from detection.data.events.files import read_recording, read_windows
-from detection.data.pictures import ImageLike, read_image
-from detection.files import is_recording
+from detection.data.pictures import Channels, ImageLike, read_image
+from detection.files import is_recording, kind_of
 from detection.runs import Run, Weights
+from detection.sources import files_of
 from detection.spikemaps import SpikeMap, spike_maps
 from detection.tasks import task_of
 from detection.tasks.base import Task
@@ -59,11 +61,27 @@ class Predictor:
         return options_of(self.task)
 
     def predict(
-        self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 8, **options: Any
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        batch_size: int = 8,
+        channels: Channels = "rgb",
+        **options: Any,
     ) -> AnyPrediction | list[AnyPrediction]:
-        """Return what the network makes of an image, or a list of that for a list; see `predict_images`."""
+        """Return what the network makes of an image, or a list of that for several; see `predict_images`.
+
+        Args:
+            images: path, array, PIL image or tensor, a list of these, a folder or a glob.
+            batch_size: images at a time.
+            channels: order of the colours in arrays and tensors; "bgr" is OpenCV's.
+            options: a detector's: score_threshold=0.3, nms_threshold (the recipe's).
+        """
         precision = autocast(self.run.config.train.precision, self.device)
-        return predict_images(self.task, self.model, images, batch_size=batch_size, precision=precision, **options)
+        options |= {"batch_size": batch_size, "channels": channels, "precision": precision}
+        return predict_images(self.task, self.model, images, **options)
+
+    def __repr__(self) -> str:
+        return f"Predictor({self.run.address!r}: {self.task.describe()}, on {self.device})"
 
     def spike_maps(self, image: ImageLike) -> list[SpikeMap]:
         """Return where the network fires on what it sees of an image; empty for a network without spike layers."""
@@ -83,19 +101,23 @@ def predict_images(
     images: ImageLike | Sequence[ImageLike],
     *,
     batch_size: int = 8,
+    channels: Channels = "rgb",
     precision: AbstractContextManager = contextlib.nullcontext(),  # noqa: B008, it has no state
     **options: Any,
 ) -> AnyPrediction | list[AnyPrediction]:
-    """Return what a network makes of an image, or a list of that for a list.
+    """Return what a network makes of an image, or a list of that for a list, a folder or a glob.
 
     A detector gives `Prediction`s, a classifier `ClassPrediction`s.
 
     Args:
         task: of the network.
         model: the network, in evaluation mode.
-        images: one image or several: path, array, PIL image or tensor, see `read_image`. For a network of events a
-            path is that of a recording, which alone gives a detector's predictions for each of its windows.
+        images: one image or a list of them: path, array, PIL image or tensor, see `read_image`; or a folder of images,
+            or a glob such as "shots/*.png". All are in memory together; `hoyer-det predict` takes any number. For a
+            network of events a path is that of a recording, which alone gives a detector's predictions for each of its
+            windows.
         batch_size: images at a time; fewer where they are large.
+        channels: "rgb", or "bgr" for arrays and tensors as OpenCV has them.
         precision: context of the passes.
         options: of the task: score_threshold and nms_threshold, a detector's; see `Task.predict`.
 
@@ -108,6 +130,7 @@ def predict_images(
     for name in options:
         if name not in allowed:
             raise ValueError(f"{name}: no option of {task.name} (allowed: {', '.join(allowed) or 'none'})")
+    images = _expand(images)
     if is_recording(images) and task.windows:
         path = Path(images)
         batches = in_batches(pictures_of(task, path), batch_size, Tensor.numel)
@@ -115,7 +138,8 @@ def predict_images(
         return [dataclasses.replace(each, path=path) for each in itertools.chain(*found)]
     several = isinstance(images, (list, tuple))
     items = list(images) if several else [images]
-    pictures = [_read(task, item, f"image at index {index}: " if several else "") for index, item in enumerate(items)]
+    places = [f"image at index {index}: " if several else "" for index in range(len(items))]
+    pictures = [_read(task, item, place, channels) for item, place in zip(items, places, strict=True)]
     found = task.predict(model, pictures, batch_size=batch_size, precision=precision, **options)
     paths = [Path(item) if isinstance(item, (str, Path)) else None for item in items]
     named = [dataclasses.replace(each, path=path) for each, path in zip(found, paths, strict=True)]
@@ -152,7 +176,7 @@ def pictures_of(task: Task, path: Path) -> Iterator[Tensor]:
     return read_windows(path, data.events) if task.windows else iter([read_recording(path, data.size, data.events)])
 
 
-def read_picture(task: Task, image: ImageLike) -> Tensor:
+def read_picture(task: Task, image: ImageLike, channels: Channels = "rgb") -> Tensor:
     """Return an image as a network of the task takes it, before it is resized; see `read_image`.
 
     Raises:
@@ -163,11 +187,24 @@ def read_picture(task: Task, image: ImageLike) -> Tensor:
         if task.windows:
             raise ValueError(f"{image}: a recording, which is many images to {task.name}; it is predicted on alone")
         return next(pictures)
-    return read_image(image, getattr(task.config.data, "channels", 3))
+    return read_image(image, channels, getattr(task.config.data, "channels", 3))
 
 
-def _read(task: Task, image: ImageLike, place: str) -> Tensor:
+def _expand(images: ImageLike | Sequence[ImageLike]) -> ImageLike | Sequence[ImageLike]:
+    """Return the files of a folder or glob in their order, anything else as it is."""
+    if not isinstance(images, (str, Path)):
+        return images
+    kind, failures = kind_of(images), []
+    if kind != "a folder" and not (kind == "no such file" and glob.has_magic(str(images))):
+        return images
+    files = files_of(str(images), failures)
+    if failures:
+        raise ValueError("; ".join(failures))
+    return files
+
+
+def _read(task: Task, image: ImageLike, place: str, channels: Channels) -> Tensor:
     try:
-        return read_picture(task, image)
+        return read_picture(task, image, channels)
     except ValueError as error:
         raise ValueError(f"{place}{error}") from error

@@ -213,6 +213,7 @@ class RunInfo(Record):
         backbone: arguments of `backbones.create`, of an entry of the zoo.
         category_ids: COCO's category of label 1, 2, ..., K, a detector's.
         resumed: commands that went on with it.
+        trackers: its id at Weights & Biases and MLflow.
         sha256: of each weights file by name; there once the training has ended.
     """
 
@@ -227,6 +228,7 @@ class RunInfo(Record):
     backbone: dict[str, Any] | None = None
     category_ids: list[int] | None = None
     resumed: list[str] = []
+    trackers: dict[str, str] = {}
     sha256: dict[str, str] = {}
 
     def to_json(self) -> dict[str, Any]:

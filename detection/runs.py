@@ -30,7 +30,7 @@ from detection.files import (
     write_whole,
 )
 from detection.records import EpochLog, Machine, RunInfo, Weights
-from detection.text import say
+from detection.text import plural, say
 
 MAX_INFO, MAX_LOG = 2**24, 2**29  # bytes of a run.json and of a log
 PACKAGES = ("torch", "torchvision", "numpy", "albumentations", "pycocotools", "accelerate", "safetensors")
@@ -52,6 +52,10 @@ class Run:
     def __init__(self, folder: Path, config: Recipe) -> None:
         self.folder, self.config = folder, config
         self._is_own = self._begun = False  # whether this process made the folder, and the files in it
+
+    def __repr__(self) -> str:
+        number = (self.folder / "metrics.jsonl").read_bytes().count(b"\n") if self.has_log else 0
+        return f"Run({self.address!r}: {plural(number, 'epoch')})"
 
     @staticmethod
     def check_free(folder: str | Path) -> Path:

@@ -35,6 +35,7 @@ LAYERS = (
         "detection.figures",
         "detection.fonts",
         "detection.sections",
+        "detection.sources",
         "detection.spikemaps",
     ),
     ("detection.runs", "detection.records", "detection.config", "detection.files", "detection.text"),

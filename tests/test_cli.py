@@ -198,6 +198,7 @@ def test_help_and_mistyped_names_do_not_wait_for_torch(tmp_path):
     for verb in ("evaluate", "analyze", "robustness", "report", "export", "summary"):
         command_lines += [[verb, "runs/none"], [verb, "zoo:none"]]
     command_lines += [["predict", "zoo:none", "a.png"], ["predict", "zoo:cifar10_vgg11", "a.png"]]
+    command_lines += [["benchmark", "none.onnx"]]
     found = call_alone(*command_lines, cwd=tmp_path)
     for arguments, (status, text, slow) in zip(command_lines, found, strict=True):
         fine = "--help" in arguments or arguments[0] == "recipes"

@@ -20,6 +20,7 @@ VERBS = {
     "report": "write one HTML page about a run or several",
     "export": "write an ONNX, torch.export or NIR file, checked",
     "init": "write a recipe for a folder of images and boxes, with the reasons",
+    "benchmark": "measure how fast an exported file is, and how accurate",
     "check-data": "read the whole data set of a recipe or a folder and say what is wrong with it",
     "compare": "train variants of a recipe with several seeds and compare them",
     "zoo": "list the trained networks that come with the package, or add one",

@@ -325,7 +325,12 @@ class Train(Section):
     sync_batchnorm: bool = Field(
         False, description="several processes: BatchNorm over the images of all of them; false: over those of each"
     )
-    tensorboard: bool = Field(False, description="write TensorBoard curves too (pip install hoyer-det[tensorboard])")
+    loggers: list[Literal["tensorboard", "csv", "wandb", "mlflow"]] = Field(
+        [],
+        description="further logs of each epoch: TensorBoard's, log.csv, Weights & Biases, MLflow (pip install "
+        "hoyer-det[tensorboard], [wandb], [mlflow])",
+    )
+    tensorboard: bool = Field(False, description="the logger tensorboard, too")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of weights, data order and augmentation")
     deterministic: bool = Field(
         False, description="only algorithms that give the same bits every time: slower on a GPU, an error where none is"

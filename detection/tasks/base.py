@@ -70,12 +70,14 @@ class Deployable(NamedTuple):
         outputs: what each of them means, by the name that it has in the file.
         meaning: of the images, in words.
         keep: parts of names of layers that stay in floating point over spikes too.
+        decoding: all that makes boxes of the outputs, see `describe_decoding`; empty: there are none.
     """
 
     network: nn.Module
     outputs: Mapping[str, str]
     meaning: str
     keep: tuple[str, ...] = ()
+    decoding: Mapping[str, Any] = {}
 
 
 class SpikingPart(NamedTuple):
@@ -369,11 +371,12 @@ class Task(ABC):
         """Return training images without augmentation, as `deployable` takes them: drawn at random, always the same."""
         raise self.refusal("cannot be exported")
 
-    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Any], Any]:
+    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]], *, boxes: bool = False) -> Callable[[Any], Any]:
         """Return what behaves like the network in evaluation, around outputs by name that a file computes.
 
         Args:
             run: images as `deployable` takes them, on the CPU -> outputs by name.
+            boxes: these are the boxes of one image, resized.
         """
         raise self.refusal("cannot be exported")
 

@@ -237,7 +237,7 @@ class ClassificationTask(Task):
         images = FolderImages(dataset, self.config.data, train=False)
         return torch.stack([images[index][0] for index in chosen.tolist()])
 
-    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Any], Any]:
+    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]], *, boxes: bool = False) -> Callable[[Any], Any]:
         return lambda images: run(images)["logits"]
 
 

@@ -24,7 +24,8 @@ from detection.data.report import DataReport, report, shared_images
 from detection.evaluation import CocoEvaluator, Detections, import_backend, mean_average_precision, precision_recall
 from detection.files import write_whole
 from detection.models import build_detector, colours_of
-from detection.models.dense import DensePredictions, DetectorOf, EnteringSpikes, resize_and_pad
+from detection.models.decoding import describe_decoding
+from detection.models.dense import DensePredictions, DetectorOf, DetectorOfBoxes, EnteringSpikes, resize_and_pad
 from detection.models.inference import check_unit_interval, padded_size, thresholds
 from detection.records import Evaluation
 from detection.runs import Run
@@ -372,6 +373,7 @@ class DetectionTask(Task):
             f"mean colour {list(colours_of(self.config)[0])} to multiples of {PADDED}, which "
             "detection.exporters.OnnxDetector does",
             keep=PREDICTION_LAYERS,
+            decoding=describe_decoding(model),
         )
 
     def spiking_part(self, model: nn.Module) -> SpikingPart:
@@ -383,8 +385,8 @@ class DetectionTask(Task):
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:number].tolist()
         return resize_and_pad(model.transform, [dataset[index][0] for index in chosen])
 
-    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Any], Any]:
-        return DetectorOf(self.build_model(), run)
+    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]], *, boxes: bool = False) -> Callable[[Any], Any]:
+        return (DetectorOfBoxes if boxes else DetectorOf)(self.build_model(), run)
 
 
 def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,7 +23,8 @@ from detection.runs import Run, describe_environment
 from detection.tasks import task_of
 from detection.tasks.base import Dataset, Task
 from detection.text import plural, say
-from detection.training import checkpoint
+from detection.training import checkpoint, loggers
+from detection.training.callbacks import Callback
 from detection.training.distillation import learn_from
 from detection.training.distributed import is_broken_connection, synchronise
 from detection.training.precision import choose_precision
@@ -32,7 +32,13 @@ from detection.training.trainer import Losses, Trainer
 
 
 def train_run(
-    config: Recipe, folder: str | Path, command: Sequence[str], *, download: bool = False, resume: bool = False
+    config: Recipe,
+    folder: str | Path,
+    command: Sequence[str],
+    *,
+    download: bool = False,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> EpochLog:
     """Train the network of a recipe into a run folder and return the last line of its log.
 
@@ -44,14 +50,16 @@ def train_run(
         command: how the run was started, for its log.
         download: fetch the data if they are missing.
         resume: go on with the run in `folder` from its last checkpoint, or from the beginning if it has none.
+        callbacks: called at the turns of the training.
 
     Raises:
         BlockingIOError: another training is writing into the folder.
+        CallbackError: a callback failed; the state is saved.
         ConnectionError: another process of the training has ended, or does not answer.
     """
     task = task_of(config)
     check_run(config, folder, resume=resume)
-    accelerator = make_accelerator(config, folder)
+    accelerator = make_accelerator(config)
     run, main = Run(Path(folder), config), accelerator.is_main_process
     if main and resume:
         run.lock()
@@ -72,6 +80,7 @@ def train_run(
             config=task.config,
             run=run,
             accelerator=accelerator,
+            callbacks=[*callbacks, *([loggers.Loggers(accelerator)] if loggers.wanted(config) else [])],
         )
         line = fit(trainer, describe_run(task, train, val, command), resume=resume)
         if main:
@@ -111,7 +120,7 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
     Raises:
         FileExistsError: there is something in it already.
         FileNotFoundError: with `resume`, there is no run.
-        ImportError: TensorBoard is missing.
+        ImportError: the package of a logger is missing.
         ValueError: the recipe names something that is not registered, or with `resume`, the run has another recipe.
     """
     task_of(config).check_names()
@@ -119,12 +128,11 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
         require_same(flatten(Run.open(folder).config), config, str(folder))
     else:
         require_writable(Run.check_free(folder))
-    if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ImportError("train.tensorboard needs TensorBoard: pip install hoyer-det[tensorboard]")
+    loggers.require_packages(config)
 
 
-def make_accelerator(config: Recipe, folder: str | Path | None = None) -> Accelerator:
-    """Return device, precision, algorithms and processes of a run; `folder` is that of a training."""
+def make_accelerator(config: Recipe) -> Accelerator:
+    """Return device, precision, algorithms and processes of a run."""
     train = config.train
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
@@ -138,8 +146,6 @@ def make_accelerator(config: Recipe, folder: str | Path | None = None) -> Accele
         # Without a GPU several processes have to be told to use the CPU, or each would train for itself.
         cpu=several and not torch.cuda.is_available(),
         mixed_precision=choose_precision(train.precision),
-        log_with="tensorboard" if train.tensorboard and folder else None,
-        project_dir=folder if train.tensorboard else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=train.timeout_minutes))],
     )
     if str(accelerator.num_processes) != os.environ.get("WORLD_SIZE", "1"):
@@ -228,9 +234,10 @@ def fit(trainer: Trainer, info: RunInfo, *, resume: bool) -> EpochLog:
             run.note_resumption(info)
         elif main:
             run.begin(info)
-        accelerator.init_trackers("tensorboard")
+        loggers.start(accelerator, run, trainer.progress.epoch)
         line = trainer.fit()
     except BaseException as error:
+        loggers.stop(accelerator)
         if main and not resume:
             run.discard_if_empty()
         if accelerator.num_processes > 1 and is_broken_connection(error):

@@ -25,6 +25,7 @@ from detection.data.loaders import LoaderError
 from detection.records import EpochLog, Evaluation
 from detection.runs import Run
 from detection.text import say
+from detection.training.callbacks import Callback, Callbacks, Step
 from detection.training.checkpoint import Progress, random_states, save
 from detection.training.collapse import silent_layers, warnings_of
 from detection.training.display import LineClock, progress_bar, resume_command, summary
@@ -70,8 +71,10 @@ class Trainer:
         config: the recipe.
         run: takes the log line of each epoch, the weights and the checkpoints.
         accelerator: device, mixed precision and processes.
+        callbacks: called at the turns of the training, in the main process.
 
     Raises:
+        TypeError: something among the callbacks is none.
         ValueError: there are no batches.
     """
 
@@ -86,6 +89,7 @@ class Trainer:
         config: Recipe,
         run: Run,
         accelerator: Accelerator,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         if not len(batches):
             raise ValueError("no training batches: there are too few images")
@@ -101,6 +105,7 @@ class Trainer:
         self.clock = SaveClock(config.train.save_minutes, config.train.save_steps)
         self.console = Screen(highlight=False, markup=False, soft_wrap=True, quiet=not self.is_main)
         self._lines = LineClock(self.console)
+        self.callbacks = Callbacks(callbacks, run, self.is_main)
 
     @property
     def network(self) -> nn.Module:
@@ -116,6 +121,7 @@ class Trainer:
         """Train to the end of the last epoch and return its line of the log.
 
         Raises:
+            CallbackError: a callback failed; the state was saved.
             FloatingPointError: loss or gradient is not finite; names epoch, step, each loss and the images. The
                 checkpoint on disk is an earlier one.
             Interrupted: SIGTERM or Ctrl-C; the step under way was finished and the state saved.
@@ -126,6 +132,7 @@ class Trainer:
         with self.signals.watch(), progress_bar(self.console) as self.bar:
             self.task = self.bar.add_task("", total=self.num_steps)
             try:
+                self.tell("on_train_begin", self.network)
                 while self.progress.epoch <= epochs:
                     line = self.run_epoch()
                     self.progress.next_epoch()
@@ -137,7 +144,15 @@ class Trainer:
                 # All processes were told to stop, the loader's too: in the middle of a step there is nothing to save.
                 sentence = f"stopped together with its loader processes; go on with: {resume_command(self.run)}"
                 raise Interrupted(sentence if self.is_main else "", self.signals.received) from None
-        return self.run.history()[-1] if line is None else line
+        line = self.run.history()[-1] if line is None else line
+        self.tell("on_train_end", line)
+        return line
+
+    def tell(self, event: str, *arguments: Any) -> None:
+        """Tell the callbacks between two steps; if one fails, save and raise its error."""
+        if self.callbacks.callbacks:
+            self.callbacks.tell(event, *arguments)
+            self.save_or_stop()
 
     def run_epoch(self) -> EpochLog:
         """Do the rest of an epoch, evaluate, log and keep the weights."""
@@ -145,11 +160,14 @@ class Trainer:
         self.bar.reset(self.task, completed=progress.step, description=f"epoch {progress.epoch}/{train.epochs}")
         if progress.step == 0:
             progress.lr = self.schedule.get_last_lr()[0]
+        self.tell("on_epoch_begin", progress.epoch)
         line = self.train_epoch()
         if progress.epoch % train.eval_every == 0 or progress.epoch == train.epochs:
             self.evaluate(line)
+            self.callbacks.tell("on_evaluation", progress.epoch, line.evaluation)
         line.silent = silent_layers(line)
         self.keep(line)
+        self.callbacks.tell("on_epoch_end", line)  # an error waits until the epoch is done
         return line
 
     def train_epoch(self) -> EpochLog:
@@ -169,6 +187,9 @@ class Trainer:
             where = f"epoch {progress.epoch}/{self.config.train.epochs}  step {step}/{self.num_steps}"
             self._lines.show(where, loss, progress.num_images * self.accelerator.num_processes / progress.seconds)
             self.clock.num_steps += 1
+            if self.callbacks.callbacks:
+                told = Step(progress.epoch, step, self.num_steps, loss.detach(), self.schedule.get_last_lr()[0])
+                self.callbacks.tell("on_step_end", told)
             self.save_or_stop()
         return self.describe_epoch()
 
@@ -342,18 +363,19 @@ class Trainer:
             for kind, sentence in line.warnings.items():
                 if kind not in known:
                     say(f"warning: epoch {line.epoch}: {sentence}", error=True)
-        scalars = {key: value for key, value in line.to_json().items() if isinstance(value, float)}
-        self.accelerator.log(scalars, step=line.epoch)
         self.console.print(summary(line, self.config.train.epochs, self.goal.best_by, self.goal.headline))
 
     # Checkpoints
 
     def save_or_stop(self, always: bool = False) -> None:
         """Save where a checkpoint is due; save and raise `Interrupted` where a signal has come to any process."""
-        stop, due = any_process(self.accelerator, bool(self.signals.received), always or self.clock.due())
+        failed = self.callbacks.error
+        stop, due = any_process(self.accelerator, bool(self.signals.received or failed), always or self.clock.due())
         if stop or due:
             save(self, random_states())
             self.clock.restart()
+        if failed:
+            raise failed
         if stop:
             raise self.interruption()
 
