@@ -111,6 +111,7 @@ class Task(ABC):
         num_calibration: images that 8-bit thresholds are set on by default.
         prediction_layers: parts of names of the layers whose outputs are predictions: they stay in floating point in
             8-bit files, and Muon leaves them to AdamW.
+        parts: modules of the network by the name of a part in train.freeze, where they are called otherwise.
     """
 
     recipe: ClassVar[type[Recipe]]
@@ -121,6 +122,7 @@ class Task(ABC):
     score: ClassVar[str] = "Metrics"
     num_calibration: ClassVar[int] = 64
     prediction_layers: ClassVar[tuple[str, ...]] = ()
+    parts: Mapping[str, tuple[str, ...]] = {}
 
     def __init__(self, config: Recipe) -> None:
         self.config = config
@@ -241,6 +243,10 @@ class Task(ABC):
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """Return the scalar losses of a batch by name."""
+
+    def class_outputs(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        """Return (outputs in front of the classes', outputs of each) by name of each layer with outputs per class."""
+        raise self.refusal("starts from no whole network (model.weights)")
 
     def describe_batch(self, batch: Any) -> str:
         """Say which images a batch has, for an error."""
