@@ -199,6 +199,40 @@ class DataFingerprint(Record):
     fingerprint: str
 
 
+class Start(Record):
+    """The network that a training started from, `model.weights`, by the names of its tensors.
+
+    Attributes:
+        source: as the recipe names it.
+        classes: those whose outputs were taken over.
+        taken: tensors that were taken over whole.
+        partly: tensors of which the outputs of `classes` were, and of the background where there is one.
+        new: tensors of the network that are new.
+        left_out: tensors of the source that were not taken over.
+    """
+
+    source: str
+    classes: list[str] = []
+    taken: list[str] = []
+    partly: list[str] = []
+    new: list[str] = []
+    left_out: list[str] = []
+
+
+class Extension(Record):
+    """A further cycle of the schedule behind the epochs of a finished run.
+
+    Attributes:
+        after: epochs that were done before.
+        epochs: of the cycle.
+        lr_factor: its learning rates, in those of the recipe.
+    """
+
+    after: int
+    epochs: int
+    lr_factor: float
+
+
 class RunInfo(Record):
     """run.json: where a run comes from.
 
@@ -212,8 +246,10 @@ class RunInfo(Record):
         data: by split, number of images and a fingerprint of what was read.
         backbone: arguments of `backbones.create`, of an entry of the zoo.
         category_ids: COCO's category of label 1, 2, ..., K, a detector's.
+        start: the network that it started from.
         resumed: commands that went on with it.
         trackers: its id at Weights & Biases and MLflow.
+        extended: the cycles that were added to it.
         sha256: of each weights file by name; there once the training has ended.
     """
 
@@ -227,8 +263,10 @@ class RunInfo(Record):
     data: dict[str, DataFingerprint] = {}
     backbone: dict[str, Any] | None = None
     category_ids: list[int] | None = None
+    start: Start | None = None
     resumed: list[str] = []
     trackers: dict[str, str] = {}
+    extended: list[Extension] = []
     sha256: dict[str, str] = {}
 
     def to_json(self) -> dict[str, Any]:

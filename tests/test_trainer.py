@@ -36,7 +36,7 @@ class Batches:
 class Goal:
     """What the trainer asks of a task, of one whose evaluations find nothing."""
 
-    best_by, headline, prediction_layers = "none", ("none",), ()
+    best_by, headline, prediction_layers, parts = "none", ("none",), (), {}
 
     def is_at_chance(self, metrics) -> bool:
         return False

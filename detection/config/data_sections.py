@@ -102,6 +102,11 @@ class Augment(Section):
         return self
 
     color: float = Field(0.0, ge=0, le=1, description="probability of a change of brightness, contrast, saturation")
+    mosaic: float = Field(0.0, ge=0, le=1, description="probability of a mosaic of the image and three others")
+    mixup: float = Field(0.0, ge=0, le=1, description="probability that another image is blended with the image")
+    plain_share: float = Field(
+        0.1, ge=0, le=1, description="share of the epochs, the last ones, that has neither mosaic nor mixup"
+    )
 
 
 class Data(Channels, Section):

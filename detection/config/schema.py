@@ -24,6 +24,7 @@ __all__ = [
     "ImageData",
     "Model",
     "Neck",
+    "Network",
     "Optimizer",
     "Recipe",
     "Scenes",
@@ -166,7 +167,23 @@ class Head(Section):
     max_detections: int = Field(100, gt=0, le=10**5, description="detections kept per image")
 
 
-class Model(Section):
+class Network(Section):
+    """Base of a network's section, which has a `backbone`: what all of it starts from."""
+
+    weights: str | None = Field(
+        None,
+        description="a whole trained network to start from: a run folder or zoo:NAME (last weights), or a .safetensors "
+        "file of one; outputs of classes of equal names stay, those of others are new",
+    )
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Network:
+        if None not in (self.weights, self.backbone.weights):
+            raise ValueError("weights and backbone.weights are both given: leave one of them out")
+        return self
+
+
+class Model(Network):
     """The detector: images -> normalise, resize -> backbone -> neck -> head."""
 
     detector: Literal["fasterrcnn", "retinanet", "fcos", "ssd"] = Field(
@@ -275,6 +292,11 @@ class Optimizer(Section):
     gamma: float = Field(0.2, gt=0, le=1, description="step: factor at each milestone")
     warmup_steps: int = Field(100, ge=0, le=10**8, description="optimiser steps of linear warm-up")
     clip_norm: float = Field(0.0, ge=0, description="gradients are scaled down to this norm; 0: never")
+    lr_factors: dict[str, Positive] = Field(
+        {},
+        description="factors on lr and muon_lr in parts of the network, named as in train.freeze: {backbone: 0.1}; the "
+        "longest name counts",
+    )
 
 
 class Distillation(Section):
@@ -302,6 +324,14 @@ class Train(Section):
     accumulate: int = Field(1, gt=0, le=10**6, description="batches whose mean gradient makes one optimiser step")
     eval_every: int = Field(
         1, gt=0, le=10**6, description="epochs between evaluations; the last epoch is always evaluated"
+    )
+    patience: int = Field(
+        0, ge=0, le=10**6, description="end after so many evaluations none of which makes new best weights; 0: never"
+    )
+    freeze: list[str] = Field(
+        [],
+        description="parts of the network that stay as they are, running averages included: backbone, neck, head, or a "
+        "module such as backbone.stem",
     )
     precision: Literal["no", "bf16", "fp16", "auto"] = Field(
         "no", description="mixed precision; no: float32; auto: bf16 where the processor or GPU multiplies it natively"
@@ -354,7 +384,7 @@ class Evaluation(Section):
     )
 
 
-class Classifier(Section):
+class Classifier(Network):
     """A backbone with the classification head of its family."""
 
     backbone: Backbone = Backbone()

@@ -19,7 +19,7 @@ from detection.data.records import (
     build_record,
 )
 from detection.data.synthetic import draw_scene, draw_scenes
-from detection.data.transforms import build_transform
+from detection.data.transforms import build_mixture, build_transform
 from detection.data.voc import read_voc
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "build_annotations",
     "build_datasets",
     "build_loader",
+    "build_mixture",
     "build_record",
     "build_transform",
     "draw_scene",

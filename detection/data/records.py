@@ -30,7 +30,9 @@ MAX_NAMES = 20  # in one message
 NUM_THREADS = 8  # that look at image files; more than cores, since files may lie on a slow disk
 
 Layout = Literal["coco", "corners", "voc"]
-Transform = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
+Transform = Callable[[np.ndarray, np.ndarray, np.ndarray], Sample]
+Mixture = Callable[[Sample, Callable[[], Sample]], Sample]
 
 
 @dataclass(frozen=True)
@@ -287,11 +289,14 @@ class DetectionDataset(Dataset):
     Args:
         annotations: what to read.
         transform: augmentation of (image (H, W, 3) uint8, boxes, labels); the boxes are then pixels of its result.
+        mixture: what `mixed` does before it: (such a sample, what draws another one by torch's generator) -> a sample.
     """
 
-    def __init__(self, annotations: Annotations, transform: Transform | None = None) -> None:
+    def __init__(
+        self, annotations: Annotations, transform: Transform | None = None, mixture: Mixture | None = None
+    ) -> None:
         self.annotations = annotations
-        self.transform = transform
+        self.transform, self.mixture = transform, mixture
 
     def __len__(self) -> int:
         return len(self.annotations.records)
@@ -307,6 +312,16 @@ class DetectionDataset(Dataset):
         return self.annotations.dropped
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        return self._item(index, self._sample(index))
+
+    def mixed(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        """Return an item into which the mixture has put other images."""
+        return self._item(index, self.mixture(self._sample(index), self._draw))
+
+    def _draw(self) -> Sample:
+        return self._sample(int(torch.randint(len(self), ())))
+
+    def _sample(self, index: int) -> Sample:
         record = self.annotations.records[index]
         image = record.read()
         height, width = image.shape[:2]
@@ -315,11 +330,13 @@ class DetectionDataset(Dataset):
                 f"{record.path}: the image is {width}x{height} pixels, its annotations say "
                 f"{record.width}x{record.height}; correct the annotation file"
             )
-        boxes, labels = record.boxes[~record.ignore], record.labels[~record.ignore]
-        if self.transform is not None:
-            image, boxes, labels = self.transform(image, boxes, labels)
+        return image, record.boxes[~record.ignore], record.labels[~record.ignore]
+
+    def _item(self, index: int, sample: Sample) -> tuple[Tensor, dict[str, Any]]:
+        image, boxes, labels = sample if self.transform is None else self.transform(*sample)
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels), "image_id": record.image_id}
+        image_id = self.annotations.records[index].image_id
+        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels), "image_id": image_id}
         return pixels.float() / 255, target
 
     def fingerprint(self) -> str:
@@ -336,7 +353,7 @@ class DetectionDataset(Dataset):
         """Return these images alone."""
         records = self.annotations.records
         chosen = replace(self.annotations, records=tuple(records[index] for index in indices))
-        return DetectionDataset(chosen, self.transform)
+        return DetectionDataset(chosen, self.transform, self.mixture)
 
     def ground_truth(self) -> dict[str, Any]:
         """A COCO dictionary for pycocotools, in pixels of the stored images; ignored objects have iscrowd = 1.

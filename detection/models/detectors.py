@@ -218,6 +218,23 @@ def build_ssd(config: Model, backbone: BackboneWithNeck, num_classes: int, spike
     return AnyShapeSSD(backbone, boxes, size, num_classes + 1, **_colours_and_limits(config))
 
 
+def class_outputs(detector: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (1, outputs of each class) for each layer that has outputs for the background and every class, by name.
+
+    Within the outputs of an anchor those of the background come first, then those of label 1, 2, ...
+    """
+    each = {"cls_logits": 1, "cls_score": 1, "bbox_pred": 4}
+    found = {}
+    for name, module in detector.named_modules():
+        parent, _, last = name.rpartition(".")
+        if isinstance(module, nn.Conv2d | nn.Linear) and "rpn" not in name:
+            if last in each:
+                found[name] = (1, each[last])
+            elif parent.endswith("classification_head.module_list"):  # an SSD's
+                found[name] = (1, 1)
+    return found
+
+
 def average_over_steps(detector: nn.Module, body: Backbone) -> None:
     """Let a detector's heads, which see the maps of all time steps, give the mean of their outputs over the steps.
 

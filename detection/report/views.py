@@ -73,7 +73,9 @@ def describe_state(source: Source) -> str:
     last, epochs = source.log[-1].epoch, source.run.config.train.epochs
     weights = {"last": "last", "best": "best", "ema": "averaged"}[source.weights]
     sentences = [f"Numbers of the {weights} weights, epoch {source.line.epoch} of {epochs}."] if source.line else []
-    if last < epochs:
+    if last < epochs and source.run.config.train.patience and source.run.finished:
+        sentences.append("The training ended early (train.patience).")
+    elif last < epochs:
         sentences.append(f"The training has not gone to its end: {last} of {epochs} epochs are logged.")
     return " ".join(sentences)
 

@@ -115,6 +115,7 @@ class Task(ABC):
         prediction_layers: parts of names of the layers whose outputs are predictions: they stay in floating point in
             8-bit files, and Muon leaves them to AdamW.
         windows: whether a recording of events is an image for each of its windows, as a film's, or one image.
+        parts: modules of the network by the name of a part in train.freeze, where they are called otherwise.
     """
 
     recipe: ClassVar[type[Recipe]]
@@ -126,6 +127,7 @@ class Task(ABC):
     num_calibration: ClassVar[int] = 64
     prediction_layers: ClassVar[tuple[str, ...]] = ()
     windows: ClassVar[bool] = False
+    parts: Mapping[str, tuple[str, ...]] = {}
 
     def __init__(self, config: Recipe) -> None:
         self.config = config
@@ -250,6 +252,10 @@ class Task(ABC):
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """Return the scalar losses of a batch by name."""
+
+    def class_outputs(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        """Return (outputs in front of the classes', outputs of each) by name of each layer with outputs per class."""
+        raise self.refusal("starts from no whole network (model.weights)")
 
     def describe_batch(self, batch: Any) -> str:
         """Say which images a batch has, for an error."""

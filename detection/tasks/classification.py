@@ -96,6 +96,11 @@ class ClassificationTask(Task):
         images, labels = batch
         return {"classification": F.cross_entropy(model(images), labels, label_smoothing=self.config.label_smoothing)}
 
+    def class_outputs(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        """The last layer of the head alone."""
+        *_, last = (name for name, module in model.head.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+        return {f"head.{last}".rstrip("."): (0, 1)}
+
     def is_at_chance(self, metrics: Mapping[str, float]) -> bool:
         """Up to half as much again as the share of one class."""
         return metrics["top1"] < 1.5 / len(self.config.data.classes)

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from backbones import Backbone
-from detection.data import DetectionDataset, build_loader, build_transform, read_split
+from detection.data import DetectionDataset, build_loader, build_mixture, build_transform, read_split
 from detection.data.download import download
 from detection.data.formats import format_names
 from detection.data.pictures import pixels_of, unit
@@ -26,6 +26,7 @@ from detection.files import write_whole
 from detection.models import build_detector, colours_of
 from detection.models.decoding import describe_decoding
 from detection.models.dense import DensePredictions, DetectorOf, DetectorOfBoxes, EnteringSpikes, resize_and_pad
+from detection.models.detectors import class_outputs
 from detection.models.inference import check_unit_interval, padded_size, thresholds
 from detection.records import Evaluation
 from detection.runs import Run
@@ -92,14 +93,17 @@ class DetectionTask(Task):
 
     def training_batches(self, dataset: DetectionDataset, accelerator: Accelerator) -> Any:
         data, train = self.config.data, self.config.train
+        mixture = build_mixture(data.augment)
+        plain_epochs = math.ceil(round(data.augment.plain_share * train.epochs, 6))
         return build_loader(
-            DetectionDataset(dataset.annotations, build_transform(data.augment)),
+            DetectionDataset(dataset.annotations, build_transform(data.augment), mixture),
             batch_size=train.batch_size,
             workers=data.workers,
             shuffle=True,
             seed=train.seed,
             aspect_groups=data.aspect_groups,
             share=(accelerator.process_index, accelerator.num_processes),
+            mixed_epochs=train.epochs - plain_epochs if mixture else 0,
         )
 
     def evaluation_batches(self, dataset: DetectionDataset, accelerator: Accelerator) -> Iterable[Any]:
@@ -140,6 +144,14 @@ class DetectionTask(Task):
 
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         return model(*batch)
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        heads = ("rpn", "roi_heads") if self.config.model.detector == "fasterrcnn" else ("head",)
+        return {"backbone": ("backbone.body",), "neck": ("backbone.neck",), "head": heads}
+
+    def class_outputs(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        return class_outputs(model)
 
     def describe_batch(self, batch: Any) -> str:
         return f"image ids {', '.join(str(target['image_id']) for target in batch[1])}"
@@ -268,8 +280,7 @@ class DetectionTask(Task):
             return {}
         parts = {}
         if not config.head.spiking:
-            heads = ("rpn", "roi_heads") if config.detector == "fasterrcnn" else ("head",)
-            parts |= dict.fromkeys(heads, "analogue head")
+            parts |= dict.fromkeys(self.parts["head"], "analogue head")
         if not config.neck.spiking:
             pyramid = ("backbone.neck.fpn.layer_blocks", "backbone.neck.fpn.extra_blocks")
             parts |= dict.fromkeys(pyramid, "analogue neck")

@@ -18,10 +18,11 @@ from torch import nn
 from backbones import stop_after, time_steps
 from detection.config import Recipe, flatten, require_same
 from detection.files import require_writable
-from detection.records import DataFingerprint, EpochLog, Evaluation, RunInfo, Weights
+from detection.records import DataFingerprint, EpochLog, Evaluation, RunInfo, Start, Weights
 from detection.runs import Run, describe_environment
 from detection.tasks import task_of
 from detection.tasks.base import Dataset, Task
+from detection.tasks.start import describe, extended, find_extension, start_from, without_weights
 from detection.text import plural, say
 from detection.training import checkpoint, loggers
 from detection.training.callbacks import Callback
@@ -38,6 +39,8 @@ def train_run(
     *,
     download: bool = False,
     resume: bool = False,
+    extend: int = 0,
+    lr_factor: float = 0.5,
     callbacks: Sequence[Callback] = (),
 ) -> EpochLog:
     """Train the network of a recipe into a run folder and return the last line of its log.
@@ -50,6 +53,7 @@ def train_run(
         command: how the run was started, for its log.
         download: fetch the data if they are missing.
         resume: go on with the run in `folder` from its last checkpoint, or from the beginning if it has none.
+        extend, lr_factor: with `resume`, begin so many epochs behind the end, at such a part of the learning rates.
         callbacks: called at the turns of the training.
 
     Raises:
@@ -57,40 +61,49 @@ def train_run(
         CallbackError: a callback failed; the state is saved.
         ConnectionError: another process of the training has ended, or does not answer.
     """
-    task = task_of(config)
     check_run(config, folder, resume=resume)
+    extension = find_extension(Run.open(folder), extend, lr_factor) if resume else None
+    task = task_of(config if extension is None else extended(config, extension))
     accelerator = make_accelerator(config)
     run, main = Run(Path(folder), config), accelerator.is_main_process
     if main and resume:
         run.lock()
     try:
-        if main and resume and run.finished:  # by another process, just now
+        if main and resume and run.finished and not extend:  # by another process, just now
             raise FileExistsError(f"{folder}: finished already, nothing to go on with")
         task, train, val = read_splits(task, accelerator, download=download)
         run.config = task.config
         set_seed(config.train.seed)
-        model, losses = prepare_model(task, build_model(task), accelerator)
-        val_batches = task.evaluation_batches(val, accelerator)
+        model, start = begin_model(task, goes_on=extend > 0 or (resume and (run.folder / checkpoint.FILE).is_file()))
+        model, losses = prepare_model(task, model, accelerator)
+        batches, val_batches = task.training_batches(train, accelerator), task.evaluation_batches(val, accelerator)
         trainer = Trainer(
             model,
-            task.training_batches(train, accelerator),
+            batches,
             losses=losses,
             evaluate=lambda network: task.evaluate(network, val_batches, val, accelerator),
             goal=task,
             config=task.config,
             run=run,
             accelerator=accelerator,
+            extension=extension,
             callbacks=[*callbacks, *([loggers.Loggers(accelerator)] if loggers.wanted(config) else [])],
         )
-        line = fit(trainer, describe_run(task, train, val, command), resume=resume)
+        info = describe_run(task, train, val, command, start)
+        line = fit(trainer, info, resume=resume, extend=bool(extend))
         if main:
-            leave_pictures(run)
-            task.finish(accelerator.unwrap_model(model), val, run)
-            run.write_info(run.info().model_copy(update={"sha256": run.checksums()}))
-            (run.folder / checkpoint.FILE).unlink(missing_ok=True)
+            finish(task, accelerator.unwrap_model(model), val, run)
     finally:
         run.unlock()
     return line
+
+
+def finish(task: Task, model: nn.Module, val: Dataset, run: Run) -> None:
+    """Leave pictures and checksums of the trained network in its run, which has finished then."""
+    leave_pictures(run)
+    task.finish(model, val, run)
+    run.write_info(run.info().model_copy(update={"sha256": run.checksums()}))
+    (run.folder / checkpoint.FILE).unlink(missing_ok=True)
 
 
 def read_splits(task: Task, accelerator: Accelerator, *, download: bool = False) -> tuple[Task, Dataset, Dataset]:
@@ -106,12 +119,14 @@ def read_splits(task: Task, accelerator: Accelerator, *, download: bool = False)
     return task, train, val
 
 
-def describe_run(task: Task, train: Dataset, val: Dataset, command: Sequence[str]) -> RunInfo:
+def describe_run(
+    task: Task, train: Dataset, val: Dataset, command: Sequence[str], start: Start | None = None
+) -> RunInfo:
     """Return what run.json has from the beginning."""
     splits = {"train": train, "val": val}
     data = {name: DataFingerprint(images=len(each), fingerprint=each.fingerprint()) for name, each in splits.items()}
-    facts = {"precision": choose_precision(task.config.train.precision), "data": data, **task.facts(train)}
-    return describe_environment(command).model_copy(update=facts)
+    facts = {"precision": choose_precision(task.config.train.precision), "data": data, "start": start}
+    return describe_environment(command).model_copy(update=facts | task.facts(train))
 
 
 def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> None:
@@ -194,6 +209,17 @@ def build_model(task: Task) -> nn.Module:
         ) from None
 
 
+def begin_model(task: Task, *, goes_on: bool) -> tuple[nn.Module, Start | None]:
+    """Return the network that a training begins with, and what it has of model.weights; errors as of both functions.
+
+    One that `goes_on` brings its own weights, and none are read.
+    """
+    if goes_on:
+        return build_model(without_weights(task)), None
+    model = build_model(task)
+    return model, start_from(task, model)
+
+
 def load_teacher(task: Task) -> nn.Module:
     """Return the network of distillation.teacher with its last weights, in evaluation mode.
 
@@ -218,8 +244,10 @@ def load_teacher(task: Task) -> nn.Module:
     return load_model(run)
 
 
-def fit(trainer: Trainer, info: RunInfo, *, resume: bool) -> EpochLog:
+def fit(trainer: Trainer, info: RunInfo, *, resume: bool, extend: bool = False) -> EpochLog:
     """Train into the trainer's run; a new run that ends before anything of it is saved leaves no folder.
+
+    With `extend`, a finished run begins the trainer's extension.
 
     Raises:
         ConnectionError: another process of the training has ended, or does not answer.
@@ -227,12 +255,14 @@ def fit(trainer: Trainer, info: RunInfo, *, resume: bool) -> EpochLog:
     run, accelerator, main = trainer.run, trainer.accelerator, trainer.is_main
     if resume:
         require_same_origin(run, info)
-        checkpoint.resume(trainer)  # before anything is written
+        checkpoint.extend(trainer) if extend else checkpoint.resume(trainer)  # before anything else is written
     try:
         if main and resume:
             run.forget_after(trainer.progress.epoch - 1)
-            run.note_resumption(info)
+            run.note_resumption(info, trainer.extension if extend else None)
         elif main:
+            if info.start is not None:
+                say(describe(info.start))
             run.begin(info)
         loggers.start(accelerator, run, trainer.progress.epoch)
         line = trainer.fit()
@@ -301,9 +331,8 @@ def load_model(run: Run, weights: Weights = "last") -> nn.Module:
         FileNotFoundError: the run has no such weights.
         ValueError: they are damaged or do not fit.
     """
-    config = run.config.model_copy(deep=True)
-    config.model.backbone.weights = None  # what the training started from: the run brings its own
-    model = build_model(task_of(config))
+    config = run.config
+    model = build_model(without_weights(task_of(config)))
     run.load(model, weights)
     if config.train.channels_last:  # as in training, for the same rounding
         model.to(memory_format=torch.channels_last)

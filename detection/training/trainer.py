@@ -22,15 +22,16 @@ from backbones import hoyer_penalties, logged_state, recompute_activations, reco
 from detection.config import Recipe
 from detection.data.batches import Batches
 from detection.data.loaders import LoaderError
-from detection.records import EpochLog, Evaluation
+from detection.records import EpochLog, Evaluation, Extension
 from detection.runs import Run
-from detection.text import say
+from detection.text import plural, say
 from detection.training.callbacks import Callback, Callbacks, Step
 from detection.training.checkpoint import Progress, random_states, save
 from detection.training.collapse import silent_layers, warnings_of
 from detection.training.display import LineClock, progress_bar, resume_command, summary
 from detection.training.distributed import any_process, share_buffers
-from detection.training.optim import average_weights, build_optimizer, build_schedule
+from detection.training.optim import average_weights, build_optimizer, build_schedule, shrink
+from detection.training.parts import describe_parts, factors_of, freeze
 from detection.training.signals import Interrupted, SaveClock, Screen, StopSignals
 
 Losses = Callable[[nn.Module, Any], dict[str, Tensor]]
@@ -46,6 +47,7 @@ class Goal(Protocol):
     best_by: str
     headline: tuple[str, ...]
     prediction_layers: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]]
 
     def describe_batch(self, batch: Any) -> str: ...
 
@@ -71,11 +73,12 @@ class Trainer:
         config: the recipe.
         run: takes the log line of each epoch, the weights and the checkpoints.
         accelerator: device, mixed precision and processes.
+        extension: the further cycle of the schedule that the training is in; None: the recipe's own.
         callbacks: called at the turns of the training, in the main process.
 
     Raises:
         TypeError: something among the callbacks is none.
-        ValueError: there are no batches.
+        ValueError: there are no batches, or a part that the recipe names is not there.
     """
 
     def __init__(
@@ -89,15 +92,21 @@ class Trainer:
         config: Recipe,
         run: Run,
         accelerator: Accelerator,
+        extension: Extension | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         if not len(batches):
             raise ValueError("no training batches: there are too few images")
         self.batches, self.losses, self._evaluate, self.goal = batches, losses, evaluate, goal
-        self.config, self.run, self.accelerator = config, run, accelerator
+        self.config, self.run, self.accelerator, self.extension = config, run, accelerator, extension
         self.num_steps = math.ceil(len(batches) / config.train.accumulate)
-        optimizer = build_optimizer(model, config.optimizer, goal.prediction_layers)
-        self.schedule = build_schedule(optimizer, config.optimizer, self.num_steps * config.train.epochs)
+        settings, epochs = config.optimizer, config.train.epochs
+        if extension is not None:
+            settings, epochs = shrink(settings, extension.lr_factor), epochs - extension.after
+        self.frozen = freeze(model, config.train.freeze, goal.parts)
+        self.factors = factors_of(model, settings.lr_factors, goal.parts)
+        optimizer = build_optimizer(model, settings, goal.prediction_layers, self.factors)
+        self.schedule = build_schedule(optimizer, settings, self.num_steps * epochs)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = average_weights(self.network, config.train.ema_decay)
         self.progress = Progress()
@@ -126,17 +135,18 @@ class Trainer:
                 checkpoint on disk is an earlier one.
             Interrupted: SIGTERM or Ctrl-C; the step under way was finished and the state saved.
         """
-        epochs = self.config.train.epochs
         line = None
+        for sentence in describe_parts(self.network, self.factors):
+            self.console.print(sentence)
         forget_peak_memory()
         with self.signals.watch(), progress_bar(self.console) as self.bar:
             self.task = self.bar.add_task("", total=self.num_steps)
             try:
                 self.tell("on_train_begin", self.network)
-                while self.progress.epoch <= epochs:
+                while not self.has_ended:
                     line = self.run_epoch()
                     self.progress.next_epoch()
-                    if self.progress.epoch <= epochs:
+                    if not self.has_ended:
                         self.save_or_stop(always=line.epoch == 1)  # from then on the log never is without a checkpoint
             except LoaderError:
                 if not self.signals.wait():
@@ -144,6 +154,11 @@ class Trainer:
                 # All processes were told to stop, the loader's too: in the middle of a step there is nothing to save.
                 sentence = f"stopped together with its loader processes; go on with: {resume_command(self.run)}"
                 raise Interrupted(sentence if self.is_main else "", self.signals.received) from None
+        if self.progress.epoch <= self.config.train.epochs:
+            waited, best = self.progress.waited, f"{self.goal.best_by} {self.progress.best:.4f}"
+            self.console.print(
+                f"ended early: {plural(waited, 'evaluation')} without more than {best} (train.patience {waited})"
+            )
         line = self.run.history()[-1] if line is None else line
         self.tell("on_train_end", line)
         return line
@@ -153,6 +168,12 @@ class Trainer:
         if self.callbacks.callbacks:
             self.callbacks.tell(event, *arguments)
             self.save_or_stop()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all epochs are done, or `train.patience` has run out."""
+        train, progress = self.config.train, self.progress
+        return progress.epoch > train.epochs or 0 < train.patience <= progress.waited
 
     def run_epoch(self) -> EpochLog:
         """Do the rest of an epoch, evaluate, log and keep the weights."""
@@ -174,6 +195,8 @@ class Trainer:
         """Do the rest of an epoch's steps and return what the log says of them: means over steps and processes."""
         progress, accumulate = self.progress, self.config.train.accumulate
         self.model.train()
+        for module in self.frozen:
+            module.eval()
         self.batches.set_epoch(progress.epoch, progress.step * accumulate)
         source = iter(self.batches) if progress.step < self.num_steps else iter(())
         started = time.perf_counter() - progress.seconds
@@ -346,6 +369,8 @@ class Trainer:
         """Log the line of an epoch, keep the weights, say it on the screen."""
         score = line.metrics.get(self.goal.best_by, -math.inf)
         better, self.progress.best = score > self.progress.best, max(self.progress.best, score)
+        if line.evaluation is not None:
+            self.progress.waited = 0 if better else self.progress.waited + 1
         if self.is_main:
             self.run.save(self.network, "last")
             if self.average:
