@@ -28,7 +28,8 @@ from detection.files import write_whole
 from detection.records import Evaluation
 from detection.runs import Run, Weights
 from detection.tasks import task_of
-from detection.tasks.run import load_for_evaluation, read_evaluation_data, with_early_metrics
+from detection.tasks.evaluate import with_early_metrics
+from detection.tasks.run import load_for_evaluation, read_evaluation_data
 from detection.text import plural, printable
 
 MILLION = 1e6  # pJ per uJ, and the unit of counts and bits in tables

@@ -136,7 +136,7 @@ def evaluate(
         FileNotFoundError: no such run, weights, or data.
         ValueError: the weights are damaged or do not fit.
     """
-    from detection.tasks.run import evaluate_run
+    from detection.tasks.evaluate import evaluate_run
 
     evaluation, logged = evaluate_run(run, weights, data_root=data_root, save=save)
     return EvaluatedRun(str(run), evaluation, logged)

@@ -22,7 +22,8 @@ from detection.data import draw_scene, formats, images
 from detection.predict import Predictor
 from detection.records import EpochLog
 from detection.runs import Run
-from detection.tasks.run import evaluate_run, load_model, train_run
+from detection.tasks.evaluate import evaluate_run
+from detection.tasks.run import load_model, train_run
 
 MOST_LINES = 40
 SHORT = {"train": {"epochs": 2, "batch_size": 4}, "optimizer": {"warmup_steps": 1}, "hoyer": {"weight": 0.01}}

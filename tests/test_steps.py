@@ -42,8 +42,9 @@ from detection.spikemaps import SpikeMap, rows_of
 from detection.tasks import task_of
 from detection.tasks.classification import ClassificationTask
 from detection.tasks.detection_page import maps_of
+from detection.tasks.evaluate import with_early_metrics
 from detection.tasks.recipes import ClassificationRecipe
-from detection.tasks.run import load_model, train_run, with_early_metrics
+from detection.tasks.run import load_model, train_run
 from detection.training.distillation import detection_distance, learn_from, softened_distance
 
 SMALL = RECIPE | {"train": {"epochs": 1, "batch_size": 8}}

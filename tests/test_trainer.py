@@ -14,7 +14,8 @@ from detection.records import Evaluation, RunInfo
 from detection.runs import Run
 from detection.tasks.recipes import ClassificationRecipe
 from detection.training.checkpoint import FILE, Checkpoint
-from detection.training.trainer import Trainer, forget_peak_memory, peak_memory
+from detection.training.memory import forget_peak_memory, peak_memory
+from detection.training.trainer import Trainer
 
 # Numbers that went wrong
 

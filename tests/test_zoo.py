@@ -26,8 +26,9 @@ from detection.records import EpochLog, RunInfo
 from detection.robustness.studies import study
 from detection.runs import Run
 from detection.tasks import task_of
+from detection.tasks.evaluate import evaluate_run
 from detection.tasks.recipes import ClassificationRecipe, DetectionRecipe
-from detection.tasks.run import evaluate_run, load_model, load_teacher
+from detection.tasks.run import load_model, load_teacher
 
 NAMES = ("bccd_retinanet_resnet18", "cifar10_vgg11", "scenes_retinanet_resnet18")
 FILES = {"config.yaml", "run.json", "metrics.jsonl", "last.safetensors"}

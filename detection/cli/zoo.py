@@ -122,7 +122,7 @@ def add(
 def store(entry: Path, run: Run, content: bytes, info: RunInfo, line: EpochLog) -> EpochLog:
     """Write the files of an entry, evaluate what is stored, and return the line with that evaluation."""
     from detection.runs import Run
-    from detection.tasks.run import evaluate_run
+    from detection.tasks.evaluate import evaluate_run
 
     part = entry.with_name(f".{entry.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a call that was killed

@@ -7,12 +7,12 @@ from detection.data.batches import (
     evaluation_batches,
 )
 from detection.data.coco import read_coco
+from detection.data.dataset import DetectionDataset
 from detection.data.formats import build_datasets, read_split, register_format
 from detection.data.image_files import load_image
 from detection.data.loaders import Loader, LoaderError, TrainingLoader, build_loader, loader_options, start_worker
 from detection.data.records import (
     Annotations,
-    DetectionDataset,
     RawObject,
     Record,
     build_annotations,

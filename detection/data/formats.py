@@ -9,9 +9,10 @@ from typing import Literal
 from detection.config.schema import Data
 from detection.data.coco import read_coco
 from detection.data.csv_files import read_csv
+from detection.data.dataset import DetectionDataset
 from detection.data.events.made import draw_recordings
 from detection.data.events.recordings import read_recordings
-from detection.data.records import Annotations, DetectionDataset
+from detection.data.records import Annotations
 from detection.data.splitting import take_part
 from detection.data.synthetic import draw_scenes
 from detection.data.transforms import build_transform

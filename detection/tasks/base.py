@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -32,6 +32,7 @@ from detection.records import Evaluation
 from detection.runs import Run
 from detection.sections import Examination, Section
 from detection.tasks.checks import run_warnings
+from detection.tasks.parts import Deployable, SpikingPart
 from detection.text import nearest, plural
 
 if TYPE_CHECKING:
@@ -60,39 +61,6 @@ class Dataset(Protocol):
 
     def fingerprint(self) -> str:
         """Return a hexadecimal number that is another one for other data."""
-
-
-class Deployable(NamedTuple):
-    """The part of a network that goes into a file, and what it takes and gives.
-
-    Attributes:
-        network: images (N, 3, H, W), RGB in [0, 1], as the file will be given them -> a tensor or a tuple of them.
-        outputs: what each of them means, by the name that it has in the file.
-        meaning: of the images, in words.
-        keep: parts of names of layers that stay in floating point over spikes too.
-        decoding: all that makes boxes of the outputs, see `describe_decoding`; empty: there are none.
-    """
-
-    network: nn.Module
-    outputs: Mapping[str, str]
-    meaning: str
-    keep: tuple[str, ...] = ()
-    decoding: Mapping[str, Any] = {}
-
-
-class SpikingPart(NamedTuple):
-    """The part of a network that NIR can say.
-
-    Attributes:
-        network: images (N, 3, H, W) normalised -> a tensor, or tensors by name.
-        backbone: the one in `network`; its stem may become the caller's to run.
-        mean, std: that images in [0, 1] are normalised by.
-    """
-
-    network: nn.Module
-    backbone: Backbone
-    mean: Sequence[float]
-    std: Sequence[float]
 
 
 class Task(ABC):

@@ -25,7 +25,8 @@ from detection.models import build_classifier, colours_of
 from detection.records import Evaluation
 from detection.sections import Examination, Section, Table, Words, count, percent
 from detection.tasks import register_task
-from detection.tasks.base import Deployable, SpikingPart, Split, Task, record_spikes
+from detection.tasks.base import Split, Task, record_spikes
+from detection.tasks.parts import Deployable, SpikingPart
 from detection.tasks.predictions import ClassPrediction
 from detection.tasks.recipes import ClassificationRecipe
 from detection.training.distillation import require_same_input, softened_distance

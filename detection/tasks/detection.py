@@ -32,13 +32,13 @@ from detection.records import Evaluation
 from detection.runs import Run
 from detection.sections import Examination, Section
 from detection.tasks import register_task
-from detection.tasks.base import Deployable, SpikingPart, Split, Task, record_spikes
+from detection.tasks.base import Split, Task, record_spikes
 from detection.tasks.checks import few_boxes, small_objects
+from detection.tasks.parts import Deployable, SpikingPart
 from detection.tasks.predictions import Prediction, in_batches, read_category_ids
 from detection.tasks.recipes import DetectionRecipe
 from detection.training.distillation import detection_distance, require_same_input
 
-NUM_PICTURES = 12
 PADDED = 32  # torchvision pads images to multiples of so many pixels
 # Their outputs are scores and boxes, where 8 bits would show: they stay in floating point, over spikes too.
 PREDICTION_LAYERS = ("cls_logits", "bbox_reg", "bbox_pred", "bbox_ctrness", "module_list")
@@ -184,20 +184,11 @@ class DetectionTask(Task):
     def distance(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         return detection_distance(student, teacher, temperature)
 
-    @torch.no_grad()
     def finish(self, model: nn.Module, dataset: DetectionDataset, run: Run) -> None:
         """Leave predictions.png, a contact sheet of the first images with predicted and true boxes."""
-        from detection.draw import draw_predictions  # which brings matplotlib, slow to import
-        from detection.figures import save_png
+        from detection.tasks.detection_page import save_sheet  # which brings matplotlib, slow to import
 
-        samples = [dataset[index] for index in range(min(NUM_PICTURES, len(dataset)))]
-        device = next(model.parameters()).device
-        model.eval()
-        with torch.compiler.set_stance("force_eager"):
-            predictions = [_to_cpu(model([image.to(device)])[0]) for image, _ in samples]
-        images, targets = zip(*samples, strict=True)
-        sheet = draw_predictions(images, predictions, targets, dataset.annotations.categories)
-        save_png(sheet, run.folder / "predictions.png")
+        save_sheet(model, dataset, run.folder / "predictions.png")
 
     # Evaluation
 

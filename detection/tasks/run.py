@@ -1,4 +1,4 @@
-"""Runs: train a recipe into one, open the network of one, evaluate one."""
+"""Runs: train a recipe into one, open the network of one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -15,10 +15,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 
-from backbones import stop_after, time_steps
 from detection.config import Recipe, flatten, require_same
 from detection.files import require_writable
-from detection.records import DataFingerprint, EpochLog, Evaluation, RunInfo, Start, Weights
+from detection.records import DataFingerprint, EpochLog, RunInfo, Start, Weights
 from detection.runs import Run, describe_environment
 from detection.tasks import task_of
 from detection.tasks.base import Dataset, Task
@@ -74,28 +73,44 @@ def train_run(
         task, train, val = read_splits(task, accelerator, download=download)
         run.config = task.config
         set_seed(config.train.seed)
-        model, start = begin_model(task, goes_on=extend > 0 or (resume and (run.folder / checkpoint.FILE).is_file()))
-        model, losses = prepare_model(task, model, accelerator)
-        batches, val_batches = task.training_batches(train, accelerator), task.evaluation_batches(val, accelerator)
-        trainer = Trainer(
-            model,
-            batches,
-            losses=losses,
-            evaluate=lambda network: task.evaluate(network, val_batches, val, accelerator),
-            goal=task,
-            config=task.config,
-            run=run,
-            accelerator=accelerator,
+        trainer, start = build_trainer(
+            task,
+            (train, val),
+            run,
+            accelerator,
+            goes_on=extend > 0 or (resume and (run.folder / checkpoint.FILE).is_file()),
             extension=extension,
             callbacks=[*callbacks, *([loggers.Loggers(accelerator)] if loggers.wanted(config) else [])],
         )
         info = describe_run(task, train, val, command, start)
         line = fit(trainer, info, resume=resume, extend=bool(extend))
         if main:
-            finish(task, accelerator.unwrap_model(model), val, run)
+            finish(task, trainer.network, val, run)
     finally:
         run.unlock()
     return line
+
+
+def build_trainer(
+    task: Task, splits: tuple[Dataset, Dataset], run: Run, accelerator: Accelerator, *, goes_on: bool, **options: Any
+) -> tuple[Trainer, Start | None]:
+    """Return the trainer of a network that begins, or goes on, and what it starts from."""
+    train, val = splits
+    model, start = begin_model(task, goes_on=goes_on)
+    model, losses = prepare_model(task, model, accelerator)
+    batches, val_batches = task.training_batches(train, accelerator), task.evaluation_batches(val, accelerator)
+    trainer = Trainer(
+        model,
+        batches,
+        losses=losses,
+        evaluate=lambda network: task.evaluate(network, val_batches, val, accelerator),
+        goal=task,
+        config=task.config,
+        run=run,
+        accelerator=accelerator,
+        **options,
+    )
+    return trainer, start
 
 
 def finish(task: Task, model: nn.Module, val: Dataset, run: Run) -> None:
@@ -361,56 +376,3 @@ def read_evaluation_data(run: Run) -> Dataset:
         return task_of(run.config).read("val")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; if the data lie elsewhere now, say where: --data.root FOLDER") from None
-
-
-def evaluate_run(
-    folder: str | Path,
-    weights: Weights = "last",
-    *,
-    data_root: str | Path | None = None,
-    save: str | Path | None = None,
-) -> tuple[Evaluation, EpochLog]:
-    """Return the metrics of a saved run, computed anew, and the log line of the epoch that the weights come from.
-
-    Args:
-        folder: the run, as `Run.open` takes it.
-        weights: which of its weights.
-        data_root: where its data lie now; None: where they lay when it was trained.
-        save: folder for files about the predictions, see `Task.evaluate`; must not exist, or be empty.
-
-    Raises:
-        FileExistsError: there is something in `save` already.
-        FileNotFoundError: no such run, weights, or data.
-        ImportError: the package of the run's evaluation.backend is not installed.
-        ValueError: the weights are damaged or do not fit.
-    """
-    if save is not None:
-        save = Run.check_free(save)
-        require_writable(save)
-    run = Run.open(folder, data_root)
-    task = task_of(run.config)
-    logged = run.logged(weights, task.best_by)
-    model, accelerator = load_for_evaluation(run, weights)
-    dataset = read_evaluation_data(run)
-    if accelerator.is_main_process:
-        tell_dropped(val=dataset)
-    batches = task.evaluation_batches(dataset, accelerator)
-    evaluation = task.evaluate(model, batches, dataset, accelerator, save=save)
-    return with_early_metrics(evaluation, task, model, dataset, accelerator), logged
-
-
-def with_early_metrics(
-    evaluation: Evaluation, task: Task, model: nn.Module, dataset: Dataset, accelerator: Accelerator
-) -> Evaluation:
-    """Return the evaluation of a network of T time steps with the headline metrics after 1, ..., T - 1 under "anytime".
-
-    A task that has found them in passing is left alone; of others the network is stopped early and evaluated again.
-    """
-    steps, early = time_steps(model), {}
-    if steps == 1 or "anytime" in evaluation.tables:
-        return evaluation
-    for step in range(1, steps):
-        with stop_after(model, step):
-            found = task.evaluate(model, task.evaluation_batches(dataset, accelerator), dataset, accelerator)
-        early |= {f"{key} after {step} of {steps} steps": found.metrics[key] for key in task.headline}
-    return evaluation.model_copy(update={"tables": evaluation.tables | {"anytime": early}})

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
-import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -30,15 +26,14 @@ from detection.training.checkpoint import Progress, random_states, save
 from detection.training.collapse import silent_layers, warnings_of
 from detection.training.display import LineClock, progress_bar, resume_command, summary
 from detection.training.distributed import any_process, share_buffers
+from detection.training.memory import forget_peak_memory, peak_memory
 from detection.training.optim import average_weights, build_optimizer, build_schedule, shrink
 from detection.training.parts import describe_parts, factors_of, freeze
+from detection.training.precision import require_finite
 from detection.training.signals import Interrupted, SaveClock, Screen, StopSignals
 
 Losses = Callable[[nn.Module, Any], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module], Evaluation]
-
-# Below it even the least gradients of a sane loss would be lost: what overflows then is not the precision's fault.
-LEAST_SCALE = 2.0**-10
 
 
 class Goal(Protocol):
@@ -247,7 +242,8 @@ class Trainer:
         self.accelerator.unscale_gradients(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
-        self.check_finite(loss, norm, losses, [batch for batch, _ in parts], where)
+        images = ", ".join(filter(None, (self.goal.describe_batch(batch) for batch, _ in parts)))
+        require_finite(loss, norm, losses, self.accelerator.scaler, where, images)
         if self.config.optimizer.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip_norm, norm)
         self.optimizer.step()
@@ -299,26 +295,6 @@ class Trainer:
         if not hoyer.warmup_epochs:
             return hoyer.weight
         return hoyer.weight * min(1.0, (progress.epoch - 1 + progress.step / self.num_steps) / hoyer.warmup_epochs)
-
-    def check_finite(
-        self, loss: Tensor, norm: Tensor, losses: dict[str, Tensor], batches: Sequence[Any], where: str
-    ) -> None:
-        """Raise FloatingPointError if the loss, or the norm of the gradient, is not finite.
-
-        With fp16 a gradient may overflow: the scaler then skips the step and scales less. Only at a scale that leaves
-        nothing to blame but the network it is an error.
-        """
-        finite_loss, finite_norm = torch.isfinite(torch.stack([loss, norm.to(loss.device)])).tolist()
-        scaler = self.accelerator.scaler
-        overflow = scaler is not None and scaler.get_scale() >= LEAST_SCALE
-        if finite_loss and (finite_norm or overflow):
-            return
-        values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-        images = ", ".join(filter(None, map(self.goal.describe_batch, batches)))
-        raise FloatingPointError(
-            f"the {'gradient' if finite_loss else 'loss'} is not finite in {where}: {values}"
-            f"{f'; {images}' if images else ''}; a lower optimizer.lr or optimizer.clip_norm may help"
-        )
 
     def describe_epoch(self) -> EpochLog:
         """Return what the log says of an epoch's steps."""
@@ -413,22 +389,3 @@ class Trainer:
                 where = f"in epoch {progress.epoch} of {epochs} after step {progress.step} of {self.num_steps}"
             sentence = f"stopped {where}, state saved; go on with: {resume_command(self.run)}"
         return Interrupted(sentence, self.signals.received or signal.SIGTERM)  # a signal that came to another process
-
-
-def forget_peak_memory() -> None:
-    """Let `peak_memory` begin anew, so that what reading the data took does not count; on Linux and GPUs alone."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory(device: torch.device) -> float:
-    """Return the most memory of this process in MiB; on a GPU that of its tensors there."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    status = Path("/proc/self/status")
-    # What getrusage says may be that of the process that started this one.
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.is_file() else None
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return round(int(found[1] if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / unit, 1)
