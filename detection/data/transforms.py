@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from detection.config.schema import Augment
-from detection.data.records import Mixture, Sample, Transform
+from detection.data.dataset import Mixture, Sample, Transform
 
 # albumentations looks for a newer version of itself on the network while it is imported. Set outright: a value that
 # is already in the environment may be one that allows it.
