@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         task_of(each).check_names(f"--variants {name}")
     for seed in options.seeds:
         for name, overrides in variants.items():
-            train(path, options.out / f"{name}_seed{seed}", [*common, *overrides], seed)
+            train(options.config, options.out / f"{name}_seed{seed}", [*common, *overrides], seed)
 
     from detection.comparison import FILES, compare_runs
     from detection.runs import command_line
@@ -116,7 +116,7 @@ def parse_variant(text: str) -> tuple[str, list[str]]:
         raise ValueError(f"--variants {text}: {str(error).lower()}") from None
 
 
-def train(recipe: Path, folder: Path, overrides: Sequence[str], seed: int) -> None:
+def train(recipe: str, folder: Path, overrides: Sequence[str], seed: int) -> None:
     """Train one run in a process of its own, unless it is finished already.
 
     Raises:
@@ -126,7 +126,7 @@ def train(recipe: Path, folder: Path, overrides: Sequence[str], seed: int) -> No
         from detection.runs import Run
 
         run = Run.open(folder)
-        wanted = override(read_recipe(recipe), [*overrides, "--train.seed", str(seed)])
+        wanted = override(read_recipe(find_recipe(recipe)), [*overrides, "--train.seed", str(seed)])
         # Classes are filled in from the data.
         require_same(flatten(run.config), wanted, str(folder), free=FREE_KEYS | {"data.classes"})
         if run.finished:
@@ -134,7 +134,7 @@ def train(recipe: Path, folder: Path, overrides: Sequence[str], seed: int) -> No
             return
         arguments = ["--resume", str(folder), "--data.root", str(wanted.data.root)]
     else:
-        arguments = [str(recipe), *overrides, "--train.seed", str(seed), "--out", str(folder)]
+        arguments = [recipe, *overrides, "--train.seed", str(seed), "--out", str(folder)]
     say(f"{folder}: hoyer-det train {shlex.join(arguments)}")
     if run_child(arguments):
         raise ChildProcessError(f"{folder}: this run failed, see above; the finished ones are kept")
