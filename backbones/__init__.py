@@ -9,7 +9,16 @@ from .deploy.fold import ChannelThreshold, fold
 from .deploy.integer import to_integers
 from .hoyer import HoyerSpike, extremum, hoyer_penalties, hoyer_penalty, moments, regulariser, spike
 from .measure.certificate import Certificate, Finding, certify
-from .measure.energy import HOROWITZ_45NM, CostTable, EnergyReport, FirstLayer, NetworkEnergy, energy, read_costs
+from .measure.energy import (
+    HOROWITZ_45NM,
+    CostTable,
+    EnergyReport,
+    FirstLayer,
+    NetworkEnergy,
+    energy,
+    energy_after_steps,
+    read_costs,
+)
 from .measure.gradients import record_gradient_shares
 from .measure.operations import Measurement, WeightedLayer, measure_activity, record_layers
 from .measure.record import (
@@ -20,7 +29,7 @@ from .measure.record import (
     spike_activity,
     sum_activity,
 )
-from .multistep import MultiStepSpike, RepeatSteps, average_so_far, average_steps
+from .multistep import FramesToSteps, MultiStepSpike, RepeatSteps, average_so_far, average_steps, stop_after
 from .networks import Backbone, Classifier, FeatureInfo, Normalise, Stem, create, names, register_backbone
 from .recompute import recompute_activations
 from .spiking import (
@@ -49,6 +58,7 @@ __all__ = [
     "FeatureInfo",
     "Finding",
     "FirstLayer",
+    "FramesToSteps",
     "HoyerSpike",
     "LayerActivity",
     "Measurement",
@@ -66,6 +76,7 @@ __all__ = [
     "certify",
     "create",
     "energy",
+    "energy_after_steps",
     "extremum",
     "find_arithmetic",
     "find_neuron",
@@ -92,6 +103,7 @@ __all__ = [
     "spike",
     "spike_activity",
     "spike_layers",
+    "stop_after",
     "sum_activity",
     "tensors_to_bytes",
     "time_steps",

@@ -67,7 +67,7 @@ class GradedSpike(HoyerSpike):
         options: of `HoyerSpike`.
     """
 
-    def __init__(self, channels: int, *, levels: int, **options: bool | float) -> None:
+    def __init__(self, channels: int, *, levels: int, **options: bool | float | str | tuple) -> None:
         super().__init__(channels, **options)
         if not 2 <= levels <= 16:
             raise ValueError(f"levels must be in 2..16, got {levels}")
@@ -87,6 +87,17 @@ class GradedSpike(HoyerSpike):
         return f"{super().extra_repr()}, levels={self.levels}"
 
 
+class MultiStepGraded(GradedSpike, MultiStepSpike):
+    """Graded spikes in several time steps, as in `MultiStepSpike`.
+
+    The reset "subtract" takes the potential of the highest level that was reached, 2 i E / (n + 1), "zero" leaves the
+    share 1 - s of the potential: for two levels both are the method's.
+    """
+
+    def taken(self, spikes: Tensor, threshold: Tensor | float) -> Tensor:
+        return super().taken(spikes, threshold) * (2 * (self.levels - 1) / self.levels)
+
+
 @register_neuron("graded", words="graded spikes")
 def make_graded(
     channels: int,
@@ -95,16 +106,26 @@ def make_graded(
     threshold: Scope = "layer",
     window: Window = WINDOW,
     levels: int = 4,
+    time_steps: int = 1,
+    reset: Reset = "subtract",
 ) -> GradedSpike:
     """Return a neuron between spike and ReLU, for controlled runs: spikes of 2 to 16 levels."""
-    return GradedSpike(channels, levels=levels, **_arguments(extremum, momentum, threshold, window))
+    options = _arguments(extremum, momentum, threshold, window) | {"levels": levels}
+    return _in_steps(channels, time_steps, reset, options, GradedSpike, MultiStepGraded)
 
 
-def _in_steps(channels: int, time_steps: int, reset: Reset, options: dict[str, Any]) -> HoyerSpike:
+def _in_steps(
+    channels: int,
+    time_steps: int,
+    reset: Reset,
+    options: dict[str, Any],
+    single: type[HoyerSpike] = HoyerSpike,
+    several: type[MultiStepSpike] = MultiStepSpike,
+) -> HoyerSpike:
     check_steps(time_steps, reset)
     if time_steps == 1:
-        return HoyerSpike(channels, **options)
-    return MultiStepSpike(channels, time_steps=time_steps, reset=reset, **options)
+        return single(channels, **options)
+    return several(channels, time_steps=time_steps, reset=reset, **options)
 
 
 def _arguments(extremum: Scope, momentum: float, threshold: Scope, window: Window) -> dict[str, Any]:

@@ -10,12 +10,15 @@ E and H are those of `backbones.hoyer`, of the z of all steps together. The grad
 reset, ds/dz being the surrogate's.
 
 The steps lie in the first dimension, step by step: (T N, ...). The image is the same in every step (direct encoding),
-so a network is computed once up to its first spike layer, `RepeatSteps` stands there, and its outputs are averaged over
-the steps in the end, `average_steps`.
+so a network is computed once up to its first spike layer, and `RepeatSteps` stands there; or each step has a frame of
+its own, of an event camera, and `FramesToSteps` stands in front of all. The outputs are averaged over the steps in the
+end, `average_steps`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -51,6 +54,28 @@ def average_so_far(x: Tensor, time_steps: int) -> Tensor:
     return torch.stack([steps[: number + 1].mean(0) for number in range(time_steps)])
 
 
+@contextmanager
+def stop_after(model: nn.Module, steps: int) -> Iterator[None]:
+    """Let a network of several time steps run for its first `steps` alone while the context is open.
+
+    In evaluation mode alone: what a training learns belongs to all steps.
+
+    Raises:
+        ValueError: the network has not so many steps.
+    """
+    parts = [part for part in model.modules() if isinstance(part, (RepeatSteps, MultiStepSpike))]
+    before = [part.time_steps for part in parts]
+    if not 1 <= steps <= min(before, default=1):
+        raise ValueError(f"steps {steps}: expected 1 to the {min(before, default=1)} time steps of the network")
+    try:
+        for part in parts:
+            part.time_steps = steps
+        yield
+    finally:
+        for part, number in zip(parts, before, strict=True):
+            part.time_steps = number
+
+
 class RepeatSteps(nn.Module):
     """Every image once per step: (N, *) -> (T N, *), step by step."""
 
@@ -77,6 +102,18 @@ class RepeatSteps(nn.Module):
             else:
                 x = child(x)
         return x
+
+
+class FramesToSteps(RepeatSteps):
+    """Frames in an image's channels as its steps: (N, T C, H, W), frame by frame -> (T N, C, H, W), step by step."""
+
+    def __init__(self, time_steps: int) -> None:
+        super().__init__(time_steps)
+        self.frames = time_steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.unflatten(1, (self.frames, -1)).transpose(0, 1)
+        return frames[: self.time_steps].flatten(0, 1)  # of all, where the network is stopped early
 
 
 class MultiStepSpike(HoyerSpike):
@@ -139,6 +176,10 @@ class MultiStepSpike(HoyerSpike):
         v = self._threshold_for(u)
         return torch.cat([v * z for z, _ in self._steps(u, v, self._spread(self.extremum, u))])
 
+    def taken(self, spikes: Tensor, threshold: Tensor | float) -> Tensor:
+        """Return what the reset "subtract" takes from the normalised potential."""
+        return spikes * threshold
+
     def fold_threshold(self) -> Tensor:
         if self.time_steps > 1:
             raise ValueError(f"{self.time_steps} time steps: fold, integers and exported files are for one")
@@ -179,6 +220,7 @@ class MultiStepSpike(HoyerSpike):
         for z in (u / v).chunk(self.time_steps):
             if steps:
                 before, fired = steps[-1]
-                z = leak * (before - fired * threshold if self.reset == "subtract" else before * (1 - fired)) + z
+                left = before - self.taken(fired, threshold) if self.reset == "subtract" else before * (1 - fired)
+                z = leak * left + z
             steps.append((z, spike(z, threshold, self.fire, self.window)))
         return steps

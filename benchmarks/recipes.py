@@ -1,4 +1,5 @@
-"""Train every recipe for about a hundred steps, a quarter as wide, on drawn images: fails where one does not learn.
+"""Train every recipe for about a hundred steps, a quarter as wide, on drawn images or recordings made of them: fails
+where one does not learn.
 
     make recipes
     python benchmarks/recipes.py [RECIPE ...]
@@ -94,10 +95,11 @@ def shorten(recipe: Recipe, folder: Path, attempt: int) -> Recipe:
         "train.ema_decay": 0.0,
         "train.tensorboard": False,
     }
+    events = recipe.data.are_events
     if hasattr(recipe.data, "scenes"):
         values |= {
-            "data.format": "synthetic",
-            "data.root": folder / "scenes",
+            "data.format": "synthetic_events" if events else "synthetic",
+            "data.root": folder / ("event_scenes" if events else "scenes"),
             "data.scenes.num_train": 72,
             "data.scenes.num_val": 24,
             "model.min_size": [160],  # an SSD's coarsest map then has more than one cell
@@ -106,6 +108,12 @@ def shorten(recipe: Recipe, folder: Path, attempt: int) -> Recipe:
             "model.head.representation_size": 64,
             "model.head.num_regions": 64,
         }
+        if events:  # ten images of each
+            values |= {"data.scenes.num_train": 8, "data.scenes.num_val": 3, "data.events.sensor": None}
+    elif events:
+        size = min(recipe.data.size, 64) if attempt == 1 else 128
+        values |= {"data.format": "synthetic_events", "data.root": folder / f"event_shapes{size}", "data.size": size}
+        values |= {"data.num_train": 48 * CLASSES, "data.num_val": 24 * CLASSES}
     else:
         values |= {
             "data.format": "folder",

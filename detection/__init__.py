@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from detection.api import evaluate, export, load, load_config, train
+    from detection.api import evaluate, export, load, train
+    from detection.config import load_config
     from detection.evaluation import CocoEvaluator
     from detection.models import build_detector
+    from detection.training.callbacks import Callback
+    from detection.training.signals import CallbackError
 
 # Imported when they are asked for: `import detection` alone loads neither torch nor matplotlib.
 _PLACES = {
+    "Callback": "detection.training.callbacks",
+    "CallbackError": "detection.training.signals",
     "CocoEvaluator": "detection.evaluation",
     "build_detector": "detection.models",
     "evaluate": "detection.api",
@@ -23,7 +28,17 @@ _PLACES = {
     "train": "detection.api",
 }
 
-__all__ = ["CocoEvaluator", "build_detector", "evaluate", "export", "load", "load_config", "train"]
+__all__ = [
+    "Callback",
+    "CallbackError",
+    "CocoEvaluator",
+    "build_detector",
+    "evaluate",
+    "export",
+    "load",
+    "load_config",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +20,15 @@ from backbones import (
     WeightedLayer,
     certify,
     energy,
+    energy_after_steps,
     record_layers,
 )
+from backbones.measure.energy import SKIPPING
 from detection.files import write_whole
+from detection.records import Evaluation
 from detection.runs import Run, Weights
 from detection.tasks import task_of
+from detection.tasks.evaluate import with_early_metrics
 from detection.tasks.run import load_for_evaluation, read_evaluation_data
 from detection.text import plural, printable
 
@@ -45,6 +50,8 @@ NETWORK_ROWS = {
     "all with DRAM, uJ": "total_dram_pj",
 }
 RATIO_COLUMNS = {"operations": "operations", "with SRAM": "with_sram", "with DRAM": "with_dram"}
+STEP_COLUMNS = ("step", "active", "synaptic operations", "operations uJ", "operations so far", "with SRAM so far")
+STEP_KEYS = ("macs", "acs", "comparisons", "activation_bits", "total_pj", "total_sram_pj", "total_dram_pj")
 NOT_ALL = "no: real values from in front of this spike layer are needed elsewhere too"
 
 
@@ -63,6 +70,8 @@ class Analysis:
     Attributes:
         run: the run folder.
         weights: which of its weights.
+        sha256: of their file, as the training left it; None for a run that has not ended.
+        num_parameters: numbers that were trained.
         metrics: of the evaluation, as in the run's log.
         headline: names of those that stand above its tables.
         measured: counts of every layer over the images.
@@ -72,6 +81,8 @@ class Analysis:
 
     run: str
     weights: Weights
+    sha256: str | None
+    num_parameters: int
     metrics: dict[str, Any]
     headline: tuple[str, ...]
     measured: Measurement
@@ -86,12 +97,15 @@ class Analysis:
         return {
             "run": self.run,
             "weights": self.weights,
+            "sha256": self.sha256,
+            "num_parameters": self.num_parameters,
             "num_images": self.measured.num_images,
             "time_steps": certificate.time_steps,
             "levels": certificate.levels,
             "costs": asdict(self.report.costs),
             "metrics": self.metrics,
             "layers": [self._layer(layer) for layer in layers],
+            "steps": self._steps(),
             "networks": {name: asdict(network) for name, network in self.report.networks.items()},
             "ratios": self.report.ratios,
             "first_layer": asdict(first_layer) if first_layer else None,
@@ -106,6 +120,35 @@ class Analysis:
                 "arithmetics": dict(certificate.arithmetics),
             },
         }
+
+    def _steps(self) -> list[dict[str, Any]]:
+        """Return activity, operations and energy of each time step, and of the network stopped after it ("so_far")."""
+        number, reports = self.measured.num_images, energy_after_steps(self.measured, self.report.costs)
+        names = [name for name in SKIPPING if name in self.report.networks] or [next(iter(self.report.networks))]
+        logged = Evaluation.parse(self.metrics, self.run)
+        scores = {key: logged.after_steps(key) for key in self.headline if key in logged.metrics}
+        rows: list[dict[str, Any]] = []
+        spikes = neurons = synops = 0
+        before = {name: dict.fromkeys(STEP_KEYS, 0.0) for name in names}
+        for step, report in enumerate(reports, start=1):
+            stopped = self.measured.stopped(step)
+            spikes, fired = sum(layer.num_spikes for layer in stopped.spikes.values()), spikes
+            neurons, others = sum(layer.num_neurons for layer in stopped.spikes.values()), neurons
+            synops, done = sum(layer.num_synops for layer in stopped.layers.values()), synops
+            so_far = {name: {key: getattr(report.networks[name], key) for key in STEP_KEYS} for name in names}
+            alone = {name: {key: so_far[name][key] - before[name][key] for key in STEP_KEYS} for name in names}
+            before = so_far
+            rows.append(
+                {
+                    "step": step,
+                    "activity": (spikes - fired) / (neurons - others) if neurons > others else None,
+                    "num_synops": (synops - done) / number,
+                    "networks": alone,
+                    "so_far": so_far,
+                    "metrics": {key: each[step - 1] for key, each in scores.items() if len(each) == len(reports)},
+                }
+            )
+        return rows
 
     def _layer(self, layer: WeightedLayer) -> dict[str, Any]:
         number, energies = self.measured.num_images, self.report.layers[layer.name]
@@ -130,6 +173,7 @@ class Analysis:
             "num_macs": layer.num_macs / number,
             "exact_macs": layer.num_exact_macs / number,
             "num_synops": layer.num_synops / number,
+            "synops_in_steps": self._in_steps(layer),
             "rate_times_macs": layer.rate_times_macs / number,
             "comparisons": self.measured.comparisons(layer) / number,
             "weights": layer.num_weights,
@@ -139,6 +183,12 @@ class Analysis:
             "memory_sram_pj": {name: network.memory_sram_pj for name, network in energies.items()},
             "memory_dram_pj": {name: network.memory_dram_pj for name, network in energies.items()},
         }
+
+    def _in_steps(self, layer: WeightedLayer) -> dict[str, float]:
+        """Return the synaptic operations of each of several time steps; none for one step."""
+        steps, number = self.measured.time_steps, self.measured.num_images
+        counts = [*layer.synops_in_steps, *[0] * steps][:steps] if steps > 1 else []
+        return {str(step): count / number for step, count in enumerate(counts, start=1)}
 
     def tables(self) -> list[TextTable]:
         """Return layers, networks side by side, their ratios, the first layer and the certificate, for people."""
@@ -174,7 +224,20 @@ class Analysis:
                 ("is that all that has to leave?", "yes" if first["spikes_suffice"] else NOT_ALL),
             ]
             tables.append(TextTable("A first layer in the sensor: what leaves it, per image", ("", ""), rows))
-        return [*tables, self._certificate_table()]
+        return [*tables, *self._steps_table(found["steps"]), self._certificate_table()]
+
+    def _steps_table(self, steps: list[dict[str, Any]]) -> Iterator[TextTable]:
+        if len(steps) == 1:
+            return
+        shown = [key for key in self.headline if key in steps[0]["metrics"]]
+        rows = []
+        for row in steps:
+            alone, so_far = (next(iter(row[key].values())) for key in ("networks", "so_far"))
+            energies = (alone["total_pj"], so_far["total_pj"], so_far["total_sram_pj"])
+            counts = (_percent(row["activity"]), *map(_millions, (row["num_synops"], *energies)))
+            rows.append((str(row["step"]), *counts, *(f"{row['metrics'][key]:.4f}" for key in shown)))
+        title = "Time steps, per image; operations in millions, energy in uJ"
+        yield TextTable(title, (*STEP_COLUMNS, *(f"{key} so far" for key in shown)), rows)
 
     def _certificate_table(self) -> TextTable:
         certificate = self.certificate
@@ -219,6 +282,7 @@ def analyze_run(
     *,
     data_root: str | Path | None = None,
     num_images: int | None = None,
+    spread: bool = False,
     costs: CostTable = HOROWITZ_45NM,
     strict: bool = False,
 ) -> Analysis:
@@ -229,6 +293,7 @@ def analyze_run(
         weights: which of its weights.
         data_root: where its data lie now; None: where they lay when it was trained.
         num_images: the first so many images only, at most all there are; the metrics are then those of these.
+        spread: so many in equal distances instead, for the first ones of a folder may be of one class.
         costs: picojoules by operation.
         strict: allow no layer but the stem to see real values, see `certify`.
 
@@ -242,14 +307,26 @@ def analyze_run(
     task = task_of(run.config)
     model, accelerator = load_for_evaluation(run, weights)
     dataset = read_evaluation_data(run)
-    dataset = dataset.choose(range(len(dataset))[:num_images])
+    number = len(dataset) if num_images is None else min(num_images, len(dataset))
+    dataset = dataset.choose([index * len(dataset) // number if spread else index for index in range(number)])
     batches = task.evaluation_batches(dataset, accelerator)
     with record_layers(model) as measured:
         evaluation = task.evaluate(model, batches, dataset, accelerator)
+    evaluation = with_early_metrics(evaluation, task, model, dataset, accelerator)
     certificate = certify(measured, task.analogue_parts(model), strict=strict)
     # The histograms of the potentials are in the log already.
     metrics = evaluation.model_copy(update={"potentials": {}}).to_json()
-    return Analysis(run.address, weights, metrics, task.headline, measured, energy(measured, costs), certificate)
+    return Analysis(
+        run.address,
+        weights,
+        run.info().sha256.get(f"{weights}.safetensors") if (run.folder / "run.json").is_file() else None,
+        sum(parameter.numel() for parameter in model.parameters()),
+        metrics,
+        task.headline,
+        measured,
+        energy(measured, costs),
+        certificate,
+    )
 
 
 def _flat(layer: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from detection.predict import Predictor
     from detection.records import EpochLog, Evaluation
     from detection.runs import Run, Weights
+    from detection.training.callbacks import Callback
 
 
 def load(run: str | Path, weights: Weights = "last", device: str | torch.device | None = None) -> Predictor:
@@ -34,37 +35,52 @@ def load(run: str | Path, weights: Weights = "last", device: str | torch.device 
     return Predictor(Run.open(run), weights, device)
 
 
-def train(recipe: str | Path | Recipe, out: str | Path | None = None, **overrides: Any) -> Run:
-    """Train a recipe into a run folder and return the run: `detection.train("recipe.yaml", train__epochs=3)`.
+def train(
+    recipe: str | Path | Recipe | None = None,
+    out: str | Path | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    resume: str | Path | None = None,
+    **overrides: Any,
+) -> Run:
+    """Train a recipe into a run folder and return the run: `detection.train("recipe.yaml", train={"epochs": 3})`.
 
     Args:
         recipe: YAML file, name of a recipe that comes with the package, or a recipe.
         out: folder of the new run; None: runs/NAME of the recipe's file.
-        overrides: values of keys; "__" stands for the dot: `model__backbone__activation="relu"`.
+        callbacks: called at the turns of the training, see `detection.Callback`.
+        resume: a run that was interrupted, to go on with, by its own recipe and in its own folder.
+        overrides: values of keys: `train={"epochs": 3}`, `**{"train.epochs": 3}` or `train__epochs=3`.
 
     Raises:
+        CallbackError: a callback failed; the state is saved.
         FileExistsError: there is something in the folder already.
         FileNotFoundError: no such recipe, or no data.
-        ValueError: a key or value is not allowed, or what is wrong with the data.
+        ValueError: a key or value is not allowed, neither or both of `recipe` and `resume` are given, or what is wrong
+            with the data.
     """
-    from detection.config import Recipe, find_recipe, read_recipe, set_values
+    from detection.config import Recipe, find_recipe, read_recipe, set_values, spread_values
     from detection.runs import Run
     from detection.tasks.run import train_run
 
-    if isinstance(recipe, Recipe):
+    if (recipe is None) == (resume is None) or (resume is not None and out is not None):
+        raise ValueError("detection.train: give a recipe, and perhaps a folder `out`, or the run to `resume` alone")
+    if resume is not None:
+        config, out, command = Run.open(resume).config, resume, f"detection.train(resume={str(resume)!r})"
+    elif isinstance(recipe, Recipe):
         config, name = recipe, recipe.task
     else:
         path = find_recipe(recipe)
         config, name = read_recipe(path), path.stem
-    config = set_values(config, {key.replace("__", "."): value for key, value in overrides.items()})
+    config = set_values(config, spread_values(type(config), overrides))
     folder = Path("runs") / name if out is None else Path(out)
-    train_run(
-        config, folder, [f"detection.train({str(recipe)!r}, ...)" if overrides else f"detection.train({str(recipe)!r})"]
-    )
+    if resume is None:
+        command = f"detection.train({str(recipe)!r}, ...)" if overrides else f"detection.train({str(recipe)!r})"
+    train_run(config, folder, [command], resume=resume is not None, callbacks=callbacks)
     return Run.open(folder)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluatedRun:
     """The findings of `evaluate`, beside what the run has logged of the same weights.
 
@@ -95,6 +111,10 @@ class EvaluatedRun:
         logged = self.logged.metrics
         return [key for key, value in self.metrics.items() if key in logged and logged[key] != value]
 
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{key} {value:.4f}" for key, value in self.metrics.items())
+        return f"EvaluatedRun({self.run!r}: {numbers}; {'as' if self.is_as_logged else 'not as'} logged)"
+
 
 def evaluate(
     run: str | Path,
@@ -116,23 +136,69 @@ def evaluate(
         FileNotFoundError: no such run, weights, or data.
         ValueError: the weights are damaged or do not fit.
     """
-    from detection.tasks.run import evaluate_run
+    from detection.tasks.evaluate import evaluate_run
 
     evaluation, logged = evaluate_run(run, weights, data_root=data_root, save=save)
     return EvaluatedRun(str(run), evaluation, logged)
 
 
-def export(run: str | Path, out: str | Path | None = None, **options: Any) -> tuple[Path, Mapping[str, Any]]:
-    """Write the network of a saved run as a file for other programs; see `detection.exporters.export_run`.
+class ExportedFile(NamedTuple):
+    """A file by `export`.
+
+    Attributes:
+        path: the file.
+        description: what NAME.json beside it says.
+    """
+
+    path: Path
+    description: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        parity = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in self.description["parity"].items())
+        outputs = self.description["outputs"]  # in words for NIR
+        names = outputs if isinstance(outputs, str) else ", ".join(outputs)
+        return f"ExportedFile({str(self.path)!r}: {names}; {parity})"
+
+
+def export(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    file_format: Literal["onnx", "torch", "nir"] = "onnx",
+    weights: Weights = "last",
+    int8: bool = False,
+    analogue: bool = False,
+    nms: bool = False,
+    num_calibration: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    evaluate: bool = False,
+    data_root: str | Path | None = None,
+) -> ExportedFile:
+    """Write the network of a saved run as a file for other programs: `detection.export("runs/demo", nms=True)`.
 
     Args:
         run: run folder, or "zoo:NAME".
         out: the file; None: model.onnx, ... among the run's products.
-        options: file_format="onnx", "torch" or "nir", int8=True, analogue=True, evaluate=True, ...
+        file_format: "onnx", "torch" (torch.export) or "nir".
+        weights: "last", "best" or "ema".
+        int8: int8 weights and integer thresholds where layers see spikes.
+        analogue: with `int8`: 8 bits for analogue convolutions, too, but the first and those of prediction.
+        nms: a detector's ONNX file that gives boxes.
+        num_calibration: training images for `int8`; None: 64 for a detector, 256 for a classifier.
+        height: of the images in pixels, with `width`: that size only; None: free where the network permits.
+        width: likewise.
+        evaluate: measure how accurate an ONNX file is on the evaluation images.
+        data_root: where its data lie now; None: where they lay when it was trained.
 
-    Returns:
-        The file, and what the JSON file beside it says.
+    Raises:
+        FileExistsError: the file, or the .json beside it, exists already.
+        FileNotFoundError: no such run, weights, or data.
+        ImportError: a package is missing.
+        ValueError: the run cannot be exported so, or the file does not do what the network does.
     """
     from detection.exporters import export_run
 
-    return export_run(run, options.pop("file_format", "onnx"), out, **options)
+    options = {"weights": weights, "int8": int8, "analogue": analogue, "nms": nms, "num_calibration": num_calibration}
+    options |= {"height": height, "width": width, "evaluate": evaluate}
+    return ExportedFile(*export_run(run, file_format, out, data_root=data_root, **options))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from detection.evaluation import PrecisionRecall, average_precision
 from detection.figures import (
@@ -27,6 +28,7 @@ from detection.figures import (
     clean,
     draw_panel,
     set_title,
+    short_number,
     shorten,
     style_of,
 )
@@ -35,6 +37,7 @@ from detection.records import EpochLog, Evaluation, Values
 ANALOGUE, SPIKING = ("#b45309", "#a83a6b", "#8a6100", "#b3261e"), ("#0b66c3", "#00756c", "#5b4bc4", "#32718f")
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#8a1fa8", "#0b66c3", "#00856f"])  # first layer to last
 WHOLE = {"color": INK, "linewidth": 2.2, "zorder": 3}  # of lines for all of what the others are parts of
+MARKS = "osD^vPX*"  # of variants and runs
 # Titles and units of what spike layers log; anything else has its own name.
 QUANTITIES = {
     "v_th": ("Threshold v_th", "v_th, membrane potential"),
@@ -203,6 +206,18 @@ def _lines_of_layers(
 # Other charts
 
 
+def draw_anytime(scores: Mapping[str, Sequence[float]]) -> list[Figure]:
+    """Return a panel of metrics after 1, ..., T time steps of one network; none where only the last is known.
+
+    Args:
+        scores: metric -> its values, of `Evaluation.after_steps`; COCO's -1 for undefined is left out.
+    """
+    known = {name: [point for point in enumerate(values, start=1) if point[1] != -1] for name, values in scores.items()}
+    lines = _styled([(name, points) for name, points in known.items() if len(scores[name]) > 1 and points])
+    panel = draw_panel("Stopped early", lines, "on the evaluation images", "time steps")
+    return [] if panel is None else [panel]
+
+
 def draw_precision_recall(curves: Mapping[str, PrecisionRecall]) -> Figure:
     """Return precision over recall, a line per class, under which the area is the average precision beside its name.
 
@@ -263,6 +278,42 @@ def draw_comparison(values: Mapping[str, Sequence[float]], label: str) -> Figure
     return figure
 
 
+def draw_trade_off(values: Mapping[str, Points], title: str, label: str, x_label: str) -> list[Figure]:
+    """Return a metric over a cost on a logarithmic axis: a mark per run, of one kind per variant; none without points.
+
+    Args:
+        values: variant -> (cost, metric) of each of its runs, costs above 0.
+        title: the cost.
+        label: name and unit of the metric.
+        x_label: unit of the cost.
+    """
+    lines = [
+        Line(
+            name,
+            points,
+            style_of(index) | {"marker": MARKS[(index + index // 8) % 8], "markersize": 6, "linestyle": "none"},
+        )
+        for index, (name, points) in enumerate(values.items())
+        if points
+    ]
+    figure = draw_panel(title, lines, label, f"{x_label}, logarithmic")
+    if figure is None:
+        return []
+    axes, (x, y) = figure.axes[0], np.array([point for line in lines for point in line.points]).T
+    axes.set_xscale("log")
+    axes.set_xlim(x.min() / 1.6, x.max() * 1.6)  # room for whole marks, and for a number on the axis at least
+    subs = (1, 2, 5) if x.max() < 100 * x.min() else (1,)
+    axes.xaxis.set(major_locator=LogLocator(subs=subs, numticks=8), minor_locator=NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: short_number(value)))
+    margin = 0.12 * (y.max() - y.min()) or 0.05
+    axes.set_ylim(y.min() - margin, y.max() + margin)
+    words = (
+        f"{line.name}: {', '.join(f'{metric:.4f} at {cost:.4g}' for cost, metric in line.points)}" for line in lines
+    )
+    figure.set_label(f"{title}. {label}, at {x_label}. {'; '.join(words)}")
+    return [figure]
+
+
 def draw_robustness(
     curves: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]], units: Mapping[str, str], label: str
 ) -> list[Figure]:
@@ -282,7 +333,7 @@ def draw_robustness(
         raise ValueError(f"curves: nothing to draw in {len(curves)} kinds of noise; expected at least one with a run")
     names = list(dict.fromkeys(name for runs in curves.values() for name in runs))
     # A run has one colour and one mark in all panels, and is told from the others without colour too.
-    styles = {name: style_of(index) | {"marker": "osD^vPX*"[index % 8]} for index, name in enumerate(names)}
+    styles = {name: style_of(index) | {"marker": MARKS[index % len(MARKS)]} for index, name in enumerate(names)}
     highest = max(max(found) for runs in curves.values() for values in runs.values() for found in values.values())
     panels = []
     for kind, runs in curves.items():

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
@@ -24,7 +25,7 @@ from torch import Tensor
 from detection.data.pictures import as_rgb
 from detection.figures import TEXT_SIZE, WIDTH, set_title, shorten
 from detection.fonts import drawable, take_literally
-from detection.spikemaps import SpikeMap
+from detection.spikemaps import SpikeMap, rows_of
 
 DPI = 100  # pixels per inch: a figure of 12 inches is 1200 pixels wide
 THIN = 1.3  # points, the edge of a true box
@@ -168,13 +169,14 @@ def draw_spike_maps(
 ) -> Figure:
     """Return the image beside its spike maps, each titled with stage, size and activity.
 
-    All maps share one colour scale, so that a dark map is one that fires little.
+    All maps share one colour scale, so that a dark map is one that fires little. Of several time steps the first row
+    has the means, and each further row the maps of a step, of eight at most.
 
     Args:
         image: (3, H, W) tensor or (H, W, 3) array, floats in [0, 1] or uint8.
         maps: of `spike_maps`, or those of several images one after the other.
         title: above the picture.
-        columns: pictures per row.
+        columns: pictures per row, of one time step.
         vmax: rate of the brightest colour, in (0, 1]; None: what only a hundredth of the cells of some map exceeds.
 
     Raises:
@@ -185,10 +187,12 @@ def draw_spike_maps(
     if isinstance(image, Tensor):
         image = image.detach().cpu().permute(1, 2, 0).numpy()
     height, width = image.shape[:2]
-    vmax = vmax or min(1.0, max(0.01, *(float(np.quantile(entry.rate, 0.99)) for entry in maps)))
-    columns = min(columns, len(maps) + 1)
-    num_rows = math.ceil((len(maps) + 1) / columns)
-    cell = 2.8  # inches; very long images are drawn less long than they are
+    steps = rows_of(maps)
+    shown = [*maps, *(entry for row in steps.values() for entry in row)]
+    vmax = vmax or min(1.0, max(0.01, *(float(np.quantile(entry.rate, 0.99)) for entry in shown)))
+    columns = len(maps) + 1 if steps else min(columns, len(maps) + 1)
+    num_rows = 1 + len(steps) if steps else math.ceil((len(maps) + 1) / columns)
+    cell = 1.9 if steps else 2.8  # inches; very long images are drawn less long than they are
     ratio = min(max(height / width, 1 / 3), 2)
     figure = Figure(
         figsize=(columns * cell + 0.8, num_rows * (cell * ratio + 0.45) + (0.5 if title else 0.2)),
@@ -201,20 +205,25 @@ def draw_spike_maps(
     for axes in grid:
         axes.set_axis_off()
         axes.set_box_aspect(ratio)
+    for axes, step in zip(grid[columns::columns], steps, strict=False):
+        axes.text(0.5, 0.5, f"step {step}", ha="center", va="center", fontsize=11, transform=axes.transAxes)
+    places = [axes for index, axes in enumerate(grid) if index and (index % columns or not steps)]
     grid[0].imshow(image, aspect="auto")
     grid[0].set_title(f"image\n{width}\N{MULTIPLICATION SIGN}{height} pixels", fontsize=9)
-    for axes, entry in zip(grid[1:], maps, strict=False):
-        rows, cells = entry.rate.shape
-        shown = axes.imshow(entry.rate, cmap="inferno", vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
-        axes.set_title(
-            f"{entry.name}\n{cells}\N{MULTIPLICATION SIGN}{rows}, {100 * entry.activity:.1f} % active", fontsize=9
-        )
-    bar = figure.colorbar(shown, ax=list(grid), aspect=30, pad=0.01, extend="max" if vmax < 1 else "neither")
+    pictures = [_draw_map(axes, entry, vmax) for axes, entry in zip(places, shown, strict=False)]
+    bar = figure.colorbar(pictures[0], ax=list(grid), aspect=30, pad=0.01, extend="max" if vmax < 1 else "neither")
     bar.set_label("share of channels that fire", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     if title:
         figure.suptitle(shorten(title, 80), fontsize=11)
     return figure
+
+
+def _draw_map(axes: Axes, entry: SpikeMap, vmax: float) -> AxesImage:
+    rows, cells = entry.rate.shape
+    words = f"{cells}\N{MULTIPLICATION SIGN}{rows}, {100 * entry.activity:.1f} % active"
+    axes.set_title(f"{entry.name}{', mean' if entry.steps else ''}\n{words}", fontsize=9)
+    return axes.imshow(entry.rate, cmap="inferno", vmin=0, vmax=vmax, aspect="auto", interpolation="nearest")
 
 
 # Boxes

@@ -59,8 +59,8 @@ class Line(NamedTuple):
     @property
     def look(self) -> dict[str, Any]:
         """The whole style; a single point is a dot, since a line would show nothing."""
-        dot = {"marker": "o", "markersize": 4, "linestyle": "none"} if len(self.points) == 1 else {}
-        return {"linewidth": 1.5} | self.style | dot
+        dot = {"linestyle": "none"} if len(self.points) == 1 else {}
+        return {"linewidth": 1.5} | ({"marker": "o", "markersize": 4} if dot else {}) | self.style | dot
 
 
 def style_of(index: int) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def draw_panel(
         title: the quantity, above the chart.
         lines: drawn in this order; points that are not finite are left out.
         label: unit of the vertical axis, below the title.
-        x_label: name and unit of the horizontal axis. Ticks are whole numbers for "epoch".
+        x_label: name and unit of the horizontal axis. Ticks are whole numbers for "epoch" and "time steps".
         may_be_logarithmic: whether values of 0 and more over more than a factor of 10 get a logarithmic axis.
     """
     lines = [line._replace(points=[point for point in line.points if all(map(math.isfinite, point))]) for line in lines]
@@ -100,7 +100,9 @@ def draw_panel(
     low, high = (limit(x for line in lines for x, _ in line.points) for limit in (min, max))
     axes.set_xlim(low, high) if low < high else axes.set_xlim(low - 0.5, low + 0.5)
     logarithmic = _scale(axes, [y for line in lines for _, y in line.points], may_be_logarithmic)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=x_label == "epoch", min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(6, integer=x_label in ("epoch", "time steps"), min_n_ticks=1, steps=[1, 2, 5, 10])
+    )
     axes.set_xlabel(x_label, fontsize=TEXT_SIZE, color=GREY, labelpad=2)
     clean(axes)
     text = {"x": MARGIN / WIDTH, "ha": "left", "va": "top"}

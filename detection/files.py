@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+EVENT_SUFFIXES = (".dat", ".bin", ".aedat")  # of recordings of events
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks: there, nothing is locked
@@ -100,6 +102,11 @@ def require_size(path: Path, limit: int) -> None:
 
 
 KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+
+
+def is_recording(path: object) -> bool:
+    """Return whether it is the path of a recording of events, by its name."""
+    return isinstance(path, str | Path) and Path(path).suffix.lower() in EVENT_SUFFIXES
 
 
 def kind_of(path: str | Path) -> str:

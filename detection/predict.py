@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, get_args
@@ -13,12 +15,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from detection.data.pictures import ImageLike, read_image
+from detection.data.events.files import read_recording, read_windows
+from detection.data.pictures import Channels, ImageLike, read_image
+from detection.files import is_recording, kind_of
 from detection.runs import Run, Weights
+from detection.sources import files_of
 from detection.spikemaps import SpikeMap, spike_maps
 from detection.tasks import task_of
 from detection.tasks.base import Task
-from detection.tasks.predictions import AnyPrediction
+from detection.tasks.predictions import AnyPrediction, in_batches
 from detection.tasks.run import load_model
 from detection.training.precision import autocast
 
@@ -56,16 +61,32 @@ class Predictor:
         return options_of(self.task)
 
     def predict(
-        self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 8, **options: Any
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        batch_size: int = 8,
+        channels: Channels = "rgb",
+        **options: Any,
     ) -> AnyPrediction | list[AnyPrediction]:
-        """Return what the network makes of an image, or a list of that for a list; see `predict_images`."""
+        """Return what the network makes of an image, or a list of that for several; see `predict_images`.
+
+        Args:
+            images: path, array, PIL image or tensor, a list of these, a folder or a glob.
+            batch_size: images at a time.
+            channels: order of the colours in arrays and tensors; "bgr" is OpenCV's.
+            options: a detector's: score_threshold=0.3, nms_threshold (the recipe's).
+        """
         precision = autocast(self.run.config.train.precision, self.device)
-        return predict_images(self.task, self.model, images, batch_size=batch_size, precision=precision, **options)
+        options |= {"batch_size": batch_size, "channels": channels, "precision": precision}
+        return predict_images(self.task, self.model, images, **options)
+
+    def __repr__(self) -> str:
+        return f"Predictor({self.run.address!r}: {self.task.describe()}, on {self.device})"
 
     def spike_maps(self, image: ImageLike) -> list[SpikeMap]:
         """Return where the network fires on what it sees of an image; empty for a network without spike layers."""
         with autocast(self.run.config.train.precision, self.device):
-            return spike_maps(self.model, self.task.prepare(self.model, read_image(image)))
+            return spike_maps(self.model, self.task.prepare(self.model, read_picture(self.task, image)))
 
 
 def options_of(task: Task) -> tuple[str, ...]:
@@ -80,18 +101,23 @@ def predict_images(
     images: ImageLike | Sequence[ImageLike],
     *,
     batch_size: int = 8,
+    channels: Channels = "rgb",
     precision: AbstractContextManager = contextlib.nullcontext(),  # noqa: B008, it has no state
     **options: Any,
 ) -> AnyPrediction | list[AnyPrediction]:
-    """Return what a network makes of an image, or a list of that for a list.
+    """Return what a network makes of an image, or a list of that for a list, a folder or a glob.
 
     A detector gives `Prediction`s, a classifier `ClassPrediction`s.
 
     Args:
         task: of the network.
         model: the network, in evaluation mode.
-        images: one image or several: path, array, PIL image or tensor, see `read_image`.
+        images: one image or a list of them: path, array, PIL image or tensor, see `read_image`; or a folder of images,
+            or a glob such as "shots/*.png". All are in memory together; `hoyer-det predict` takes any number. For a
+            network of events a path is that of a recording, which alone gives a detector's predictions for each of its
+            windows.
         batch_size: images at a time; fewer where they are large.
+        channels: "rgb", or "bgr" for arrays and tensors as OpenCV has them.
         precision: context of the passes.
         options: of the task: score_threshold and nms_threshold, a detector's; see `Task.predict`.
 
@@ -104,9 +130,16 @@ def predict_images(
     for name in options:
         if name not in allowed:
             raise ValueError(f"{name}: no option of {task.name} (allowed: {', '.join(allowed) or 'none'})")
+    images = _expand(images)
+    if is_recording(images) and task.windows:
+        path = Path(images)
+        batches = in_batches(pictures_of(task, path), batch_size, Tensor.numel)
+        found = [task.predict(model, each, batch_size=batch_size, precision=precision, **options) for each in batches]
+        return [dataclasses.replace(each, path=path) for each in itertools.chain(*found)]
     several = isinstance(images, (list, tuple))
     items = list(images) if several else [images]
-    pictures = [_read(item, f"image at index {index}: " if several else "") for index, item in enumerate(items)]
+    places = [f"image at index {index}: " if several else "" for index in range(len(items))]
+    pictures = [_read(task, item, place, channels) for item, place in zip(items, places, strict=True)]
     found = task.predict(model, pictures, batch_size=batch_size, precision=precision, **options)
     paths = [Path(item) if isinstance(item, (str, Path)) else None for item in items]
     named = [dataclasses.replace(each, path=path) for each, path in zip(found, paths, strict=True)]
@@ -131,8 +164,47 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         ) from None
 
 
-def _read(image: ImageLike, place: str) -> Tensor:
+def pictures_of(task: Task, path: Path) -> Iterator[Tensor]:
+    """Yield the images that a recording of events is to a network of the task, in the order of time.
+
+    Raises:
+        OSError, ModuleNotFoundError, ValueError: it cannot be read, or the network takes no events.
+    """
+    data = task.config.data
+    if not getattr(data, "are_events", False):
+        raise ValueError(f"{path}: a recording of events, and {task.name} of {data.format} data takes images")
+    return read_windows(path, data.events) if task.windows else iter([read_recording(path, data.size, data.events)])
+
+
+def read_picture(task: Task, image: ImageLike, channels: Channels = "rgb") -> Tensor:
+    """Return an image as a network of the task takes it, before it is resized; see `read_image`.
+
+    Raises:
+        OSError, ModuleNotFoundError, ValueError: it cannot be read, or is none for this network.
+    """
+    if is_recording(image):
+        pictures = pictures_of(task, Path(image))
+        if task.windows:
+            raise ValueError(f"{image}: a recording, which is many images to {task.name}; it is predicted on alone")
+        return next(pictures)
+    return read_image(image, channels, getattr(task.config.data, "channels", 3))
+
+
+def _expand(images: ImageLike | Sequence[ImageLike]) -> ImageLike | Sequence[ImageLike]:
+    """Return the files of a folder or glob in their order, anything else as it is."""
+    if not isinstance(images, (str, Path)):
+        return images
+    kind, failures = kind_of(images), []
+    if kind != "a folder" and not (kind == "no such file" and glob.has_magic(str(images))):
+        return images
+    files = files_of(str(images), failures)
+    if failures:
+        raise ValueError("; ".join(failures))
+    return files
+
+
+def _read(task: Task, image: ImageLike, place: str, channels: Channels) -> Tensor:
     try:
-        return read_image(image)
+        return read_picture(task, image, channels)
     except ValueError as error:
         raise ValueError(f"{place}{error}") from error

@@ -54,6 +54,11 @@ class Evaluation(Record):
     activity_per_layer: Values = {}
     potentials: dict[str, list[float]] = {}
 
+    def after_steps(self, metric: str) -> list[float]:
+        """Return a metric of the network stopped after 1, 2, ... time steps, as far as known; the last is its own."""
+        early = self.tables.get("anytime", {})
+        return [*(early[name] for name in early if name.startswith(f"{metric} after ")), self.metrics[metric]]
+
     def to_json(self) -> dict[str, Any]:
         """Return everything in one flat object, as the log has it."""
         flat: dict[str, Any] = {**self.metrics, **self.tables}
@@ -80,6 +85,9 @@ class EpochLog(Record):
         losses: each term, weighted, by name; "loss/NAME" in the file.
         seconds: spent on the steps; an entry of the zoo has none, as it is one epoch of many.
         images_per_second: of all processes together.
+        memory_mib: the most from the beginning of the training, or since it went on, to the end of the epoch's steps,
+            in MiB: resident memory of the process that writes the log, libraries and data among it; on a GPU that of
+            its tensors there. None in older logs.
         layers: {quantity: {spike layer: value}}: "hoyer_per_layer" (H as it enters the loss), and what the layers
             themselves log at the end of the epoch, such as "v_th" and "extremum"; "hoyer_share_of_potential" and
             "hoyer_share_of_threshold" are the regulariser's shares in the gradients of the epoch's last step.
@@ -97,6 +105,7 @@ class EpochLog(Record):
     losses: Values = {}
     seconds: float | None = None
     images_per_second: float | None = None
+    memory_mib: float | None = None
     layers: dict[str, Values] = {}
     evaluation: Evaluation | None = None
     ema: Evaluation | None = None
@@ -114,6 +123,7 @@ class EpochLog(Record):
             "loss",
             "seconds",
             "images_per_second",
+            "memory_mib",
             "eval_seconds",
             "silent",
             "warnings",
@@ -147,8 +157,8 @@ class EpochLog(Record):
         """Return the line of the file."""
         line: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "lr": self.lr, "loss": self.loss}
         line |= {f"{LOSS}{name}": value for name, value in self.losses.items()}
-        speed = {"seconds": self.seconds, "images_per_second": self.images_per_second}
-        line |= {key: value for key, value in speed.items() if value is not None} | self.layers
+        cost = {key: getattr(self, key) for key in ("seconds", "images_per_second", "memory_mib")}
+        line |= {key: value for key, value in cost.items() if value is not None} | self.layers
         if self.evaluation is not None:
             line |= self.evaluation.to_json()
         if self.ema is not None:
@@ -189,6 +199,40 @@ class DataFingerprint(Record):
     fingerprint: str
 
 
+class Start(Record):
+    """The network that a training started from, `model.weights`, by the names of its tensors.
+
+    Attributes:
+        source: as the recipe names it.
+        classes: those whose outputs were taken over.
+        taken: tensors that were taken over whole.
+        partly: tensors of which the outputs of `classes` were, and of the background where there is one.
+        new: tensors of the network that are new.
+        left_out: tensors of the source that were not taken over.
+    """
+
+    source: str
+    classes: list[str] = []
+    taken: list[str] = []
+    partly: list[str] = []
+    new: list[str] = []
+    left_out: list[str] = []
+
+
+class Extension(Record):
+    """A further cycle of the schedule behind the epochs of a finished run.
+
+    Attributes:
+        after: epochs that were done before.
+        epochs: of the cycle.
+        lr_factor: its learning rates, in those of the recipe.
+    """
+
+    after: int
+    epochs: int
+    lr_factor: float
+
+
 class RunInfo(Record):
     """run.json: where a run comes from.
 
@@ -202,7 +246,10 @@ class RunInfo(Record):
         data: by split, number of images and a fingerprint of what was read.
         backbone: arguments of `backbones.create`, of an entry of the zoo.
         category_ids: COCO's category of label 1, 2, ..., K, a detector's.
+        start: the network that it started from.
         resumed: commands that went on with it.
+        trackers: its id at Weights & Biases and MLflow.
+        extended: the cycles that were added to it.
         sha256: of each weights file by name; there once the training has ended.
     """
 
@@ -216,7 +263,10 @@ class RunInfo(Record):
     data: dict[str, DataFingerprint] = {}
     backbone: dict[str, Any] | None = None
     category_ids: list[int] | None = None
+    start: Start | None = None
     resumed: list[str] = []
+    trackers: dict[str, str] = {}
+    extended: list[Extension] = []
     sha256: dict[str, str] = {}
 
     def to_json(self) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from detection.files import (
     unlock_folder,
     write_whole,
 )
-from detection.records import EpochLog, Machine, RunInfo, Weights
-from detection.text import say
+from detection.records import EpochLog, Extension, Machine, RunInfo, Weights
+from detection.text import plural, say
 
 MAX_INFO, MAX_LOG = 2**24, 2**29  # bytes of a run.json and of a log
 PACKAGES = ("torch", "torchvision", "numpy", "albumentations", "pycocotools", "accelerate", "safetensors")
@@ -52,6 +52,10 @@ class Run:
     def __init__(self, folder: Path, config: Recipe) -> None:
         self.folder, self.config = folder, config
         self._is_own = self._begun = False  # whether this process made the folder, and the files in it
+
+    def __repr__(self) -> str:
+        number = (self.folder / "metrics.jsonl").read_bytes().count(b"\n") if self.has_log else 0
+        return f"Run({self.address!r}: {plural(number, 'epoch')})"
 
     @staticmethod
     def check_free(folder: str | Path) -> Path:
@@ -147,12 +151,18 @@ class Run:
         name = zoo.name_of(self.folder)
         return self.folder if name is None else Path("runs") / "zoo" / name
 
-    def note_resumption(self, info: RunInfo) -> None:
-        """Add to run.json that the training went on, by `info.command`; config.yaml takes what may have changed."""
+    def note_resumption(self, info: RunInfo, extension: Extension | None = None) -> None:
+        """Add to run.json that the training went on, by `info.command`; config.yaml takes what may have changed.
+
+        A finished run that an `extension` is begun of is not finished any longer.
+        """
         save_config(self.config, self.folder / "config.yaml")
         started = (self.folder / "run.json").is_file()  # not if it was killed before its first step
         before = self.info() if started else info
-        self.write_info(before.model_copy(update={"resumed": [*before.resumed, info.command]}))
+        changed: dict[str, Any] = {"resumed": [*before.resumed, info.command]}
+        if extension is not None:
+            changed |= {"extended": [*before.extended, extension], "sha256": {}}
+        self.write_info(before.model_copy(update=changed))
 
     def info(self) -> RunInfo:
         """Return what run.json holds; errors as in `read_info`."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from backbones import hook_layers, spike_layers
 
+MAX_ROWS = 8  # of time steps in a picture
+
 
 @dataclass(frozen=True, eq=False)
 class SpikeMap:
@@ -23,11 +25,20 @@ class SpikeMap:
             spikes that leave for the neck at that level.
         rate: (H', W') float32 in [0, 1], the share of channels that fire at each place, mean over the time steps.
         activity: share of all these neurons that fire, the mean of `rate`.
+        steps: the maps of the single steps, in their order; none for one step.
     """
 
     name: str
     rate: np.ndarray
     activity: float
+    steps: tuple[SpikeMap, ...] = ()
+
+
+def rows_of(maps: Sequence[SpikeMap]) -> dict[int, list[SpikeMap]]:
+    """Return the maps of at most `MAX_ROWS` time steps by number, evenly spread; none for a network of one step."""
+    total = max((len(entry.steps) for entry in maps), default=0)
+    chosen = dict.fromkeys(np.linspace(1, total, min(total, MAX_ROWS)).round().astype(int).tolist())
+    return {step: [entry.steps[step - 1] for entry in maps] for step in chosen}
 
 
 @torch.no_grad()
@@ -54,7 +65,7 @@ def spike_maps(model: nn.Module, image: Tensor) -> list[SpikeMap]:
     covered = [1.0, 1.0]  # share of the network's input that the image covers, vertically and horizontally
 
     def record(name: str, layer: nn.Module, u: Tensor, spikes: Tensor) -> None:
-        rates[name] = (spikes.flatten(0, 1) != 0).float().mean(0)  # one image in all its time steps
+        rates[name] = (spikes != 0).float().mean(1)  # one image in all its time steps
 
     def note_padding(name: str, transform: nn.Module, images: Any, output: Any) -> None:
         batch = output[0]
@@ -67,9 +78,11 @@ def spike_maps(model: nn.Module, image: Tensor) -> list[SpikeMap]:
     return [_cut(name, rates[name].cpu().numpy(), covered) for name in layers if name in rates]
 
 
-def _cut(name: str, rate: np.ndarray, covered: Sequence[float]) -> SpikeMap:
+def _cut(name: str, rates: np.ndarray, covered: Sequence[float]) -> SpikeMap:
     rows, columns = (
-        min(size, max(1, math.ceil(share * size - 1e-6))) for share, size in zip(covered, rate.shape, strict=True)
+        min(size, max(1, math.ceil(share * size - 1e-6))) for share, size in zip(covered, rates.shape[1:], strict=True)
     )
-    rate = rate[:rows, :columns]
-    return SpikeMap(name, rate, float(rate.mean()))
+    rates = rates[:, :rows, :columns]
+    steps = [SpikeMap(name, rate, float(rate.mean())) for rate in rates] if len(rates) > 1 else []
+    mean = rates.mean(0) if steps else rates[0]
+    return SpikeMap(name, mean, float(mean.mean()), tuple(steps))

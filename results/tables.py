@@ -31,6 +31,7 @@ CONTROLLED = "controlled_"  # begins the names of folders that have a page of th
 ZOO = """These networks come with the package: `detection.load("zoo:NAME")`, or `zoo:NAME` wherever a command takes a
 run. Weights of convolutions and linear layers are stored in 16 bits, and measured so."""
 DATA = {"scenes": "drawn scenes", "bccd": "BCCD", "coco128": "COCO128", "cifar10": "CIFAR-10 (JPEG)"}
+DATA |= {"event_scenes": "made recordings"}
 # What README.md shows: one run of each kind.
 BEST = (
     "demo_scenes_retinanet_resnet18_hoyer",
@@ -39,6 +40,7 @@ BEST = (
     "c3_coco128_fasterrcnn_resnet18_hoyer",
     "c2_cifar10_vgg11_robustness/hoyer_seed0",
 )
+COMPARED = "compare_cifar10"  # the comparison that README.md shows
 # Keys that say nothing about an analogue network.
 SPIKING_KEYS = (
     "hoyer.",
@@ -46,6 +48,9 @@ SPIKING_KEYS = (
     "model.backbone.activation",
     "model.backbone.extremum",
     "model.backbone.momentum",
+    "model.backbone.time_steps",
+    "model.backbone.reset",
+    "model.backbone.levels",
 )
 NETWORKS = {
     "vgg16": "VGG16",
@@ -68,7 +73,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     files = {folder / "README.md": results_page(folder, runs)}
     readme = folder.parent / "README.md"
     if folder.name == "results" and readme.is_file():
-        parts = {"measured": lambda: best_table(folder, runs), "speed": lambda: speed_tables(folder / "benchmarks")}
+        parts = {
+            "measured": lambda: best_table(folder, runs),
+            "speed": lambda: speed_tables(folder / "benchmarks"),
+            "compared": lambda: compared_table(folder / COMPARED / "comparison.json"),
+        }
         files[readme] = replace_parts(readme, parts)
     benchmarks = folder.parent / "benchmarks" / "README.md"
     if folder.name == "results" and benchmarks.is_file():
@@ -273,6 +282,30 @@ def best_table(folder: Path, runs: Sequence[Run]) -> str:
         )
     header = ["data, metric", "network", "spiking", "analogue twin", "neurons that fire", "energy / twin's"]
     return markdown(header, rows)
+
+
+def compared_table(path: Path) -> str:
+    """Return README.md's table of the variants of one recipe, by `hoyer-det compare`; nothing without its file."""
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text("utf-8"))
+
+    def text(row: dict[str, Any], key: str, digits: int, unit: float = 1) -> str:
+        return "" if row[key] is None else f"{row[key] / unit:.{digits}f}"
+
+    columns = {"energy_uj": 2, "energy_sram_uj": 1, "energy_int8_uj": 2, "time_steps": 0, "training_seconds": 0}
+    rows = [
+        [
+            row["variant"],
+            f"{row[found['metric']]:.3f}",
+            text(row, "activity", 1, 0.01),
+            text(row, "synaptic_operations", 2, 1e6),
+            *(text(row, key, digits) for key, digits in columns.items()),
+        ]
+        for row in found["variants"]
+    ]
+    header = ["variant", found["metric"], "neurons that fire, %", "synaptic operations, millions", "uJ, 32 bits"]
+    return markdown([*header, "with SRAM", "uJ, 8 bits", "time steps", "training, s"], rows)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -17,8 +17,8 @@ from detection.config import Recipe
 from detection.records import RunInfo
 from detection.runs import Run
 from detection.tasks import task_of
+from detection.tasks.evaluate import evaluate_run
 from detection.tasks.recipes import ClassificationRecipe, DetectionRecipe
-from detection.tasks.run import evaluate_run
 
 BACKBONE = {"name": "vgg11", "width": 0.125}
 NETWORKS = {"spiking", "spiking_int8", "twin", "twin_int8", "binary"}

@@ -1,4 +1,4 @@
-"""VOC and COCO files changed at random: every object that stands in them is used, or a sentence names it."""
+"""VOC, COCO, YOLO and CSV files changed at random: every object that stands in them is used, or a sentence names it."""
 
 from __future__ import annotations
 
@@ -245,3 +245,67 @@ def voc(tmp_path_factory) -> Path:
     write_image(root / "VOC/JPEGImages/öl.jpg")
     (root / "VOC/JPEGImages/damaged.png").write_bytes(b"\x89PNG")
     return root
+
+
+# YOLO and CSV
+
+tokens = st.sampled_from(
+    ["0", "1", "2", "1.0", "-1", "7", "1e400", "nan", "x", "", ".25", ".5", "0.125", "2", "\x1b", "猫"]
+)
+encodings = st.sampled_from(["utf-8", "utf-8-sig", "utf-16"])
+
+
+@FIXED
+@given(
+    lines=st.lists(st.lists(tokens, max_size=9).map(" ".join), max_size=8),
+    end=st.sampled_from(["\n", "\r\n", "\n\n"]),
+    encoding=encodings,
+    classes=st.sampled_from([[], ["cat"], ["dog", "cat"]]),
+)
+def test_every_object_of_label_files_is_used_or_named(yolo, attempt, lines, end, encoding, classes):
+    (yolo / "labels/b.txt").write_bytes(end.join(lines).encode(encoding))
+    (yolo / "labels/gone.txt").write_bytes(end.join(lines).encode(encoding))  # without an image
+    (yolo / "labels/damaged.txt").write_bytes(end.join(lines).encode(encoding))
+    data = Data(format="yolo", root=yolo, verify="full")
+    with attempt("mutated annotations"):
+        number, sentences = used(data, classes)
+        damaged = sum("/damaged.png: " in each for each in sentences)
+        assert damaged == 1
+        whole = sum(bool(line.split()) for line in "\n".join(lines).splitlines())
+        lost = sum(f"/{name}.txt: line " in each for each in sentences for name in ("b", "damaged"))
+        assert number >= 1 and lost <= 2 * whole
+        assert number + named(sentences) == 1 + 3 * whole
+
+
+@pytest.fixture(scope="module")
+def yolo(images, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("fuzz")
+    (root / "labels").mkdir()
+    for name in ("a", "b", "damaged"):
+        (root / "images").mkdir(exist_ok=True)
+        (root / f"images/{name}.png").write_bytes((images / f"images/{name}.png").read_bytes())
+    (root / "labels/a.txt").write_text("0 .5 .5 .25 .25")
+    (root / "data.yaml").write_text("names: {0: cat, 1: dog, 2: cow}\ntrain: images\n")
+    return root
+
+
+cells = st.sampled_from(["", "1", "5", "12.5", " 20 ", "41", "-3", "1e3", "nan", "inf", "x", "1e999", "\x1b[31m"])
+names = st.sampled_from(["images/a.png", "images/b.png", "gone.png", "images/damaged.png", "images\\\\a.png", "", "\0"])
+kinds = st.sampled_from(["cat", "dog", "cow", " cat ", "", "猫"])
+
+
+@FIXED
+@given(
+    rows=st.lists(st.tuples(names, cells, cells, cells, cells, kinds), max_size=8),
+    encoding=encodings,
+    delimiter=st.sampled_from([",", ";", "\t"]),
+    classes=st.sampled_from([[], ["cat"], ["dog", "cat"]]),
+)
+def test_every_row_of_a_csv_file_is_used_or_named(images, attempt, rows, encoding, delimiter, classes):
+    table = [("filename", "xmin", "ymin", "xmax", "ymax", "class"), ("images/a.png", "1", "1", "9", "9", "cat"), *rows]
+    (images / "rows.csv").write_bytes("\n".join(map(delimiter.join, table)).encode(encoding))
+    data = Data(format="csv", root=images, train=["rows.csv"], verify="full")
+    with attempt("mutated annotations"):
+        number, sentences = used(data, classes)
+        boxes = sum(any(cell.strip() for cell in row[1:5]) for row in table[1:])
+        assert number >= 1 and number + named(sentences) == boxes

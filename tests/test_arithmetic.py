@@ -400,6 +400,6 @@ def test_one_comparison_has_all_of_them(monkeypatch, tmp_path):
     compare.main(["cifar10_vgg11", "--out", str(tmp_path), "--variants", "hoyer", "relu", *variants, *data, *small])
     table = (tmp_path / "README.md").read_text()
     names = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
-    assert names == ["variant", "hoyer", "relu", "binary", "adder"]
+    assert names == 2 * ["variant", "hoyer", "relu", "binary", "adder"]
     found = [Run.open(tmp_path / f"{name}_seed0").config.model.backbone for name in ("binary", "adder")]
     assert [each.activation for each in found] == ["sign", "relu"]

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from detection.config.schema import Augment
-from detection.data import build_transform, transforms
+from detection.config.schema import Augment, Data
+from detection.data import TrainingBatches, build_datasets, build_mixture, build_transform, draw_scenes, transforms
 from detection.data.transforms import FRAME_COLOR, MIN_VISIBLE
+from detection.tasks import task_of
+from detection.tasks.recipes import DetectionRecipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -334,3 +337,146 @@ def test_albumentations_is_in_one_file_and_stays_off_the_network():
     )
     environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, env=environment)
+
+
+# Several images in one
+
+
+def sample_of(image: np.ndarray, *boxes: list[float], label: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return image, np.array(boxes, dtype=np.float32).reshape(-1, 4), np.full(len(boxes), label, dtype=np.int64)
+
+
+class Numbers:
+    """A generator that gives what it is told: the place where images meet, windows at their beginning, a weight."""
+
+    def __init__(self, uniform: tuple[float, ...] = (), beta: float = 0.5) -> None:
+        self.numbers, self.weight = iter(uniform), beta
+
+    def uniform(self, low: float, high: float) -> float:
+        return next(self.numbers)
+
+    def permutation(self, number: int) -> list[int]:
+        return list(range(number))
+
+    def integers(self, end: int) -> int:
+        return end - 1  # the last place that there is
+
+    def beta(self, a: float, b: float) -> float:
+        return self.weight
+
+
+def test_mosaic_by_hand():
+    """Four images of 40 x 20 (twice that for the last) that meet at (16, 8) of a frame of 40 x 20."""
+    grey = [np.full((20, 40, 3), 10 * number, dtype=np.uint8) for number in range(1, 4)]
+    last = np.full((40, 80, 3), 40, dtype=np.uint8)
+    samples = [
+        sample_of(grey[0], [0, 0, 40, 20], label=1),
+        sample_of(grey[1], [20, 10, 30, 20], [0, 0, 4, 4], label=2),
+        sample_of(grey[2], [10, 0, 20, 20], label=3),
+        sample_of(last, [40, 20, 80, 40], label=4),
+    ]
+    frame, boxes, labels = transforms._mosaic(samples, Numbers(uniform=(0.4, 0.4)))
+    expected = np.empty((20, 40, 3), dtype=np.uint8)
+    expected[:8, :16], expected[:8, 16:], expected[8:, :16], expected[8:, 16:] = 10, 20, 30, 40
+    assert np.array_equal(frame, expected)
+    # 1st: 16 x 8, whole, factor 0.4. 2nd: 24 x 12 for a place of 24 x 8, the upper 4 rows cut off; its second box ends
+    # at row 2.4. 3rd: 24 x 12 for 16 x 12, the first 8 columns cut off: 6 to 12 is -2 to 4, of which two thirds show.
+    # 4th: 24 x 12, factor 0.3.
+    wanted = [[0, 0, 16, 8], [28, 2, 34, 8], [0, 8, 4, 20], [28, 14, 40, 20]]
+    assert np.allclose(boxes, wanted, atol=1e-5) and labels.tolist() == [1, 2, 3, 4]
+    assert boxes.dtype == np.float32 and labels.dtype == np.int64
+
+
+def test_mosaic_drops_what_is_hardly_visible():
+    image = np.zeros((20, 40, 3), dtype=np.uint8)
+    # The upper half of the second place is cut off: of 5 rows, in the frame 3, of which 1.5 or 0.6 are left.
+    for top, kept in ((4.1667, 1), (2.6, 0)):
+        samples = [sample_of(image)] * 4
+        samples[1] = sample_of(image, [0, top, 10, top + 5])
+        _, boxes, _ = transforms._mosaic(samples, Numbers(uniform=(0.4, 0.4)))
+        assert len(boxes) == kept
+
+
+def test_mixup_by_hand():
+    image = np.full((20, 40, 3), 100, dtype=np.uint8)
+    other = np.full((20, 20, 3), 201, dtype=np.uint8)  # enlarged to 40 x 40, of which the lower half shows
+    mixed = transforms._blend(
+        sample_of(image, [1, 2, 3, 4], label=5), sample_of(other, [5, 5, 10, 15], label=6), Numbers(beta=0.25)
+    )
+    assert (mixed[0] == 176).all() and mixed[0].dtype == np.uint8  # 0.25 * 100 + 0.75 * 201 = 175.75
+    assert np.allclose(mixed[1], [[1, 2, 3, 4], [10, 0, 20, 10]], atol=1e-5) and mixed[2].tolist() == [5, 6]
+
+
+def test_boxes_of_a_mosaic_sit_on_their_objects():
+    mixture, seen = build_mixture(Augment(mosaic=1.0)), 0
+    for seed in range(40):
+        rng, pictures = np.random.default_rng(seed), []
+        for chosen in ((1, 2), (3,), (4, 5), (6,)):  # each colour in one of the pictures
+            image, boxes, labels = draw_picture(rng)
+            for (x1, y1, x2, y2), label in zip(boxes.astype(int), labels, strict=True):
+                if label not in chosen:
+                    image[y1:y2, x1:x2] = 128
+            kept = np.isin(labels, chosen)
+            pictures.append((image, boxes[kept], labels[kept]))
+        others = iter(pictures[1:])
+        torch.manual_seed(seed)
+        image, boxes, labels = mixture(pictures[0], lambda others=others: next(others))
+        assert image.shape == pictures[0][0].shape and len(set(labels.tolist())) == len(labels)
+        seen += len(labels)
+        for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
+            ys, xs = np.nonzero(label_map(image) == label)
+            # An edge is where the colour ends, to a pixel or two that are mixed.
+            assert np.abs([xs.min() - x1, ys.min() - y1, xs.max() + 1 - x2, ys.max() + 1 - y2]).max() < MARGIN
+    assert seen > 80
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(images_with_boxes(), min_size=5, max_size=5), st.integers(0, 2**31))
+def test_boxes_of_several_images_stay_valid(cases, seed):
+    samples = []
+    for number, (width, height, boxes) in enumerate(cases):
+        samples.append((random_image(height, width), boxes, np.arange(len(boxes)) + 10 * number))
+    others = iter(samples[1:])
+    torch.manual_seed(seed)
+    image, boxes, labels = build_mixture(Augment(mosaic=1.0, mixup=1.0))(samples[0], lambda: next(others))
+    assert image.shape == samples[0][0].shape and image.dtype == np.uint8
+    assert boxes.dtype == np.float32 and labels.dtype == np.int64 and boxes.shape == (len(labels), 4)
+    height, width = image.shape[:2]
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] < boxes[:, 2:]).all() and (boxes[:, 2:] <= [width, height]).all()
+    assert len(set(labels.tolist())) == len(labels) and set(labels) <= {n for each in samples for n in each[2]}
+
+
+def test_an_image_of_one_pixel_is_a_mosaic_of_itself_or_another():
+    tiny = sample_of(np.full((1, 1, 3), 7, dtype=np.uint8), [0, 0, 1, 1])
+    image, boxes, _ = build_mixture(Augment(mosaic=1.0, mixup=1.0))(tiny, lambda: tiny)
+    assert image.tolist() == [[[7, 7, 7]]] and np.allclose(boxes, [[0, 0, 1, 1]] * 2)
+
+
+def mixed_keys(epoch: int, **options) -> list[tuple]:
+    batches = TrainingBatches(4, 2, seed=3, **options)
+    batches.set_epoch(epoch)
+    return [key for batch in batches for key in batch]
+
+
+def test_mixing_follows_the_seed_and_ends_before_the_last_epochs(tmp_path):
+    draw_scenes(tmp_path / "scenes", num_train=4, num_val=1, size=64, seed=0)
+    data = Data(
+        format="synthetic", root=tmp_path / "scenes", scenes={"num_train": 4, "num_val": 1, "size": 64}, workers=0
+    )
+    data.augment = Augment(mosaic=0.5, mixup=0.5)
+    recipe = DetectionRecipe(data=data, train={"epochs": 10, "batch_size": 2})
+    task, dataset = task_of(recipe), build_datasets(data)[0]
+    batches = task.training_batches(dataset, Accelerator())
+    assert batches.batch_sampler.mixed_epochs == 9  # of 10, the tenth is the last tenth
+    keys = mixed_keys(9, mixed_epochs=9)
+    assert all(key[2] is True for key in keys)
+    assert mixed_keys(10, mixed_epochs=9) == mixed_keys(10) and {len(key) for key in mixed_keys(10)} == {2}
+    state = torch.random.get_rng_state()
+    items, twice = [[batches.dataset[key] for key in keys] for _ in range(2)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for (image, target), (again, same) in zip(items, twice, strict=True):
+        assert torch.equal(image, again) and torch.equal(target["boxes"], same["boxes"])
+    plain = [batches.dataset[key[:2]][0] for key in keys]
+    assert any(not torch.equal(image, each) for (image, _), each in zip(items, plain, strict=True))
+    recipe.data.augment = Augment()
+    assert task_of(recipe).training_batches(dataset, Accelerator()).batch_sampler.mixed_epochs == 0

@@ -92,7 +92,7 @@ def test_help_names_every_verb_and_every_verb_has_a_file(capsys):
             ["--format", "--int8", "--analogue-int8", "--out FILE", "--calibration N", "--evaluate", "--width"],
         ),
         ("check-data", ["RECIPE", "--data.verify", "--data.train_images"]),
-        ("compare", ["RECIPE", "--out", "--seeds", "--variants", "no_regulariser"]),
+        ("compare", ["RECIPE", "--out", "--seeds", "--variants", "no_regulariser", "--images N"]),
         ("zoo", ["list", "add"]),
         ("recipes", ["list", "show", "copy"]),
         ("summary", ["RECIPE_OR_RUN", "--classes N", "--model.backbone.width"]),
@@ -160,7 +160,7 @@ def test_mistyped_verbs_name_the_nearest(capsys):
         (["train", "scenes_retinanet_resnet18", "--resume", "runs/none"], "has its own recipe: leave scenes_"),
         (["train", "scenes_retinanet_resnet18", "--trian.epochs", "3"], "--trian.epochs"),
         (["train", "scenes_retinanet_resnet18", "train.epochs=many"], "many"),
-        (["check-data", "scenes_retinanet"], "did you mean 'scenes_retinanet_resnet18'?"),
+        (["check-data", "scene_retinanet_resnet18"], "did you mean 'scenes_retinanet_resnet18'?"),
         (["compare", "none.yaml", "--out", "x"], "none.yaml: no such config file"),
         (["compare", "cifar10_vgg11", "--out", "x", "--variants", "rleu"], "--variants rleu: unknown (allowed: hoyer"),
         (["compare", "cifar10_vgg11", "--out", "x", "--variants", "a='--x"], "--variants a='--x: no closing quotation"),
@@ -198,6 +198,7 @@ def test_help_and_mistyped_names_do_not_wait_for_torch(tmp_path):
     for verb in ("evaluate", "analyze", "robustness", "report", "export", "summary"):
         command_lines += [[verb, "runs/none"], [verb, "zoo:none"]]
     command_lines += [["predict", "zoo:none", "a.png"], ["predict", "zoo:cifar10_vgg11", "a.png"]]
+    command_lines += [["benchmark", "none.onnx"]]
     found = call_alone(*command_lines, cwd=tmp_path)
     for arguments, (status, text, slow) in zip(command_lines, found, strict=True):
         fine = "--help" in arguments or arguments[0] == "recipes"
@@ -418,6 +419,7 @@ def test_the_logged_command_is_what_a_user_types(monkeypatch):
 
 def test_checks_the_data_of_a_classifier_too(capsys, tmp_path):
     recipe = {"task": "classification", "data": {"format": "folder", "root": str(tmp_path / "images")}}
+    recipe["optimizer"] = {"warmup_steps": 5}  # of 12 steps
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for split, number in (("train", 3), ("val", 2)):
         for name in ("cat", "dog"):

@@ -15,7 +15,7 @@ from detection.report import write_report
 from detection.runs import Run
 from detection.tasks import task_of
 from detection.tasks.recipes import ClassificationRecipe
-from detection.tasks.run import describe_run, require_same_origin
+from detection.tasks.run import describe_run, require_same_origin, train_run
 from detection.training import precision
 from detection.training.collapse import REMEDY, warnings_of
 from detection.training.precision import autocast, choose_precision
@@ -152,6 +152,32 @@ def test_the_old_reduction_that_silences_deep_layers_is_warned_of_once_in_log_an
     page = write_report([run.folder], log_only=True).read_text()
     for sentence in run.history()[-1].warnings.values():
         assert page.count(f"Warning after epoch 4: {sentence}.") == 1
+
+
+def test_weight_001_silences_deep_layers_by_the_old_reduction_and_not_by_the_one_over_the_network(tmp_path, capsys):
+    """VGG16 at an eighth of its width, trained for 160 steps: the same but for the reduction."""
+    values = {
+        "model": {"backbone": {"name": "vgg16", "width": 0.125, "stem": "cifar"}},
+        "data": {"format": "synthetic", "root": tmp_path / "shapes", "num_train": 1024, "num_val": 64, "workers": 0},
+        "optimizer": {"name": "adamw", "lr": 0.01, "weight_decay": 0.05, "warmup_steps": 8},
+        "train": {"epochs": 10, "batch_size": 64, "eval_every": 2, "seed": 2},
+    }
+    last = {}
+    for reduction in ("mean", "network"):
+        hoyer = {"weight": 0.01, "reduction": reduction, "warmup_epochs": 0}
+        config = ClassificationRecipe.model_validate(values | {"hoyer": hoyer})
+        train_run(config, tmp_path / reduction, ["test"])
+        log = Run.open(tmp_path / reduction).history()
+        said = capsys.readouterr().err
+        # The extremum's running averages need the first two epochs to catch up.
+        collapse = [
+            sentence for line in log[2:] for kind, sentence in line.warnings.items() if kind in ("low", "falling")
+        ]
+        assert bool(collapse) == (reduction == "mean"), collapse
+        assert all(sentence in said for sentence in collapse[:1])
+        last[reduction] = log[-1].metrics
+    assert last["mean"]["activity"] < 0.06 < 0.08 < last["network"]["activity"]
+    assert last["mean"]["top1"] + 0.1 < last["network"]["top1"]
 
 
 def test_nothing_is_said_of_a_network_that_learns(tmp_path, capsys):

@@ -28,8 +28,8 @@ from detection.records import Evaluation
 from detection.tasks import base
 from detection.tasks import detection as detection_task
 from detection.tasks.detection import DetectionTask
+from detection.tasks.evaluate import evaluate_run
 from detection.tasks.recipes import DetectionRecipe
-from detection.tasks.run import evaluate_run
 
 BOX = [10.0, 20.0, 50.0, 60.0]  # x y w h; area 3000: "medium"
 OTHER = [200.0, 20.0, 50.0, 60.0]

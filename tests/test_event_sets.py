@@ -34,7 +34,8 @@ from detection.exporters.run import export_run
 from detection.models import colours_of
 from detection.report import write_report
 from detection.runs import Run
-from detection.tasks.run import evaluate_run, load_model, train_run
+from detection.tasks.evaluate import evaluate_run
+from detection.tasks.run import load_model, train_run
 
 # The sensor
 

@@ -38,8 +38,9 @@ from detection.models.dense import DensePredictions, DetectorOf, resize_and_pad
 from detection.records import EpochLog, RunInfo
 from detection.runs import Run
 from detection.tasks import task_of
+from detection.tasks.evaluate import evaluate_run
 from detection.tasks.predictions import Prediction
-from detection.tasks.run import evaluate_run, load_model
+from detection.tasks.run import load_model
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

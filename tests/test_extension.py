@@ -22,7 +22,8 @@ from detection.data import draw_scene, formats, images
 from detection.predict import Predictor
 from detection.records import EpochLog
 from detection.runs import Run
-from detection.tasks.run import evaluate_run, load_model, train_run
+from detection.tasks.evaluate import evaluate_run
+from detection.tasks.run import load_model, train_run
 
 MOST_LINES = 40
 SHORT = {"train": {"epochs": 2, "batch_size": 4}, "optimizer": {"warmup_steps": 1}, "hoyer": {"weight": 0.01}}
@@ -242,7 +243,7 @@ FORMAT = """
     from detection.data import RawObject, build_annotations, build_record, register_format
 
 
-    @register_format("csv")
+    @register_format("own_csv")
     def read_csv(data, split, classes):
         '''Rows of file, xmin, ymin, xmax, ymax, class in root/SPLIT.csv.'''
         source = data.root / f"{split}.csv"
@@ -282,7 +283,7 @@ def write_csv(root: Path) -> None:
 def test_a_data_format_from_elsewhere_trains_a_detector(tmp_path, write_plugin, capsys):
     write_plugin("own_format", FORMAT)
     write_csv(tmp_path / "boxes")
-    data = {"format": "csv", "root": str(tmp_path / "boxes"), "options": {"delimiter": ";"}}
+    data = {"format": "own_csv", "root": str(tmp_path / "boxes"), "options": {"delimiter": ";"}}
     run, history = train(tmp_path, detector({"name": "resnet18", "width": 0.125}, data), "own_format")
     assert run.config.data.classes == ["shape1", "shape2", "shape3", "shape4"]
     assert run.info().category_ids == [1, 2, 3, 4]

@@ -25,6 +25,7 @@ from backbones import (
     record_activity,
     record_potentials,
     spike_layers,
+    spiking,
 )
 from detection.analysis import analyze_run
 from detection.exporters import export_run
@@ -219,10 +220,6 @@ def test_a_silent_batch_has_an_extremum_of_one():
             lambda: backbones.create("vgg11", width=0.125, reset="half"),
             "reset must be 'subtract' or 'zero', got 'half'",
         ),
-        (
-            lambda: backbones.create("vgg11", activation="graded", time_steps=2),
-            r"'graded' .* \(allowed: hoyer, fixed\)",
-        ),
         (lambda: make_layer(2)(torch.ones(3, 1)), "3 maps are no multiple of 2 time steps"),
         (lambda: synchronise(make_layer(2), spikes=True, batch_norm=False), "hoyer.sync: several time steps"),
         (lambda: fold(backbones.create("resnet18", width=0.125, time_steps=2)), "2 time steps: fold, integers"),
@@ -231,6 +228,12 @@ def test_a_silent_batch_has_an_extremum_of_one():
 def test_what_is_not_allowed_is_said(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_neuron_that_knows_one_step_alone_is_refused(monkeypatch):
+    monkeypatch.setitem(spiking._NEURONS, "own", spiking.Neuron(HoyerSpike, True, "own"))
+    with pytest.raises(ValueError, match=r"activation 'own' has one time step alone \(allowed: hoyer, fixed, graded\)"):
+        backbones.create("vgg11", activation="own", time_steps=2)
 
 
 # Networks

@@ -79,7 +79,8 @@ def test_levels_that_are_not_allowed_are_named(levels):
 
 
 def test_a_twin_takes_the_options_of_the_graded_network_and_leaves_them_aside():
-    assert neurons()["graded"].options == ("extremum", "momentum", "threshold", "window", "levels")
+    options = ("extremum", "momentum", "threshold", "window", "levels", "time_steps", "reset")
+    assert neurons()["graded"].options == options
     model = backbones.create("vgg11", width=0.125, activation="relu", levels=4)
     assert spike_layers(model) == {} and not neurons()["relu"].spiking
 

@@ -92,6 +92,23 @@ def test_order_of_layers_with_the_norm_in_front():
     assert str(bottleneck[0]) == str(bottleneck[1])  # it has one there in any case
 
 
+def test_strides_in_place_of_the_pooling_of_a_vgg():
+    torch.manual_seed(0)
+    backbone = backbones.create("vgg9", width=0.125, stem="cifar", pooling="stride")
+    strides = [[each.stride[0] for each in stage if isinstance(each, nn.Conv2d)] for stage in backbone.stages]
+    assert (
+        strides == [[2], [2], [1, 2], [2], [1]]
+        and backbone.feature_info == backbones.create("vgg9", width=0.125, stem="cifar").feature_info
+    )
+    assert not any(isinstance(each, nn.MaxPool2d) for each in backbone.modules())
+    images = torch.rand(2, 3, 33, 33)
+    backbone(images)
+    assert [tuple(x.shape[2:]) for x in backbone.eval()(images).values()] == [(9, 9), (5, 5), (3, 3), (3, 3)]
+    model = backbones.Classifier(backbone.double(), 4).double().eval()
+    found, folded = model(images.double()), backbones.fold(model)
+    torch.testing.assert_close(folded(images.double()), found)
+
+
 def test_heads_of_a_vgg():
     linear, normalised, pooled = (
         backbones.Classifier(backbones.create("vgg11", width=0.125, stem="cifar", head=head), 10).head

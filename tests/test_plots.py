@@ -27,6 +27,7 @@ from detection.curves import (
     draw_potentials,
     draw_precision_recall,
     draw_robustness,
+    draw_trade_off,
 )
 from detection.draw import Box, draw_boxes, draw_predictions
 from detection.evaluation import PrecisionRecall, average_precision
@@ -409,6 +410,28 @@ def test_comparison_has_a_bar_as_long_as_its_mean(tmp_path: Path) -> None:
     assert max(lengths) / np.median([length for length in lengths if length < 0.7 * max(lengths)]) == pytest.approx(
         2, abs=0.15
     )
+
+
+def test_trade_off_has_a_mark_of_its_own_for_each_variant(tmp_path: Path) -> None:
+    found = {f"variant {number}": [(10.0 * (number + 1), 0.05 * number)] for number in range(12)}
+    found["variant 0"].append((20.0, 0.7))
+    (panel,) = draw_trade_off(found | {"unpriced": []}, "Operations", "top1", "uJ per image")
+    (axes,) = panel.axes
+    assert axes.get_xscale() == "log" and title_of(panel) == "Operations"
+    assert [line.get_xydata().tolist() for line in axes.lines] == [list(map(list, each)) for each in found.values()]
+    assert len({(line.get_marker(), line.get_color()) for line in axes.lines}) == 12
+    assert {line.get_linestyle() for line in axes.lines} == {"None"}
+    legend = [text.get_text() for text in panel.legends[0].get_texts()]
+    assert legend == list(found) and "variant 0: 0.0000 at 10, 0.7000 at 20" in panel.get_label()
+    pixels_of(tmp_path, panel)
+    edges = panel.legends[0].get_window_extent()
+    assert 0 <= edges.x0 <= edges.x1 <= panel.bbox.x1 and 0 <= edges.y0 <= edges.y1 < axes.bbox.y0
+    low, high = axes.get_xlim()
+    assert low < 10 and high > 120 and any(low < tick < high for tick in axes.get_xticks())
+    (alone,) = draw_trade_off({"a": [(3.0, 0.5)]}, "Operations", "top1", "uJ per image")
+    low, high = alone.axes[0].get_ylim()
+    assert low < 0.5 < high and any(1.9 < tick < 4.8 for tick in alone.axes[0].get_xticks())
+    assert draw_trade_off({"a": []}, "Operations", "top1", "uJ per image") == []
 
 
 def test_robustness_has_a_panel_per_kind_on_one_scale() -> None:

@@ -233,7 +233,8 @@ def test_wrong_input_is_named(predictor, finished, scenes, tmp_path, attempt):
         (torch.zeros(8, 8, 3), "(8, 8, 3)"),
         (torch.zeros(3, 8, 8, dtype=torch.int32), "int32"),
         (3.5, "got float"),
-        (tmp_path, "a folder, not an image"),
+        (tmp_path, "no images in this folder"),
+        ([tmp_path], "image at index 0: ", "a folder, not an image"),
         (tmp_path / "no.jpg", "no such file"),
     ):
         with attempt("mutated images"):

@@ -24,6 +24,7 @@ LINE = {
     "loss/hoyer": 0.25,
     "seconds": 1.0,
     "images_per_second": 40.0,
+    "memory_mib": 512.5,
     "hoyer_per_layer": {"spike": 0.5},
     "v_th": {"spike": 1.0},
     "AP": 0.5,
@@ -81,7 +82,7 @@ def test_the_keys_of_a_line_go_to_their_fields():
     line = EpochLog.parse(LINE, "log")
     assert (line.epoch, line.step, line.lr, line.loss) == (2, 12, 0.1, 1.75)
     assert line.losses == {"classification": 1.5, "hoyer": 0.25}
-    assert (line.seconds, line.images_per_second, line.eval_seconds) == (1.0, 40.0, 2.0)
+    assert (line.seconds, line.images_per_second, line.memory_mib, line.eval_seconds) == (1.0, 40.0, 512.5, 2.0)
     assert line.layers == {"hoyer_per_layer": {"spike": 0.5}, "v_th": {"spike": 1.0}}
     assert line.evaluation == Evaluation(
         metrics={"AP": 0.5, "AP50": 0.75},

@@ -23,7 +23,7 @@ from detection.training import trainer
 from detection.training.checkpoint import Checkpoint
 from detection.training.signals import SaveClock
 
-CLOCK = {"seconds", "images_per_second", "eval_seconds"}  # what no two runs have in common
+CLOCK = {"seconds", "images_per_second", "memory_mib", "eval_seconds"}  # what no two runs have in common
 
 DETECTION = {
     "model": {

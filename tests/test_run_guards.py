@@ -13,7 +13,7 @@ from test_resume import CLASSIFICATION, DETECTION, copy_of, expect_equal, refusa
 
 from backbones import read_tensors, tensors_to_bytes
 from detection.config import load_config
-from detection.data.records import DetectionDataset
+from detection.data.dataset import DetectionDataset
 from detection.runs import Run
 from detection.tasks import task_of
 

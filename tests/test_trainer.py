@@ -14,6 +14,7 @@ from detection.records import Evaluation, RunInfo
 from detection.runs import Run
 from detection.tasks.recipes import ClassificationRecipe
 from detection.training.checkpoint import FILE, Checkpoint
+from detection.training.memory import forget_peak_memory, peak_memory
 from detection.training.trainer import Trainer
 
 # Numbers that went wrong
@@ -36,7 +37,7 @@ class Batches:
 class Goal:
     """What the trainer asks of a task, of one whose evaluations find nothing."""
 
-    best_by, headline, prediction_layers = "none", ("none",), ()
+    best_by, headline, prediction_layers, parts = "none", ("none",), (), {}
 
     def is_at_chance(self, metrics) -> bool:
         return False
@@ -239,3 +240,19 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, attempt):
             pytest.raises(ValueError, match=r"state\.safetensors: not the checkpoint of a training"),
         ):
             Checkpoint.load(tmp_path)
+
+
+# Memory
+
+
+def test_peak_memory_is_that_since_it_was_forgotten():
+    cpu = torch.device("cpu")
+    forget_peak_memory()
+    before = peak_memory(cpu)
+    block = torch.ones(64 * 2**20 // 4)  # 64 MiB
+    high = peak_memory(cpu)
+    assert 60 < high - before < 80
+    del block
+    assert peak_memory(cpu) == pytest.approx(high, abs=2)  # the most there was, as exactly as Linux counts
+    forget_peak_memory()
+    assert peak_memory(cpu) < high - 50

@@ -26,8 +26,9 @@ from detection.records import EpochLog, RunInfo
 from detection.robustness.studies import study
 from detection.runs import Run
 from detection.tasks import task_of
+from detection.tasks.evaluate import evaluate_run
 from detection.tasks.recipes import ClassificationRecipe, DetectionRecipe
-from detection.tasks.run import evaluate_run, load_model, load_teacher
+from detection.tasks.run import load_model, load_teacher
 
 NAMES = ("bccd_retinanet_resnet18", "cifar10_vgg11", "scenes_retinanet_resnet18")
 FILES = {"config.yaml", "run.json", "metrics.jsonl", "last.safetensors"}
@@ -298,7 +299,7 @@ def test_added_entry_gives_its_log_in_every_digit(trained, own_zoo, monkeypatch,
     assert info.category_ids == source.info().category_ids == [1, 2, 3, 4]
     assert info.command == source.info().command
     logged = source.history()[-1]
-    assert line.ema is line.seconds is line.eval_seconds is line.images_per_second is None
+    assert line.ema is line.seconds is line.eval_seconds is line.images_per_second is line.memory_mib is None
     assert (line.epoch, line.loss, line.layers) == (logged.epoch, logged.loss, logged.layers)
     run_tool(monkeypatch, "evaluate", "zoo:tiny", "--data.root", root)
     assert "equal to the log in every digit" in capsys.readouterr().out

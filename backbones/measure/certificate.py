@@ -100,7 +100,7 @@ def certify(measured: Measurement, analogue: Mapping[str, str] | None = None, *,
         exceptions=tuple(exceptions),
         violations=tuple(violations),
         silent=tuple(layer.name for layer in ran if not layer.num_active),
-        time_steps=max((layer.time_steps for layer in measured.spikes.values()), default=1),
+        time_steps=measured.time_steps,
         levels=max((layer.levels for layer in measured.spikes.values()), default=2),
         arithmetics=tuple(sorted(Counter(layer.arithmetic for layer in ran if layer.accumulates).items())),
     )

@@ -26,7 +26,9 @@ multiply that they save is 3.7). Conventions:
   of them are real values. A real value has 32 bits, with 8-bit numbers 8; a weight likewise, but a bias has always 32.
 - In T time steps all steps of the spiking networks count: operations, comparisons and activations. From the second
   step on, each neuron of a spike layer reads and writes its carried-over potential, a real value, and multiplies it by
-  the leak, a MAC; the reset costs nothing. Weights are read once for all steps. All others take one step.
+  the leak, a MAC; the reset costs nothing. Weights are read once for all steps. All others take one step. The cost of
+  a step is what a network that stops after it costs more than one that stops before it, `energy_after_steps`: weights,
+  and the layers in front of the first spikes, are the first step's.
 - Memory traffic is priced as if all of it went to SRAM, and as if all of it went to DRAM; caches are left aside.
 """
 
@@ -266,23 +268,29 @@ def energy(measured: Measurement, costs: CostTable = HOROWITZ_45NM) -> EnergyRep
     return EnergyReport(costs, layers, networks, ratios, _first_layer(measured))
 
 
+def energy_after_steps(measured: Measurement, costs: CostTable = HOROWITZ_45NM) -> list[EnergyReport]:
+    """Return the energy of the network stopped after 1, ..., T time steps; the last report is that of `energy`."""
+    return [energy(measured.stopped(steps), costs) for steps in range(1, measured.time_steps + 1)]
+
+
 def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, costs: CostTable) -> NetworkEnergy:
     own, real_bits = network not in TWINS, _real_bits(network)
     steps = 1 if network in SKIPPING else layer.time_steps
+    taken = 1 if layer.name == measured.stem else steps  # a stem of several steps sees another frame in each
     one_bit = own and (layer.is_binary or layer.is_sign)
     adds = one_bit or (own and layer.accumulates > 0)
     weight_bits = min(real_bits, layer.weight_bits) if own else real_bits
     leaving = float(real_bits)
     if own and layer.output_bits is not None:
-        all_steps = max((spikes.time_steps for spikes in measured.spikes.values()), default=1)
-        leaving = min(layer.output_bits * (1 if network in SKIPPING else layer.time_steps / all_steps), real_bits)
+        share = 1 if network in SKIPPING else layer.time_steps / measured.time_steps
+        leaving = min(layer.output_bits * share, real_bits)
     counts = {
-        "macs": 0 if adds else layer.num_exact_macs / steps,
+        "macs": 0 if adds else layer.num_exact_macs / taken,
         "acs": 0,
         "comparisons": layer.num_inputs if own and layer.is_sign else 0,
         # Once per image in which the layer ran, however many levels of a pyramid share it.
         "weight_bits": (layer.num_weights * weight_bits + layer.num_biases * BIAS_BITS) * layer.num_images,
-        "read_bits": layer.num_inputs / steps * (1 if one_bit else real_bits),
+        "read_bits": layer.num_inputs / taken * (1 if one_bit else real_bits),
         "write_bits": layer.num_outputs / steps * leaving,
     }
     for key, count in _of_neurons(network, layer.spikes_from, measured).items():

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..arithmetic import ArithmeticConv2d, Sign
 from ..multistep import RepeatSteps
 from ..spiking import spike_layers
+from .counts import Counts, count, fanout_of, geometry
 from .flow import Flow
-from .record import LayerActivity, hook_layers
+from .record import LayerActivity, add_up, hook_layers
 
 # What may lie between a layer with weights and the spike layer that takes its output: all of it is done on the way.
 TRANSPARENT = (
@@ -67,6 +67,7 @@ class WeightedLayer:
             residual sum.
         arithmetic, accumulates, weight_bits: of an `ArithmeticConv2d`.
         num_signs: calls in which every input was exactly -1 or 1.
+        active_in_steps, synops_in_steps: `num_active` and `num_synops` step by step; empty before the first call.
     """
 
     name: str
@@ -90,6 +91,8 @@ class WeightedLayer:
     accumulates: int = 0
     weight_bits: int = 32
     num_signs: int = 0
+    active_in_steps: list[int] = field(default_factory=list)
+    synops_in_steps: list[int] = field(default_factory=list)
 
     @property
     def is_binary(self) -> bool:
@@ -110,6 +113,16 @@ class WeightedLayer:
     def rate_times_macs(self) -> float:
         """The literature's estimate of the synaptic operations; it counts padding, so it is wrong on small maps."""
         return self.input_rate * self.num_macs
+
+    def stopped(self, steps: int, all_steps: int) -> WeightedLayer:
+        """Return the counts of the first `steps` of `all_steps` time steps of the network."""
+        if self.time_steps == 1:  # in front of the steps, for which it makes spikes
+            return replace(self, output_bits=self.output_bits and self.output_bits * steps / all_steps)
+        whole = ("num_inputs", "num_exact_macs", "num_macs", "num_outputs")
+        counts = {key: getattr(self, key) * steps // self.time_steps for key in whole}
+        active, synops = self.active_in_steps[:steps], self.synops_in_steps[:steps]
+        counts |= {"num_active": sum(active), "num_synops": sum(synops)}
+        return replace(self, time_steps=steps, active_in_steps=active, synops_in_steps=synops, **counts)
 
 
 @dataclass
@@ -136,6 +149,32 @@ class Measurement:
         """The first convolution that ran, in a network without convolutions the first linear layer; None: none ran."""
         ran = [self.layers[name] for name in self.ran if name in self.layers]
         return next((layer.name for kind in ("conv", "linear") for layer in ran if layer.kind == kind), None)
+
+    @property
+    def time_steps(self) -> int:
+        """Time steps of the network, the most of any spike layer."""
+        return max((layer.time_steps for layer in self.spikes.values()), default=1)
+
+    def stopped(self, steps: int) -> Measurement:
+        """Return what a network that is stopped after its first `steps` time steps would have been measured to do.
+
+        The kinds of inputs (0/1 or not) and the connections are those of all steps. What ran in front of the steps is
+        whole from the first on.
+
+        Raises:
+            ValueError: it has not so many steps.
+        """
+        if not 1 <= steps <= self.time_steps:
+            raise ValueError(f"steps {steps}: expected 1 to the {self.time_steps} time steps of the network")
+        spikes = {}
+        for name, layer in self.spikes.items():
+            own = min(steps, layer.time_steps)
+            fired, neurons = layer.spikes_in_steps[:own], layer.num_neurons * own // layer.time_steps
+            spikes[name] = replace(
+                layer, num_spikes=sum(fired), num_neurons=neurons, time_steps=own, spikes_in_steps=fired
+            )
+        layers = {name: layer.stopped(steps, self.time_steps) for name, layer in self.layers.items()}
+        return replace(self, layers=layers, spikes=spikes)
 
     def comparisons(self, layer: WeightedLayer) -> int:
         """Return the comparisons that make a layer's inputs: one per neuron of its spike layers, or per sign."""
@@ -216,9 +255,9 @@ class _Recorder:
         self.flow: Flow | None = None  # there in the first pass only
         self.followed = False
         self.seen_in_pass: set[str] = set()
-        self.fanout = cache(_fanout)
+        self.fanout = cache(fanout_of)
         # A spike layer's output is counted once, though the next layer asks for it again.
-        self.latest: tuple[Tensor, int, _Counts] | None = None
+        self.latest: tuple[Tensor, int, Counts] | None = None
 
     @contextmanager
     def watch(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -289,8 +328,7 @@ class _Recorder:
             activity = self.measured.spikes[name]
             if not activity.num_neurons:
                 self.measured.ran.append(name)
-            activity.num_neurons += output.numel()
-            activity.num_spikes += self.count(output).num_active
+            activity.add(self.count(output, activity.time_steps).active, output.numel())
         if self.flow is not None:
             self.flow.leave(name, x, output)
 
@@ -300,78 +338,41 @@ class _Recorder:
         if layer.name not in self.seen_in_pass:
             self.seen_in_pass.add(layer.name)
             layer.num_images += self.images_in_pass
-        counts = self.count(x)
+        counts = self.count(x, self.time_steps)
         layer.num_calls += 1
         layer.time_steps = self.time_steps
         layer.num_inputs += x.numel()
-        layer.num_active += counts.num_active
+        layer.num_active += sum(counts.active)
+        layer.active_in_steps = add_up(layer.active_in_steps, counts.active)
         layer.num_signs += counts.is_sign
         if not counts.is_binary and layer.example is None:
             layer.example = float(x[(x != 0) & (x != 1)][0])
         if isinstance(module, nn.Linear):
-            layer.num_synops += counts.num_active * module.out_features
-            layer.num_exact_macs += x.numel() * module.out_features
+            synops = [number * module.out_features for number in counts.active]
+            self.add_work(layer, synops, x.numel() * module.out_features)
             return
         # Outputs per output channel that each input position reaches, (height, width): rows times columns.
-        fanout = torch.outer(*(self.fanout(x.shape[axis - 2], *_geometry(module, axis)) for axis in (0, 1)))
+        fanout = torch.outer(*(self.fanout(x.shape[axis - 2], *geometry(module, axis)) for axis in (0, 1)))
         outputs_per_input = module.out_channels // module.groups
         planes = x.numel() // max(1, x.shape[-2] * x.shape[-1])  # of all images and channels
-        layer.num_synops += outputs_per_input * int((counts.per_position * fanout).sum())
-        layer.num_exact_macs += outputs_per_input * planes * int(fanout.sum())
+        synops = [outputs_per_input * int((each * fanout).sum()) for each in counts.per_position]
+        self.add_work(layer, synops, outputs_per_input * planes * int(fanout.sum()))
 
-    def count(self, x: Tensor) -> _Counts:
-        if self.latest is not None and self.latest[0] is x and self.latest[1] == x._version:
-            return self.latest[2]
-        counts = _count(x)
+    def add_work(self, layer: WeightedLayer, synops: list[int], exact_macs: int) -> None:
+        layer.num_synops += sum(synops)
+        layer.synops_in_steps = add_up(layer.synops_in_steps, synops)
+        layer.num_exact_macs += exact_macs
+
+    def count(self, x: Tensor, steps: int) -> Counts:
+        latest = self.latest
+        if latest is not None and latest[0] is x and latest[1] == x._version and len(latest[2].active) == steps:
+            return latest[2]
+        counts = count(x, steps)
         if not x.is_inference():  # such a tensor does not say whether it was changed since
             self.latest = (x, x._version, counts)
         return counts
 
 
-class _Counts(NamedTuple):
-    """Of one tensor: values other than 0, at each position over all images and channels (float64, on the CPU)."""
-
-    per_position: Tensor
-    num_active: int
-    is_binary: bool
-    is_sign: bool
-
-
-def _count(x: Tensor) -> _Counts:
-    """Few passes over the memory, as this runs for every layer of every batch."""
-    x = x.detach()
-    is_binary, is_sign = True, False
-    if x.numel():
-        low, high = torch.aminmax(x)
-        # In [0, 1] no x - x^2 is negative, and it is 0 at the ends only, also after rounding. NaN fails the first test.
-        is_binary = bool((low >= 0) & (high <= 1)) and not bool(torch.addcmul(x, x, x, value=-1).max())
-        is_sign = bool((low.abs() == 1) & (high.abs() == 1)) and bool((x.abs() == 1).all())
-    over = (0, 1) if x.dim() == 4 else 0
-    # Sums of fewer than 2^24 ones are exact in float32.
-    per_position = x.sum(over, dtype=torch.float32) if is_binary else (x != 0).sum(over, dtype=torch.int32)
-    per_position = per_position.cpu().double()
-    return _Counts(per_position, int(per_position.sum()), is_binary, is_sign)
-
-
 def _arithmetic_of(module: nn.Module) -> dict[str, Any]:
     keys = ("arithmetic", "accumulates", "weight_bits")
     return {key: getattr(module, key) for key in keys} if isinstance(module, ArithmeticConv2d) else {}
-
-
-def _geometry(conv: nn.Conv2d, axis: int) -> tuple[Any, ...]:
-    """Kernel size, stride, padding, dilation and padding mode along an axis."""
-    padding = conv.padding if isinstance(conv.padding, str) else conv.padding[axis]
-    return conv.kernel_size[axis], conv.stride[axis], padding, conv.dilation[axis], conv.padding_mode
-
-
-def _fanout(size: int, kernel_size: int, stride: int, padding: int | str, dilation: int, mode: str) -> Tensor:
-    """Outputs that each of `size` inputs in a row reaches, also through its copies in the padding, (size,) float64.
-
-    That is the gradient of the sum of the outputs, all weights being 1.
-    """
-    options = {"padding": padding, "dilation": dilation, "padding_mode": mode, "dtype": torch.float64}
-    with torch.inference_mode(False), torch.enable_grad():
-        conv = skip_init(nn.Conv1d, 1, 1, kernel_size, stride, bias=False, **options)
-        nn.init.ones_(conv.weight)
-        x = torch.zeros(1, 1, size, dtype=torch.float64, requires_grad=True)
-        return torch.autograd.grad(conv(x).sum(), x)[0].flatten()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class LayerActivity:
         num_neurons: neurons that could have.
         levels: number of values that a spike can take.
         time_steps: in which each neuron can fire; all of them are in the counts.
+        spikes_in_steps: `num_spikes` step by step; empty before the first pass.
     """
 
     name: str
@@ -76,6 +78,13 @@ class LayerActivity:
     num_neurons: int = 0
     levels: int = 2
     time_steps: int = 1
+    spikes_in_steps: list[int] = field(default_factory=list)
+
+    def add(self, spikes_in_steps: Sequence[int], num_neurons: int) -> None:
+        """Count further passes."""
+        self.num_spikes += sum(spikes_in_steps)
+        self.num_neurons += num_neurons
+        self.spikes_in_steps = add_up(self.spikes_in_steps, spikes_in_steps)
 
     @property
     def firing_rate(self) -> float:
@@ -92,8 +101,8 @@ def record_activity(model: nn.Module) -> Iterator[dict[str, LayerActivity]]:
     }
 
     def count(name: str, layer: nn.Module, u: Tensor, spikes: Tensor) -> None:
-        activity[name].num_spikes += int(torch.count_nonzero(spikes))
-        activity[name].num_neurons += spikes.numel()
+        counts = [torch.count_nonzero(each) for each in spikes.tensor_split(activity[name].time_steps)]
+        activity[name].add(torch.stack(counts).tolist(), spikes.numel())
 
     with hook_layers(layers, after=count):
         yield activity
@@ -101,16 +110,17 @@ def record_activity(model: nn.Module) -> Iterator[dict[str, LayerActivity]]:
 
 def sum_activity(shares: Sequence[Mapping[str, LayerActivity]]) -> dict[str, LayerActivity]:
     """Return the spikes of several recordings of one network, such as those of several processes, counted together."""
-    return {
-        name: LayerActivity(
-            name,
-            sum(share[name].num_spikes for share in shares),
-            sum(share[name].num_neurons for share in shares),
-            layer.levels,
-            layer.time_steps,
-        )
-        for name, layer in shares[0].items()
-    }
+    found: dict[str, LayerActivity] = {}
+    for share in shares:
+        for name, layer in share.items():
+            total = found.setdefault(name, LayerActivity(name, levels=layer.levels, time_steps=layer.time_steps))
+            total.add(layer.spikes_in_steps, layer.num_neurons)
+    return found
+
+
+def add_up(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    """Return the sums of counts step by step; an empty sequence counts as zeros."""
+    return [sum(counts) for counts in zip_longest(one, other, fillvalue=0)]
 
 
 def spike_activity(activity: Mapping[str, LayerActivity]) -> float:

@@ -30,6 +30,7 @@ def create(
     name: str,
     *,
     in_channels: int = 3,
+    frames: int = 1,
     activation: str | None = None,
     arithmetic: str = "float",
     stem: Stem = "imagenet",
@@ -41,7 +42,9 @@ def create(
 
     Args:
         name: one of `names()`.
-        in_channels: channels of the image.
+        in_channels: channels of the image, of all its frames together.
+        frames: that lie in the channels of an image, frame by frame, as of an event camera. In as many time steps each
+            sees its own; one frame is the same in every step, and in one time step all are one image.
         activation: one of `neurons()`: "hoyer" (the method), "relu" (the analogue twin: same topology), "fixed"
             (threshold v_th without the extremum: the ablation), "graded" (spikes of several levels), "sign" (of a
             binary network); None: that of the arithmetic, "hoyer", "sign" and "relu".
@@ -51,8 +54,9 @@ def create(
         weights: "zoo:NAME", one of `zoo.names()` (`zoo.settings(NAME)` has the other arguments that it takes); a
             .safetensors file; or a state dict. Loaded strictly by `load_weights`.
         options: of the family: pool_first=False puts BN before the pooling (VGG, ResNet), shortcut="real" and
-            norm_first=True (ResNet), head="normalised" or "pooled" (VGG); of the neuron: extremum="channel",
-            momentum=0.1, threshold="channel", window=(0.0, 2.0), levels=4, time_steps=4, reset="zero".
+            norm_first=True (ResNet), pooling="stride", head="normalised" or "pooled" (VGG); of the neuron:
+            extremum="channel", momentum=0.1, threshold="channel", window=(0.0, 2.0), levels=4, time_steps=4,
+            reset="zero".
 
     Raises:
         ValueError: an unknown name, activation, arithmetic, stem or option, a value that is not allowed, an option that
@@ -71,18 +75,31 @@ def create(
         if options[key] != others[key]:
             raise ValueError(f"{key} must be {others[key]!r} for {name}, which has no other, got {options[key]!r}")
     spike = SpikeFactory(activation, **{key: value for key, value in options.items() if key not in others})
-    backbone = family(name, spike, in_channels=in_channels, stem=stem, width=width, **given)
+    channels = _channels_of_a_step(in_channels, frames, spike.time_steps)
+    backbone = family(name, spike, in_channels=channels, stem=stem, width=width, **given)
     if spike.time_steps > 1 and arithmetic != "float":
         raise ValueError(f"arithmetic {arithmetic!r} takes one time step, got time_steps {spike.time_steps}")
     convert(backbone, arithmetic)
     if spike.time_steps > 1:
-        backbone.run_in_steps(spike.time_steps)
+        backbone.run_in_steps(spike.time_steps, frames=frames > 1)
     if weights is not None:
-        from ..weights import load_weights  # which knows the class of a backbone
-        from ..zoo import is_entry, require_same
-
-        if is_entry(weights):
-            wanted = {"name": name, "width": width, "stem": stem, "activation": activation, "arithmetic": arithmetic}
-            require_same(weights, {"extremum": "layer"} | others | wanted | options)
-        load_weights(backbone, weights)
+        wanted = {"name": name, "width": width, "stem": stem, "activation": activation, "arithmetic": arithmetic}
+        _load(backbone, weights, {"extremum": "layer"} | others | wanted | options)
     return backbone
+
+
+def _load(backbone: Backbone, weights: str | Path | Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    from ..weights import load_weights  # which knows the class of a backbone
+    from ..zoo import is_entry, require_same
+
+    if is_entry(weights):
+        require_same(weights, settings)
+    load_weights(backbone, weights)
+
+
+def _channels_of_a_step(in_channels: int, frames: int, time_steps: int) -> int:
+    if frames < 1 or in_channels % frames:
+        raise ValueError(f"in_channels {in_channels} are no {frames} frames of as many channels")
+    if 1 not in (frames, time_steps) and frames != time_steps:
+        raise ValueError(f"{frames} frames for {time_steps} time steps: each step takes one, or all the same one")
+    return in_channels // frames if time_steps > 1 else in_channels

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..multistep import RepeatSteps, average_steps
+from ..multistep import FramesToSteps, RepeatSteps, average_steps
 from ..spiking import SpikeFactory, spike_layers
 
 Stem = Literal["imagenet", "cifar"]
@@ -33,7 +33,7 @@ class Backbone(nn.Module):
     layers.
 
     Shape: (N, in_channels, H, W) -> {name: (N, channels, ceil or floor of H / stride, W / stride)}; in T time steps
-    (T N, channels, ...), step by step, see `backbones.multistep`.
+    (T N, channels, ...), step by step, see `backbones.multistep`; with a frame per step of (N, T in_channels, H, W).
 
     Attributes:
         stem: what sees pixels.
@@ -51,6 +51,8 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         if "repeat" in self._modules:
             return self._forward_in_steps(x)
+        if "frames" in self._modules:
+            x = self.frames(x)
         if "stem" in self._modules:
             x = self.stem(x)
         maps = {}
@@ -70,14 +72,21 @@ class Backbone(nn.Module):
                 maps[name] = self.repeat(x) if waiting else x
         return maps
 
-    def run_in_steps(self, time_steps: int) -> None:
-        """Let the network, whose spike layers have so many time steps, repeat what comes in front of the first."""
-        self.repeat = RepeatSteps(time_steps)
+    def run_in_steps(self, time_steps: int, *, frames: bool = False) -> None:
+        """Let the network, whose spike layers have so many time steps, repeat what comes in front of the first.
+
+        With `frames` an image has a frame for each step, and all of the network is computed in steps.
+        """
+        if frames:
+            self.frames = FramesToSteps(time_steps)
+        else:
+            self.repeat = RepeatSteps(time_steps)
 
     @property
     def time_steps(self) -> int:
         """Steps that the maps of an image have."""
-        return self.repeat.time_steps if "repeat" in self._modules else 1
+        steps = self._modules.get("repeat") or self._modules.get("frames")
+        return 1 if steps is None else steps.time_steps
 
     @property
     def stage_names(self) -> list[str]:

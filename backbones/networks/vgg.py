@@ -11,6 +11,7 @@ from .base import Backbone, FeatureInfo, Stem, conv, pool_and_norm, register_bac
 
 # Convolutions per stage; a stage is what lies between two poolings. Channels double from 64 up to 512.
 DEPTHS = {
+    "vgg9": (1, 1, 2, 1, 1),
     "vgg11": (1, 1, 2, 2, 2),
     "vgg13": (2, 2, 2, 2, 2),
     "vgg16": (2, 2, 3, 3, 3),
@@ -27,17 +28,19 @@ class VGG(Backbone):
     where it is used (a detector's neck thresholds c5 itself).
 
     Args:
-        name: "vgg11", "vgg13", "vgg16" or "vgg19".
+        name: "vgg9", "vgg11", "vgg13", "vgg16" or "vgg19".
         spike: makes the activation layers.
         in_channels: channels of the image.
         stem: "imagenet" pools after all five stages (strides 4, 8, 16, 32 for c2 ... c5); "cifar" does not pool
             after the last (strides 4, 8, 16, 16).
         width: multiplier of all channel counts, the head's hidden layers included.
         pool_first: False: BN before the pooling.
+        pooling: "max", or "stride": the last convolution of a stage has stride 2, and nothing is pooled.
         head: of a classifier: "linear" as published, "normalised" with a BN in front of the spikes of the hidden
             layers, "pooled" with global average pooling and one linear layer, as a ResNet's.
 
-    Shape: (N, in_channels, H, W) -> {"c2": (N, 128 width, H // 4, W // 4), ...}; H and W at least the last stride.
+    Shape: (N, in_channels, H, W) -> {"c2": (N, 128 width, H // 4, W // 4), ...}, rounded up by strides; H and W at
+    least the last stride.
     """
 
     def __init__(
@@ -49,11 +52,14 @@ class VGG(Backbone):
         stem: Stem = "imagenet",
         width: float = 1.0,
         pool_first: bool = True,
+        pooling: Literal["max", "stride"] = "max",
         head: Literal["linear", "normalised", "pooled"] = "linear",
     ) -> None:
         super().__init__()
         if head not in ("linear", "normalised", "pooled"):
             raise ValueError(f"head must be 'linear', 'normalised' or 'pooled', got {head!r}")
+        if pooling not in ("max", "stride"):
+            raise ValueError(f"pooling must be 'max' or 'stride', got {pooling!r}")
         self.width, self._head_side, self._head = width, 2 if stem == "cifar" else 7, head
         self.make_spike = spike
         self.stages = nn.ModuleList()
@@ -66,8 +72,9 @@ class VGG(Backbone):
             for position in range(depth):
                 if index or position:
                     layers.append(spike(channels_in))
-                layers.append(conv(channels_in, channels, 3))
-                if pooled and position == depth - 1:
+                last = pooled and position == depth - 1
+                layers.append(conv(channels_in, channels, 3, stride=2 if last and pooling == "stride" else 1))
+                if last and pooling == "max":
                     layers += pool_and_norm(nn.MaxPool2d(2), channels, pool_first=pool_first)
                 else:
                     layers.append(nn.BatchNorm2d(channels))

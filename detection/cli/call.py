@@ -51,7 +51,7 @@ class Call:
         self.activity: dict[str, LayerActivity] = {}
 
     def predict(self, pictures: Sequence[Tensor], names: Sequence[str]) -> list[AnyPrediction | None]:
-        """Return the predictions of some pictures (3, H, W); None for one that there is not enough memory for."""
+        """Return the predictions of some pictures (C, H, W); None for one that there is not enough memory for."""
         from accelerate.utils.memory import should_reduce_batch_size
 
         from backbones import record_activity, sum_activity
@@ -74,19 +74,19 @@ class Call:
 
     def add_images(self, names: Sequence[str]) -> None:
         """Read images, predict on them, draw and write what was asked for."""
-        from detection.data.pictures import read_image
+        from detection.predict import read_picture
 
         read: dict[str, Tensor] = {}
         for name in names:
             try:
-                read[name] = read_image(name)
-            except (ValueError, OSError) as error:
+                read[name] = read_picture(self.predictor.task, name)
+            except (ValueError, OSError, ModuleNotFoundError) as error:
                 self.failures.append(str(error))
         for name, prediction in zip(read, self.predict(list(read.values()), list(read)) if read else [], strict=True):
             if prediction is not None and name not in self.output.done:
-                self._add_image(prediction, name)
+                self._add_image(prediction, name, read[name])
 
-    def _add_image(self, prediction: AnyPrediction, name: str) -> None:
+    def _add_image(self, prediction: AnyPrediction, name: str, picture: Tensor) -> None:
         path, files, more = Path(name), [], {}
         if self.draw:
             suffix = path.suffix if path.suffix.lower() in (".jpg", ".jpeg", ".png") else ".png"
@@ -98,19 +98,17 @@ class Call:
                 raise
             files, more = [drawn.name], {"drawn": drawn.name}
         if self.spikes:
-            files.append(self.save_spikes(prediction, path.stem, path.name))
+            files.append(self.save_spikes(prediction, picture, path.stem, path.name))
         self.output.add(prediction, name, **more)
         self.output.finish(name, files)
         say(f"{name}: {prediction}")
 
-    def save_spikes(self, prediction: AnyPrediction, stem: str, title: str) -> str:
+    def save_spikes(self, prediction: AnyPrediction, picture: Tensor, stem: str, title: str) -> str:
         """Write a panel of spike maps, and return its file's name."""
-        from torch import from_numpy
-
         from detection.draw import draw_spike_maps
         from detection.figures import save_png
 
-        maps = self.predictor.spike_maps(from_numpy(prediction.image).permute(2, 0, 1))
+        maps = self.predictor.spike_maps(picture)
         path = self.output.free_name(stem, "_spikes.png")
         save_png(draw_spike_maps(prediction.image, maps, title=title), path)
         return path.name

@@ -21,7 +21,7 @@ from detection.cli import end_unread
 from detection.config import Recipe, find_recipe, load_config, print_keys, read_recipe, recipe_kinds
 from detection.records import Weights
 from detection.text import printable
-from detection.training.signals import Interrupted, Screen
+from detection.training.signals import CallbackError, Interrupted, Screen
 
 
 class Parser(argparse.ArgumentParser):
@@ -208,7 +208,7 @@ def explain(error: Exception) -> tuple[int, str]:
     """Return the exit status of an error, and what to say of it."""
     if isinstance(error, Interrupted):
         return 128 + error.number, str(error)
-    expected = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError))
+    expected = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, CallbackError))
     if expected and not isinstance(error, UnicodeError):
         # A loader process sends its whole traceback as the message: the sentence stands in its last line.
         sentence = str(error).strip().splitlines()[-1] if "Original Traceback" in str(error) else str(error)

@@ -1,8 +1,9 @@
 """Train variants of a recipe with several seeds, and compare them in a table and a plot.
 
 Each run goes to OUT/VARIANT_seedN. Finished runs are left as they are and an unfinished one goes on from its last saved
-state, so an interrupted comparison goes on where it stopped, and more seeds can be added later. OUT/README.md and
-OUT/ablation.png are made from the logs.
+state, so an interrupted comparison goes on where it stopped, and more seeds can be added later. Then the energy of each
+run is measured, once. OUT/README.md, comparison.json, comparison.csv, ablation.png (the metric) and energy.png (the
+metric over the energy) are made from logs and analyses.
 """
 
 from __future__ import annotations
@@ -10,16 +11,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from detection.cli.common import Parser
 from detection.config import FREE_KEYS, find_recipe, flatten, override, read_recipe, require_same
-from detection.records import EpochLog
-from detection.text import say, spread
+from detection.text import say
 from detection.training.signals import PARENT
 
 VARIANTS = {
@@ -30,6 +29,15 @@ VARIANTS = {
     "layer_extremum": ["--model.backbone.extremum", "layer"],
     "channel_extremum": ["--model.backbone.extremum", "channel"],
     "norm_before_pool": ["--model.backbone.pool_first", "False"],
+    "graded2": ["--model.backbone.activation", "graded", "--model.backbone.levels", "2"],
+    "graded4": ["--model.backbone.activation", "graded", "--model.backbone.levels", "4"],
+    "steps2": ["--model.backbone.time_steps", "2"],
+    "steps4": ["--model.backbone.time_steps", "4"],
+    "binary": ["--model.backbone.arithmetic", "binary"],
+    # Its layers scale their own steps of SGD, as its authors train; AdamW leaves it at chance for long.
+    "adder": shlex.split(
+        "--model.backbone.arithmetic adder --optimizer.name sgd --optimizer.lr 0.1 --optimizer.weight_decay 5e-4"
+    ),
 }
 
 
@@ -37,6 +45,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     """Train the runs that a command line names, and compare them."""
     parser = build_parser(prog)
     options, common = parser.parse_known_args(arguments)
+    if options.images < 1:
+        raise ValueError(f"--images {options.images}: at least one image is needed")
     parsed = [parse_variant(text) for text in options.variants]
     variants = dict(parsed)
     if len(variants) < len(parsed):
@@ -57,7 +67,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     for seed in options.seeds:
         for name, overrides in variants.items():
             train(path, options.out / f"{name}_seed{seed}", [*common, *overrides], seed)
-    compare(options.out, variants)
+
+    from detection.comparison import FILES, compare_runs
+    from detection.runs import command_line
+
+    data_root = next(iter(recipes.values())).data.root
+    compare_runs(options.out, variants, command_line(), options.images, data_root)
+    say(f"{options.out}: {', '.join(FILES)}")
 
 
 def build_parser(prog: str | None) -> Parser:
@@ -73,6 +89,8 @@ def build_parser(prog: str | None) -> Parser:
         metavar="NAME",
         help=f"of {', '.join(VARIANTS)}, or NAME='OVERRIDES'; the first is what the others are compared with",
     )
+    help = "evaluation images over which energy is measured (default: 512, or all if there are fewer)"
+    parser.add_argument("--images", type=int, default=512, metavar="N", help=help)
     parser.epilog = (
         "Further arguments are overrides of the recipe, for all variants, whose own overrides come after them."
     )
@@ -139,35 +157,3 @@ def run_child(arguments: Sequence[str]) -> int:
             raise
     finally:
         os.close(held)
-
-
-def compare(out: Path, variants: Mapping[str, Sequence[str]]) -> None:
-    """Write the table and the plot of all finished runs of the variants in `out`."""
-    from detection.curves import draw_comparison
-    from detection.figures import save_png
-    from detection.runs import Run, command_line
-    from detection.tasks import task_of
-
-    lines: dict[str, list[EpochLog]] = {}
-    for name in variants:
-        folders = [folder for folder in out.glob(f"{name}_seed*/") if folder.name.rpartition("_seed")[2].isdecimal()]
-        runs = [Run.open(folder) for folder in sorted(folders, key=lambda folder: int(folder.name.split("_seed")[1]))]
-        lines[name] = [run.history()[-1] for run in runs if run.finished]
-        metric = task_of(runs[0].config).headline[0]
-    values = {name: [line.metrics[metric] for line in found] for name, found in lines.items()}
-    first = next(iter(values))
-    rows = [
-        f"# Variants of one recipe\n\nMade from the logs by `{shlex.join(command_line())}`: {metric} and spike "
-        "activity of the last epoch, mean and standard deviation over the seeds.\n",
-        f"| variant | override | seeds | {metric} | minus {first} | spike activity |\n|---|---|---|---|---|---|",
-    ]
-    for name, found in values.items():
-        activity = [line.metrics["activity"] for line in lines[name] if "activity" in line.metrics]
-        changed = f"`{shlex.join(variants[name])}`" if variants[name] else "none"
-        gap = "" if name == first else f"{statistics.mean(found) - statistics.mean(values[first]):+.4f}"
-        spikes = spread(activity, 4) if activity else "none"
-        rows.append(f"| {name} | {changed} | {len(found)} | {spread(found, 4)} | {gap} | {spikes} |")
-    rows.append("\n![Variants](ablation.png)\n")
-    (out / "README.md").write_text("\n".join(rows), encoding="utf-8", errors="backslashreplace")
-    save_png(draw_comparison(values, f"{metric}, in [0, 1]"), out / "ablation.png")
-    say(f"{out / 'README.md'}, {out / 'ablation.png'}")

@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--int8", action="store_true", help=help)
     help = "with --int8: 8 bits for analogue convolutions too, but the first and those of prediction"
     parser.add_argument("--analogue-int8", action="store_true", help=help)
+    help = "a detector's ONNX file that gives boxes: padding, decoding and non-maximum suppression inside"
+    parser.add_argument("--nms", action="store_true", help=help)
     help = "new file (default: model.onnx, ... in the run folder, of zoo:NAME in runs/zoo/NAME)"
     parser.add_argument("--out", type=Path, metavar="FILE", help=help)
     help = "with --int8: training images to set thresholds on (64 for a detector, 256 for a classifier)"
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         weights=options.weights,
         int8=options.int8,
         analogue=options.analogue_int8,
+        nms=options.nms,
         data_root=options.data_root,
         num_calibration=options.calibration,
         height=options.height,

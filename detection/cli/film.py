@@ -1,4 +1,4 @@
-"""Predictions of the frames of films and cameras."""
+"""Predictions of the frames of films and cameras, and of the windows of recordings."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from torch import Tensor
 from detection.cli.call import Call
 from detection.cli.sources import is_camera
 from detection.data.pictures import read_image
+from detection.files import is_recording
+from detection.predict import pictures_of
+from detection.tasks.base import Task
 from detection.tasks.predictions import in_batches
 
 
@@ -73,18 +76,25 @@ def plain_path(path: Path, place: str) -> str:
 def film(source: str, call: Call, advance: Callable[[], None]) -> str | None:
     """Take in every frame of a film or camera, drawn as a film; return a sentence, None if nothing was read.
 
+    The frames of a recording of events are the pictures of its windows.
+
     Args:
         source: file, or number of a camera.
         call: makes the predictions; its `failures` get a sentence about what could not be read.
         advance: called after each frame.
     """
+    if is_recording(source):
+        task = call.predictor.task
+        windows = read_windows(task, Path(source), call.failures)
+        return take_in(windows, source, call, advance, 1 / task.config.data.events.window)
     camera = is_camera(source)
     name = f"camera {source}" if camera else source
+    if getattr(call.predictor.run.config.data, "are_events", False):
+        call.failures.append(f"{name}: a film, and the network takes recordings of events")
+        return None
     # OpenCV and FFmpeg write lines of their own about what is said in one sentence here.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    output, names = call.output, []
-    stem, found = f"camera{source}" if camera else Path(source).stem, output.num_found
     with tempfile.TemporaryDirectory() as place:
         capture = cv2.VideoCapture(int(source) if camera else plain_path(Path(source), place))
     if not capture.isOpened():
@@ -93,20 +103,47 @@ def film(source: str, call: Call, advance: Callable[[], None]) -> str | None:
         return None
     # As the header has it; negative or 0 if it does not, as for a camera.
     expected = 0 if camera else int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    try:
+        return take_in(read_frames(capture), source, call, advance, capture.get(cv2.CAP_PROP_FPS), expected)
+    finally:
+        capture.release()
+
+
+def take_in(
+    pictures: Iterator[Tensor],
+    source: str,
+    call: Call,
+    advance: Callable[[], None],
+    rate: float,
+    expected: int = 0,
+) -> str | None:
+    """Take in all pictures of a source; see `film`.
+
+    Args:
+        pictures: in the order of time.
+        source, call, advance: of `film`.
+        rate: pictures per second, as the source has it.
+        expected: pictures that the source says it has.
+    """
+    camera = is_camera(source)
+    name = f"camera {source}" if camera else source
+    output, names, failed = call.output, [], len(call.failures)
+    stem, found = f"camera{source}" if camera else Path(source).stem, output.num_found
     number, drawn, more = 0, None, {}
     try:
         # The pictures of a camera are drawn at once, whatever the batch size.
         size = 1 if camera else call.options["batch_size"]
-        for frames in in_batches(read_frames(capture), size, lambda frame: frame[0].numel()):
-            for prediction in call.predict(frames, [f"{name}: frame {number + step}" for step in range(len(frames))]):
+        for frames in in_batches(pictures, size, lambda frame: frame[0].numel()):
+            predictions = call.predict(frames, [f"{name}: frame {number + step}" for step in range(len(frames))])
+            for picture, prediction in zip(frames, predictions, strict=True):
                 if prediction is not None:
                     if call.draw:
                         if drawn is None:
-                            drawn = FilmOutput(output.free_name(stem, ".mp4"), capture.get(cv2.CAP_PROP_FPS))
+                            drawn = FilmOutput(output.free_name(stem, ".mp4"), rate)
                             more, names = {"drawn": drawn.path.name}, [drawn.path.name]
                         drawn.write(np.asarray(prediction.draw()))
                     if number == 0 and call.spikes:
-                        names.append(call.save_spikes(prediction, stem, f"{Path(name).name}, first frame"))
+                        names.append(call.save_spikes(prediction, picture, stem, f"{Path(name).name}, first frame"))
                     output.add(prediction, source, frame=number, **more)
                 number += 1
                 advance()
@@ -114,9 +151,10 @@ def film(source: str, call: Call, advance: Callable[[], None]) -> str | None:
         if not camera:  # which has no other end
             raise
     finally:
-        capture.release()
         if drawn is not None:
             drawn.close()
+    if not number and len(call.failures) > failed:  # which say why
+        return None
     if not number:
         call.failures.append(f"{name}: not one frame could be read")
         return None
@@ -125,6 +163,14 @@ def film(source: str, call: Call, advance: Callable[[], None]) -> str | None:
     output.finish(source, names)
     total = output.num_found
     return f"{name}: {number} frames" + ("" if total is None else f", {total - (found or 0)} detections")
+
+
+def read_windows(task: Task, path: Path, failures: list[str]) -> Iterator[Tensor]:
+    """Yield the pictures of a recording of events, up to its end or where it is damaged, which `failures` gets."""
+    try:
+        yield from pictures_of(task, path)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        failures.append(str(error))
 
 
 def read_frames(capture: cv2.VideoCapture) -> Iterator[Tensor]:

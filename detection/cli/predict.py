@@ -1,10 +1,11 @@
-"""Predict with a saved run: draw boxes into images and films, and write COCO results.
+"""Predict with a saved run: draw boxes into images, films and recordings of events, and write COCO results.
 
 Writes into a new folder, predictions/RUN or, if that is taken, predictions/RUN2, RUN3, ...:
   predictions.json  a detector's boxes, a list of COCO results; a classifier's image_id and class probabilities
   images.json       image ids, file names and categories; a detector's as a COCO file without annotations, so that
                     pycocotools reads both: COCO("images.json").loadRes("predictions.json")
-  NAME.jpg ...      each image with its boxes; a film or camera as NAME.mp4, every frame of it an image
+  NAME.jpg ...      each image with its boxes; a film or camera as NAME.mp4, every frame of it an image; so a
+                    recording of events, a frame for each of the recipe's windows (to a classifier it is one image)
   NAME_spikes.png   with --spikes: where the network fires, of a film its first frame
 
 Goes on past a file that cannot be read, and lists all of them at the end. What was done when it is stopped, by Ctrl-C,
@@ -25,7 +26,7 @@ from detection.cli.call import Call
 from detection.cli.common import Parser, check_run, option_of
 from detection.cli.output import JOURNAL, Output, arguments_of
 from detection.cli.sources import find_sources
-from detection.files import kind_of
+from detection.files import is_recording, kind_of
 from detection.records import Weights
 from detection.text import say
 
@@ -56,6 +57,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     if options.batch_size < 1:
         raise ValueError(f"--batch-size: expected at least 1, got {options.batch_size}")
     call = prepare(options, arguments, failures)
+    if call.predictor.task.windows:
+        films = [name for name in images if is_recording(name)] + films
+        images = [name for name in images if name not in films]
     number = predict_all(call, images, films)
     for failure in failures:
         say(f"failed: {failure}", error=True)
@@ -77,8 +81,8 @@ def build_parser(prog: str | None) -> Parser:
     parser = Parser(__doc__, prog, usage="%(prog)s RUN SOURCE ... [options]\n       %(prog)s --resume FOLDER")
     parser.add_argument("run", metavar="RUN", help="run folder, or zoo:NAME")
     help = (
-        "image, folder of images (not those below it), glob in quotes, film, or number of a camera, which runs until "
-        "Ctrl+C"
+        "image, folder of images (not those below it), glob in quotes, film, recording of events, or number of a "
+        "camera, which runs until Ctrl+C"
     )
     parser.add_argument("source", metavar="SOURCE", nargs="+", help=help)
     help = "new folder for all that is written, or one of a call like this that was stopped (default: see above)"

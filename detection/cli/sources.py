@@ -1,19 +1,19 @@
-"""The images, films and cameras that a command line names."""
+"""The images, films, recordings and cameras that a command line names."""
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from detection.files import kind_of
+from detection.sources import files_of
 
 VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
 
 def find_sources(sources: Sequence[str], failures: list[str]) -> tuple[list[str], list[str]]:
-    """Return image files, and films and cameras, in the order given.
+    """Return image files and recordings of events, and films and cameras, in the order given.
 
     `failures` gets a sentence for each source that gives none, and for each file that is none, such as a FIFO.
     """
@@ -23,7 +23,7 @@ def find_sources(sources: Sequence[str], failures: list[str]) -> tuple[list[str]
         if is_camera(source):
             films.append(source)
             continue
-        for file in _files_of(source, failures):
+        for file in files_of(source, failures):
             kind = kind_of(file)
             if kind != "a file":  # to open others might wait for ever
                 failures.append(f"{file}: {kind}, not opened")
@@ -38,55 +38,3 @@ def find_sources(sources: Sequence[str], failures: list[str]) -> tuple[list[str]
 def is_camera(source: str) -> bool:
     """Return whether a source is the number of a camera."""
     return source.isdecimal() and not os.path.exists(source)
-
-
-def _files_of(source: str, failures: list[str]) -> list[str]:
-    kind = kind_of(source)
-    if kind == "a folder":
-        from detection.data.image_files import EXTENSIONS, is_image
-
-        try:
-            found = sorted(str(path) for path in Path(source).iterdir() if is_image(path))
-        except OSError as error:
-            failures.append(f"{source}: this folder cannot be read ({error.strerror})")
-            return []
-        if not found:
-            failures.append(f"{source}: no images in this folder (allowed: {' '.join(EXTENSIONS)})")
-        return found
-    if kind == "no such file" and glob.has_magic(source):
-        found = sorted(file for file in expand(source, failures) if not os.path.isdir(file))
-        if not found:
-            failures.append(f"{source}: no file matches")
-        return found
-    if not kind.startswith("a "):
-        failures.append(f"{source}: {'no such file or folder' if kind == 'no such file' else kind}")
-        return []
-    return [source]
-
-
-def expand(pattern: str, failures: list[str]) -> Iterator[str]:
-    """Yield the files that a glob matches; "**" goes through links, too, but into each folder once.
-
-    `failures` gets a sentence for each folder below "**" that cannot be read.
-    """
-
-    def note(error: OSError) -> None:
-        failures.append(f"{error.filename}: this folder cannot be read ({error.strerror})")
-
-    parts = pattern.split(os.sep)
-    if "**" not in parts:
-        yield from glob.iglob(pattern)
-        return
-    place = parts.index("**")
-    rest = parts[place + 1 :] or ["*"]
-    tops = glob.glob(os.sep.join([*parts[:place], ""])) if place else [""]
-    for top in tops:
-        seen: set[tuple[int, int]] = set()
-        for folder, folders, _ in os.walk(top or ".", onerror=note, followlinks=True):
-            status = os.stat(folder)
-            key = (status.st_dev, status.st_ino)
-            folders[:] = [] if key in seen else sorted(name for name in folders if not name.startswith("."))
-            if key not in seen:
-                seen.add(key)
-                within = folder if top else folder.removeprefix(".").removeprefix(os.sep)
-                yield from expand(os.path.join(glob.escape(within), *rest), failures)

@@ -5,11 +5,13 @@ The recipe says what is trained: a detector, or a classifier, such as to pretrai
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from detection.cli.common import parse_recipe, recipe_parser
-from detection.text import say
+from detection.text import plural, say
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -18,8 +20,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.usage = "%(prog)s RECIPE [options] [--section.key VALUE ...]\n       %(prog)s --resume RUN [options]"
     parser.add_argument("--out", help="folder of the new run (default: runs/NAME of the recipe)")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted, as if it had not been")
+    help = "with --resume: so many epochs behind the end, a further cycle of the schedule with a new optimiser"
+    parser.add_argument("--extend", type=int, default=0, metavar="EPOCHS", help=help)
+    help = "learning rates of that cycle, in those of the recipe (default: %(default)s)"
+    parser.add_argument("--extend-lr", type=float, default=0.5, metavar="FACTOR", help=help)
     parser.add_argument("--download", action="store_true", help="fetch VOC, COCO or CIFAR first, if missing")
     config, options = parse_recipe(parser, arguments)
+    if options.extend and not options.resume:
+        parser.error(f"--extend {options.extend} goes on with a run: --resume RUN --extend EPOCHS")
+    for option, value in {"--extend": options.extend + 1, "--extend-lr": options.extend_lr}.items():
+        if not 0 < value < math.inf:
+            parser.error(f"{option}: expected a number above 0")
     folder = Path(options.resume or options.out or Path("runs") / options.config.stem)
 
     from accelerate import PartialState
@@ -31,13 +42,19 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     from detection.training.signals import end_with_parent
 
     end_with_parent()
-    if options.resume and Run.open(folder).finished:
+    extend = {"extend": options.extend, "lr_factor": options.extend_lr}
+    if options.resume and Run.open(folder).finished and not options.extend:
         require_same(flatten(Run.open(folder).config), config, f"{folder} has finished")
         say(f"{folder}: finished already, nothing to go on with")
         return
     task = task_of(config)
     task.check_names(options.config)
-    line = train_run(config, folder, command_line(), download=options.download, resume=bool(options.resume))
+    if options.extend and not Run.open(folder).finished:
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # whose connection ends with the first training
+            raise ValueError(f"{folder}: not finished; several processes go on with --resume first, then with --extend")
+        say(f"{folder}: not finished; first to its end, then {plural(options.extend, 'epoch')} more")
+        train_run(config, folder, command_line(), resume=True)
+    line = train_run(config, folder, command_line(), download=options.download, resume=bool(options.resume), **extend)
     if not PartialState().is_main_process:  # of several, one tells
         return
     numbers = [f"{key} {line.metrics[key]:.4f}" for key in (*task.shown, "activity") if key in line.metrics]

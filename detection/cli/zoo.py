@@ -109,7 +109,7 @@ def add(
         **task.facts(read_evaluation_data(run)),
     }
     # One epoch's times would pass for those of the training.
-    left_out = {"ema": None, "seconds": None, "images_per_second": None, "eval_seconds": None}
+    left_out = dict.fromkeys(("ema", "seconds", "images_per_second", "memory_mib", "eval_seconds"))
     line = before.model_copy(update=left_out | {"layers": before.layers | logged_state(model)})
     line = store(entry, run, content, origin.model_copy(update=facts), line)
     old, new = before.metrics, line.metrics
@@ -122,7 +122,7 @@ def add(
 def store(entry: Path, run: Run, content: bytes, info: RunInfo, line: EpochLog) -> EpochLog:
     """Write the files of an entry, evaluate what is stored, and return the line with that evaluation."""
     from detection.runs import Run
-    from detection.tasks.run import evaluate_run
+    from detection.tasks.evaluate import evaluate_run
 
     part = entry.with_name(f".{entry.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a call that was killed

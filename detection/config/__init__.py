@@ -14,6 +14,7 @@ from detection.config.io import (
     require_same,
     save_config,
     set_values,
+    spread_values,
 )
 from detection.config.registry import import_plugins, recipe_kinds, register_recipe
 from detection.config.schema import Recipe, Section
@@ -37,4 +38,5 @@ __all__ = [
     "require_same",
     "save_config",
     "set_values",
+    "spread_values",
 ]

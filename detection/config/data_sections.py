@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -61,14 +62,24 @@ class Channels:
     """Mixin of the sections of data: what the channels of their images are."""
 
     @property
+    def are_events(self) -> bool:
+        """Whether images are frames of events, not RGB."""
+        return self.format in EVENT_FORMATS
+
+    @property
     def channels(self) -> int:
         """Number of channels of an image."""
-        return 2 * self.events.steps if self.format in EVENT_FORMATS else 3
+        return 2 * self.frames if self.are_events else 3
+
+    @property
+    def frames(self) -> int:
+        """Number of frames in these channels, one after the other."""
+        return self.events.steps if self.are_events else 1
 
     @property
     def colours(self) -> str:
         """Words for the channels."""
-        return "events, darker and brighter of each step," if self.format in EVENT_FORMATS else "RGB"
+        return "events, darker and brighter of each step," if self.are_events else "RGB"
 
 
 class Augment(Section):
@@ -91,6 +102,11 @@ class Augment(Section):
         return self
 
     color: float = Field(0.0, ge=0, le=1, description="probability of a change of brightness, contrast, saturation")
+    mosaic: float = Field(0.0, ge=0, le=1, description="probability of a mosaic of the image and three others")
+    mixup: float = Field(0.0, ge=0, le=1, description="probability that another image is blended with the image")
+    plain_share: float = Field(
+        0.1, ge=0, le=1, description="share of the epochs, the last ones, that has neither mosaic nor mixup"
+    )
 
 
 class Data(Channels, Section):
@@ -98,18 +114,30 @@ class Data(Channels, Section):
 
     format: str = Field(
         "coco",
-        description="layout of the files under root: voc, coco, events for Prophesee's; synthetic for scenes and "
-        "synthetic_events for recordings that are drawn first",
+        description="layout of the files under root: voc, coco, yolo, csv, events for Prophesee's; synthetic for "
+        "scenes and synthetic_events for recordings that are drawn first",
     )
     root: Path = Field(Path("data"), description="folder that the other paths start from")
     train: list[str] = Field(
         [],
-        description="voc: FOLDER/SPLIT, several are joined (VOC2007/trainval); coco: one annotation file; "
-        "events: folders",
+        description="voc: FOLDER/SPLIT, several are joined (VOC2007/trainval), or flat folders (train) and lists "
+        "(train.txt); coco: one annotation file; yolo: a split of data.yaml, folder or list, empty: its train; csv: "
+        "one file, or FILE:VALUE of its column split; events: folders",
     )
     val: list[str] = Field([], description="the same for validation")
-    train_images: str = Field("", description="coco: folder of the training images")
-    val_images: str = Field("", description="coco: folder of the validation images")
+    train_images: str = Field(
+        "", description="coco, csv: folder of the training images; empty: root, for csv and Roboflow's that of the file"
+    )
+    val_images: str = Field("", description="coco, csv: folder of the validation images")
+    val_fraction: float = Field(
+        0.0, ge=0, lt=1, description="without val: share of the training images that are for validation; 0: none"
+    )
+    split_seed: int = Field(0, ge=0, lt=2**63, description="val_fraction: seed of the choice")
+    group_by: str = Field(
+        "",
+        description="val_fraction: regular expression; images with the same match in their file names (its first group "
+        "if it has one) stay on one side",
+    )
     classes: list[str] = Field([], description="class names, label 1 first; empty: all that the data declare")
     scenes: Scenes = Scenes()
     events: Events = Events()
@@ -129,6 +157,18 @@ class Data(Channels, Section):
     options: dict[str, bool | int | float | str] = Field(
         {}, description="further options of a format that was registered from elsewhere"
     )
+
+    @model_validator(mode="after")
+    def _one_validation_set(self) -> Data:
+        if self.val_fraction and self.val:
+            raise ValueError(f"val_fraction {self.val_fraction:g}: val names a validation set, {self.val}; drop one")
+        if self.group_by and not self.val_fraction:
+            raise ValueError("group_by: for val_fraction, which is 0")
+        try:
+            re.compile(self.group_by)
+        except re.error as error:
+            raise ValueError(f"group_by: not a regular expression: {error}") from None
+        return self
 
 
 class ImageAugment(Section):

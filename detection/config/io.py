@@ -24,6 +24,7 @@ FREE_KEYS = {
     "data.root",
     "data.workers",
     "evaluation.backend",
+    "train.loggers",
     "train.save_minutes",
     "train.save_steps",
     "train.tensorboard",
@@ -106,9 +107,7 @@ def read_overrides(kind: type[Recipe], arguments: Sequence[str]) -> dict[str, An
         if not argument.startswith("--") and not equals:
             raise ValueError(f"{argument!r}: no option and no key of a recipe; expected --section.key VALUE")
         if key not in kinds:
-            close = difflib.get_close_matches(key, kinds, n=1, cutoff=0.5)
-            hint = f"did you mean --{close[0]}?" if close else "expected one of " + ", ".join(kind.model_fields)
-            raise ValueError(f"--{key}: no such key of a recipe; {hint} (RECIPE --help lists all)")
+            raise _unknown_key(key, kind, "--")
         several = _origin(kinds[key]) in (list, tuple, dict)
         values = [value] if equals else []
         if several and not equals:
@@ -120,6 +119,39 @@ def read_overrides(kind: type[Recipe], arguments: Sequence[str]) -> dict[str, An
             raise ValueError(f"--{key}: its value is missing (one that begins with -- is given by {key}=VALUE)")
         found[key] = _value_of(values, kinds[key])
     return found
+
+
+def spread_values(kind: type[Recipe], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"section.key": value} of values as Python code has them.
+
+    Sections are dicts, `train={"epochs": 1}`, or in the keys, by dots or "__": "train.epochs", `train__epochs=1`.
+
+    Raises:
+        ValueError: no such key, or a key twice.
+    """
+    kinds, found = key_kinds(kind), {}
+
+    def walk(values: Mapping[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            key = prefix + str(name).replace("__", ".")
+            if isinstance(value, Mapping) and any(known.startswith(f"{key}.") for known in kinds):
+                walk(value, f"{key}.")
+            elif key not in kinds:
+                raise _unknown_key(key, kind)
+            elif key in found:
+                raise ValueError(f"{key}: given twice, {found[key]!r} and {value!r}")
+            else:
+                found[key] = value
+
+    walk(values, "")
+    return found
+
+
+def _unknown_key(key: str, kind: type[Recipe], dashes: str = "") -> ValueError:
+    close = difflib.get_close_matches(key, key_kinds(kind), n=1, cutoff=0.5)
+    hint = f"did you mean {dashes}{close[0]}?" if close else "expected one of " + ", ".join(kind.model_fields)
+    command = "" if dashes else "hoyer-det train "
+    return ValueError(f"{dashes}{key}: no such key of a recipe; {hint} ({command}RECIPE --help lists all)")
 
 
 def key_kinds(kind: type[Section], prefix: str = "") -> dict[str, Any]:

@@ -28,6 +28,7 @@ class _Loader(yaml.SafeLoader):
     """A SafeLoader that refuses what would be lost, or grow without end, unnoticed."""
 
     depth = 0
+    keys: tuple[type, ...] = (str,)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -43,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
+            if not isinstance(key, self.keys):
                 raise ConstructorError(None, None, f"expected a name for a key, got {key!r}", key_node.start_mark)
             line = key_node.start_mark.line + 1
             if key in lines:
@@ -53,8 +54,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> Any:
+class _NumberLoader(_Loader):
+    """A loader whose keys may be whole numbers."""
+
+    keys = (str, int)
+
+
+def read_yaml(path: Path, *, numbers: bool = False, what: str = "a recipe") -> Any:
     """Return what a YAML file holds.
+
+    Args:
+        path: the file.
+        numbers: its keys may be whole numbers, too.
+        what: it should hold, for messages.
 
     Raises:
         FileNotFoundError: no such file.
@@ -64,13 +76,19 @@ def read_yaml(path: Path) -> Any:
         raise FileNotFoundError(f"{path}: no such config file")
     require_size(path, MAX_BYTES)
     try:
-        return yaml.load(read_text(path), _Loader)
+        return yaml.load(read_text(path), _NumberLoader if numbers else _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{path}: not a YAML file of a recipe: {line}{error.problem or error.context}") from None
+        raise ValueError(f"{path}: not a YAML file of {what}: {line}{error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of dates and numbers
         raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+
+
+def flow_yaml(value: Any) -> str:
+    """Return a value as YAML in one line, as it may stand behind a key."""
+    options = {"default_flow_style": True, "width": 10**9, "sort_keys": False, "allow_unicode": True}
+    return yaml.dump([value], Dumper=_Dumper, **options).strip()[1:-1]
 
 
 def dump_yaml(values: dict[str, Any]) -> str:

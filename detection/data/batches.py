@@ -96,7 +96,7 @@ class AspectRatioBatches(BatchSampler):
             yield rest[start : start + self.batch_size]
 
 
-class TrainingBatches(Sampler[list[tuple[int, int]]]):
+class TrainingBatches(Sampler[list[tuple[int, ...]]]):
     """This process's part of every batch of an epoch, as pairs (index, seed of its augmentation).
 
     The batches of all processes together are those that one process would have with all of their images. The first pass
@@ -111,6 +111,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         share: (index of the process, number of processes).
         ratios: width / height by index, for batches of images of similar shape (`AspectRatioBatches`); None: any.
         num_groups: bins on either side of a square.
+        mixed_epochs: the first epochs, in which a third entry True asks for a mixed item, see `SeededItems`.
     """
 
     def __init__(
@@ -122,9 +123,10 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         share: tuple[int, int] = (0, 1),
         ratios: Sequence[float] | None = None,
         num_groups: int = 0,
+        mixed_epochs: int = 0,
     ) -> None:
         self.number, self.batch_size, self.seed, self.share = number, batch_size, seed, share
-        self.ratios, self.num_groups = ratios, num_groups
+        self.ratios, self.num_groups, self.mixed_epochs = ratios, num_groups, mixed_epochs
         self.epoch, self.first = 1, 0
         rest = number % (batch_size * share[1])
         single = 0 < rest < 2 * share[1] and rest < number and batch_size > 1
@@ -145,10 +147,11 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
             batches = BatchSampler(order, batch_size, drop_last=False)
         return epoch, itertools.islice(enumerate(batches), first, None)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         epoch, batches = self.draw()
+        mixed = (True,) if epoch <= self.mixed_epochs else ()
         for _, batch in batches:
-            yield [(index, derive_seed(self.seed, epoch, index)) for index in take_share(batch, self.share)]
+            yield [(index, derive_seed(self.seed, epoch, index), *mixed) for index in take_share(batch, self.share)]
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
@@ -158,7 +161,8 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
 class SeededItems(Dataset):
     """The items of a data set under pairs (index, seed): what is drawn at random for an item depends on its seed alone.
 
-    The process's own generator is left as it was.
+    With a third entry True it is the item that `mixed` of the data set gives. The process's own generator is left as it
+    was.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -167,8 +171,8 @@ class SeededItems(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        index, seed = key
+    def __getitem__(self, key: tuple[int, ...]) -> Any:
+        index, seed, *mixed = key
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.dataset[index]
+            return self.dataset.mixed(index) if mixed else self.dataset[index]

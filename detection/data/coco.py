@@ -21,6 +21,7 @@ from detection.data.records import (
     few,
     image_left_out,
     is_true,
+    others_left_out,
     outside_of,
     require_file,
     require_folder,
@@ -97,8 +98,14 @@ def _categories(content: dict[str, Any], classes: Sequence[str], source: Path, d
     """Names by id, without a root category that has no objects, as Roboflow's exports have one."""
     names: dict[int, str] = {}
     roots, parents = set(), set()
+    used = {item["category_id"] for item in _entries(content["annotations"], ANNOTATION)}
+    listed = Counter(item["name"] for item in _entries(content["categories"], CATEGORY))
     for position, item in enumerate(content["categories"]):
         problem = _problem(item, CATEGORY)
+        if problem is None and listed[item["name"]] > 1 and _is_root(item) and 0 not in used and not names:
+            # Roboflow calls its root as the project, which may be called as its one class.
+            dropped.append(f"{source}: category 0, {item['name']!r}, is the root of others and has no objects")
+            continue
         if problem is None and (item["id"] in names or item["name"] in names.values()):
             problem = f"repeats an id or a name: {item['id']} {item['name']!r}"
         if problem is not None:
@@ -109,12 +116,17 @@ def _categories(content: dict[str, Any], classes: Sequence[str], source: Path, d
             roots.add(int(item["id"]))
         elif _is_text(parent):
             parents.add(parent)
-    used = {item["category_id"] for item in _entries(content["annotations"], ANNOTATION)}
+    lone = len(roots) == 1 and len(names) > 1  # all others have parents, if under other names
     for category_id in sorted(roots - used):
-        if names[category_id] in parents - set(classes):
+        wanted = names[category_id] in classes
+        if not wanted and (names[category_id] in parents or (lone and category_id == 0)):
             name = names.pop(category_id)
             dropped.append(f"{source}: category {name!r} is the parent of others and has no objects; it is no class")
     return names
+
+
+def _is_root(item: dict[str, Any]) -> bool:
+    return item["id"] == 0 and item.get("supercategory") == "none"
 
 
 def _objects(
@@ -151,9 +163,7 @@ def _objects(
         else:
             ignore, label = is_true(item.get("iscrowd")), label_of[names[category_id]]
             found[image_id].append(RawObject(name, item["bbox"], label, ignore, item.get("area")))
-    for name, count in others.items():
-        number = plural(count, "object")
-        dropped.append(f"{source}: {number} of category {name!r} left out, not among the classes {few(categories)}")
+    dropped += others_left_out(others, categories, source)
     if repeated:
         dropped.append(f"{source}: {plural(repeated, 'annotation')} with the id of another one; numbered anew")
     return found

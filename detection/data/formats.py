@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import Literal
 
 from detection.config.schema import Data
 from detection.data.coco import read_coco
+from detection.data.csv_files import read_csv
+from detection.data.dataset import DetectionDataset
 from detection.data.events.made import draw_recordings
 from detection.data.events.recordings import read_recordings
-from detection.data.records import Annotations, DetectionDataset
+from detection.data.records import Annotations
+from detection.data.splitting import take_part
 from detection.data.synthetic import draw_scenes
 from detection.data.transforms import build_transform
 from detection.data.voc import read_voc
+from detection.data.yolo import read_yolo
 from detection.text import nearest
 
 Split = Literal["train", "val"]
 Reader = Callable[[Data, Split, Sequence[str]], Annotations]
+ROBOFLOW = "_annotations.coco.json"  # its name in every folder of an export, beside the images
 _READERS: dict[str, Reader] = {}
 
 
@@ -26,8 +32,8 @@ def register_format(name: str) -> Callable[[Reader], Reader]:
     `classes` are the names to keep, label 1 first; empty: all that the data have.
 
     Example:
-        >>> @register_format("csv")
-        ... def read_csv(data, split, classes):
+        >>> @register_format("own")
+        ... def read_own(data, split, classes):
         ...     return build_annotations(...)
 
     Raises:
@@ -63,7 +69,10 @@ def read_split(data: Data, split: Split, classes: Sequence[str] | None = None) -
     """
     if data.format not in _READERS:
         raise ValueError(f"data.format: unknown {data.format!r}{nearest(data.format, _READERS)}")
-    return DetectionDataset(_READERS[data.format](data, split, data.classes if classes is None else classes))
+    reader, wanted = _READERS[data.format], data.classes if classes is None else classes
+    if data.val_fraction:
+        return DetectionDataset(take_part(reader(data, "train", wanted), split, data))
+    return DetectionDataset(reader(data, split, wanted))
 
 
 def build_datasets(data: Data) -> tuple[DetectionDataset, DetectionDataset]:
@@ -91,8 +100,27 @@ def _coco(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
     files = _named(data, split)
     if len(files) > 1:
         raise ValueError(f"data.{split}: {files}; data.format 'coco' takes one annotation file")
-    images = data.root / (data.train_images if split == "train" else data.val_images)
+    folder = _images_of(data, split)
+    if not folder and PurePath(files[0]).name == ROBOFLOW:
+        folder = str(PurePath(files[0]).parent)
+    images = data.root / folder
     return read_coco(data.root / files[0], images, classes, verify=data.verify, may_lack_classes=split == "val")
+
+
+@register_format("yolo")
+def _yolo(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
+    return read_yolo(data.root, split, data.train if split == "train" else data.val, classes, verify=data.verify)
+
+
+@register_format("csv")
+def _csv(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
+    files = _named(data, split)
+    if len(files) > 1:
+        raise ValueError(f"data.{split}: {files}; data.format 'csv' takes one file")
+    name, _, value = files[0].rpartition(":")
+    name, value = (name, value) if name and not (data.root / files[0]).is_file() else (files[0], None)
+    folder = data.root / _images_of(data, split) if _images_of(data, split) else None
+    return read_csv(data.root / name, split, folder, classes, value=value, verify=data.verify)
 
 
 @register_format("synthetic")
@@ -104,13 +132,23 @@ def _synthetic(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
 
 @register_format("events")
 def _events(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
-    return read_recordings(data.root, _named(data, split), classes, data.events, verify=data.verify)
+    return _recordings(data, _named(data, split), classes)
 
 
 @register_format("synthetic_events")
 def _synthetic_events(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
     draw_recordings(data.root, **data.scenes.model_dump())
-    return read_recordings(data.root, [split], classes, data.events, verify=data.verify)
+    return _recordings(data, [split], classes)
+
+
+def _recordings(data: Data, folders: Sequence[str], classes: Sequence[str]) -> Annotations:
+    if data.augment.color:
+        raise ValueError(f"data.augment.color {data.augment.color:g}: it takes pictures, not events")
+    return read_recordings(data.root, folders, classes, data.events, verify=data.verify)
+
+
+def _images_of(data: Data, split: Split) -> str:
+    return data.train_images if split == "train" else data.val_images
 
 
 def _named(data: Data, split: Split) -> list[str]:

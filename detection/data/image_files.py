@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -49,6 +50,21 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS
 
 
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder, through links too, but none that is hidden; a folder linked twice comes once."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # else a folder that cannot be read would be taken for an empty one
+
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(place)
+        known = (status.st_dev, status.st_ino) in seen
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [] if known else sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in names if not known and not name.startswith("."))
+
+
 def open_image(file: Path | BinaryIO) -> Image.Image:
     """Return an image of one of `FORMATS` as PIL opens it.
 
@@ -81,7 +97,30 @@ def stored_size(path: Path) -> tuple[int, int, int] | None:
         return None
 
 
-def examine_image(path: Path, width: int | None = None, height: int | None = None, verify: Verify = "header") -> Look:
+def size_as_stored(path: Path, source: Path, dropped: list[str]) -> tuple[int, int] | None:
+    """Return width and height by an image's header, for annotations in `source` without a size; None if it has none.
+
+    An orientation by which the image is turned gets a sentence in `dropped`.
+    """
+    stored = stored_size(path)
+    if stored is None:
+        return None
+    width, height, orientation = stored
+    if orientation >= 5:
+        dropped.append(
+            f"{source}: no image size, and {path.name} has EXIF orientation {orientation}: boxes are taken to count "
+            "the pixels as stored"
+        )
+    return width, height
+
+
+def examine_image(
+    path: Path,
+    width: int | None = None,
+    height: int | None = None,
+    verify: Verify = "header",
+    upright: bool = False,
+) -> Look:
     """Look at an image file without decoding it, unless there is reason to.
 
     Args:
@@ -90,6 +129,7 @@ def examine_image(path: Path, width: int | None = None, height: int | None = Non
         verify: "header" reads the header and looks for the end of a JPEG or PNG file, well under a millisecond, and
             decodes only where there is no end or pixels have more than 8 bits; "full" decodes every image, which finds
             damage in between.
+        upright: the annotations belong to the image turned upright, whatever its size.
     """
     try:
         if not path.is_file():
@@ -107,7 +147,7 @@ def examine_image(path: Path, width: int | None = None, height: int | None = Non
                 # Phones append whole films: an image without an end in sight may still be complete.
                 endless = END_MARKERS.get(image.format or "", b"") not in end
                 doubtful = endless or verify == "full" or _has_many_bits(image)
-                look = _compare(image, width, height)
+                look = _compare(image, width, height, upright)
                 try:
                     frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
                 except Exception:  # a decoder may fail in any way, and the first frame be whole
@@ -124,11 +164,13 @@ def examine_image(path: Path, width: int | None = None, height: int | None = Non
     return look
 
 
-def _compare(image: Image.Image, width: int | None, height: int | None) -> Look:
+def _compare(image: Image.Image, width: int | None, height: int | None, upright: bool) -> Look:
     """The size and orientation in the header, beside the size that the annotations say."""
     orientation = _orientation(image)
     if width is None:
         return Look()
+    if upright and orientation > 1:
+        return Look(notes=(f"EXIF orientation {orientation}: its boxes count the upright image, which is used",))
     if image.size == (width, height):
         # Turned by a quarter, an image that is no square would have another size.
         if orientation == 1 or (orientation >= 5 and width != height):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -20,7 +19,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from detection.config.schema import ImageData
 from detection.data.events.files import list_recordings, read_classified
 from detection.data.events.made import draw_classified
-from detection.data.image_files import EXTENSIONS, Look, decode_image, examine_image, is_image
+from detection.data.image_files import EXTENSIONS, Look, decode_image, examine_image, is_image, visible_files
 from detection.data.records import NUM_THREADS, check_classes, few, require_folder
 from detection.data.synthetic import CATEGORIES, SCALE, draw_scene
 from detection.text import nearest, plural, printable
@@ -209,7 +208,7 @@ def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
     files: list[tuple[Path, int]] = []
     dropped = [f"{folder / name}: not among the classes; left out" for name in found if name not in names]
     for label, name in enumerate(names):
-        inside = list(_visible_files(folder / name))
+        inside = list(visible_files(folder / name))
         paths = sorted(filter(is_image, inside))
         others = Counter(path.suffix.lower() or path.name for path in inside if not is_image(path))
         if not paths:
@@ -219,21 +218,6 @@ def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
             dropped.append(f"{folder / name}: {number} without the name of an image ({few(sorted(others))}); left out")
         files += [(path, label) for path in paths]
     return ImageFiles(tuple(files), names, tuple(map(printable, dropped)))
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, through links too, but none that is hidden; a folder linked twice comes once."""
-
-    def refuse(error: OSError) -> None:
-        raise error  # else a folder that cannot be read would be taken for an empty one
-
-    seen: set[tuple[int, int]] = set()
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        status = os.stat(place)
-        known = (status.st_dev, status.st_ino) in seen
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = [] if known else sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, name) for name in names if not known and not name.startswith("."))
 
 
 def _usable(files: ImageFiles, looks: Sequence[Look]) -> ImageFiles:

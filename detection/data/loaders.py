@@ -37,6 +37,7 @@ def build_loader(
     seed: int = 0,
     aspect_groups: int = 0,
     share: tuple[int, int] = (0, 1),
+    mixed_epochs: int = 0,
 ) -> Loader[tuple[list[Tensor], list[dict[str, Any]]]]:
     """This process's batches (images, targets), both lists, since images differ in size and in number of objects.
 
@@ -48,12 +49,14 @@ def build_loader(
         aspect_groups: shuffled batches hold images of similar shape, see `AspectRatioBatches`; 0: any images. A
             `DetectionDataset` is needed for it.
         share: (index of this process, number of processes).
+        mixed_epochs: the first epochs, whose items have other images mixed in; a `DetectionDataset` is needed for it.
     """
     if not shuffle:
         batches = evaluation_batches(len(dataset), batch_size, share)
         return Loader(dataset, batch_sampler=batches, collate_fn=_collate, **loader_options(workers))
     ratios = [record.width / record.height for record in dataset.annotations.records] if aspect_groups else None
-    sampler = TrainingBatches(len(dataset), batch_size, seed=seed, share=share, ratios=ratios, num_groups=aspect_groups)
+    options = {"seed": seed, "share": share, "mixed_epochs": mixed_epochs}
+    sampler = TrainingBatches(len(dataset), batch_size, ratios=ratios, num_groups=aspect_groups, **options)
     return TrainingLoader(SeededItems(dataset), batch_sampler=sampler, collate_fn=_collate, **loader_options(workers))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -10,25 +11,45 @@ from PIL import Image
 from torch import Tensor
 
 from detection.data.image_files import decode_image, rgb_pixels
-from detection.files import kind_of
+from detection.files import EVENT_SUFFIXES, kind_of
 
 ImageLike = str | Path | np.ndarray | Image.Image | Tensor
+Channels = Literal["rgb", "bgr"]
 
 
-def read_image(image: ImageLike) -> Tensor:
+def read_image(image: ImageLike, channels: Channels = "rgb", number: int = 3) -> Tensor:
     """Return the image as (3, H, W): uint8 RGB, or float32 in [0, 1] if it came as floats.
+
+    An image of another number of channels, of events, comes as a tensor only: (number, H, W).
 
     Files and PIL images are turned as their EXIF orientation says, as every viewer does. (Training does not: there,
     annotations count stored pixels.) Transparency is dropped, 16 bits are scaled to 8, grey becomes RGB.
 
     Args:
         image: a path; a PIL image of any mode; an array (H, W), (H, W, 3) or (H, W, 4), RGB, of uint8, uint16 or floats
-            in [0, 1] (OpenCV's are BGR: turn them by `[..., ::-1]`); a tensor (3, H, W) or (1, H, W) of uint8 or of
-            floats in [0, 1].
+            in [0, 1]; a tensor (3, H, W) or (1, H, W) of uint8 or of floats in [0, 1].
+        channels: order of an array's or tensor's colours: "rgb", or "bgr" as OpenCV has them; files and PIL images know
+            theirs.
+        number: of channels that the network takes.
 
     Raises:
-        ValueError: a file that is missing or does not decode, or another type, shape or range; says which.
+        ValueError: a file that is missing or does not decode, or another type, shape, range or order; says which.
     """
+    if channels not in get_args(Channels):
+        raise ValueError(f"channels: expected {' or '.join(get_args(Channels))}, got {channels!r}")
+    if number != 3:
+        if not isinstance(image, Tensor) or image.dim() != 3 or len(image) != number:
+            given = f"a tensor {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(
+                f"{image if isinstance(image, str | Path) else 'image'}: the network takes events in {number} "
+                f"channels, a recording ({' '.join(EVENT_SUFFIXES)}) or a tensor ({number}, H, W), got {given}"
+            )
+        return _check_values(image.detach())
+    picture = _read(image)
+    return picture.flip(0) if channels == "bgr" and isinstance(image, (np.ndarray, Tensor)) else picture
+
+
+def _read(image: ImageLike) -> Tensor:
     match image:
         case str() | Path():
             return _from_array(_read_file(Path(image)))

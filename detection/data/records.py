@@ -1,23 +1,19 @@
-"""The product of every reader: one checked `Record` per image, and the dataset over them."""
+"""The product of every reader: one checked `Record` per image."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
 import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from detection.data.image_files import Verify, examine_image, load_image
 from detection.text import nearest, plural, printable
@@ -29,7 +25,7 @@ MAX_NAMES = 20  # in one message
 
 NUM_THREADS = 8  # that look at image files; more than cores, since files may lie on a slow disk
 
-Transform = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+Layout = Literal["coco", "corners", "voc"]
 
 
 @dataclass(frozen=True)
@@ -104,14 +100,14 @@ def build_record(
     height: int,
     objects: Iterable[RawObject],
     *,
-    layout: Literal["coco", "voc"],
+    layout: Layout,
     source: Path,
     dropped: list[str],
 ) -> Record:
     """Return the record of one image; objects without a usable box are left out.
 
     Args:
-        layout: coco: x, y, width, height; voc: xmin, ymin, xmax, ymax counted from 1, the last pixel included.
+        layout: coco: x, y, width, height; corners: xmin, ymin, xmax, ymax; voc: these from 1, last pixel included.
         source: annotation file, for the messages.
         dropped: receives one sentence for each box left out or clipped.
     """
@@ -178,7 +174,9 @@ def build_annotations(
     # Reading and decoding release the interpreter's lock. This pool hands out many files at a time: a look at one takes
     # less than handing it out.
     with ThreadPool(NUM_THREADS) as pool:
-        looks = pool.starmap(examine_image, [(each.path, each.width, each.height, verify) for each in records])
+        looks = pool.starmap(
+            examine_image, [(each.path, each.width, each.height, verify, each.upright) for each in records]
+        )
     told, usable = list(dropped), []
     for record, look in zip(records, looks, strict=True):
         told += [f"{record.path}: {note}" for note in look.notes]
@@ -234,6 +232,12 @@ def outside_of(folder: Path, paths: Iterable[Path], source: Path) -> list[str]:
     return [f"{source}: {number} outside of {folder}, the first: {outside[0]}; used all the same"] if outside else []
 
 
+def others_left_out(others: Mapping[str, int], categories: Sequence[str], source: Path) -> list[str]:
+    """Return a sentence for each class that is not among those to keep, with the number of its objects."""
+    end = f"left out, not among the classes {few(categories)}"
+    return [f"{source}: {plural(count, 'object')} of category {name!r} {end}" for name, count in others.items()]
+
+
 def is_true(value: Any) -> bool:
     """Return whether a file's value says yes."""
     return isinstance(value, (str, int, float)) and str(value).strip().lower() in ("1", "1.0", "true", "yes", "y")
@@ -268,95 +272,10 @@ def require_folder(path: Path, expected: str) -> Path:
     return path
 
 
-class DetectionDataset(Dataset):
-    """Images and targets as torchvision's detectors take them.
-
-    An item is (image, target): image (3, H, W) float32 RGB in [0, 1], or of as many channels as its
-    record has; target {"boxes": (M, 4) float32 x1 y1 x2 y2,
-    "labels": (M,) int64 in 1..K, "image_id": of the record}, without the ignored objects.
-
-    Args:
-        annotations: what to read.
-        transform: augmentation of (image (H, W, 3) uint8, boxes, labels); the boxes are then pixels of its result.
-    """
-
-    def __init__(self, annotations: Annotations, transform: Transform | None = None) -> None:
-        self.annotations = annotations
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.annotations.records)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the labels 1..K."""
-        return self.annotations.categories
-
-    @property
-    def dropped(self) -> tuple[str, ...]:
-        """A sentence for each thing that was left out or mended."""
-        return self.annotations.dropped
-
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        record = self.annotations.records[index]
-        image = record.read()
-        height, width = image.shape[:2]
-        if (width, height) != (record.width, record.height):
-            raise ValueError(
-                f"{record.path}: the image is {width}x{height} pixels, its annotations say "
-                f"{record.width}x{record.height}; correct the annotation file"
-            )
-        boxes, labels = record.boxes[~record.ignore], record.labels[~record.ignore]
-        if self.transform is not None:
-            image, boxes, labels = self.transform(image, boxes, labels)
-        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels), "image_id": record.image_id}
-        return pixels.float() / 255, target
-
-    def fingerprint(self) -> str:
-        """Return a SHA-256 of images' names and sizes, boxes, labels and classes: what a run depends on."""
-        digest = hashlib.sha256(repr(self.annotations.categories).encode())
-        for record in self.annotations.records:
-            about = (record.path.name, record.path.stat().st_size, record.width, record.height, record.upright)
-            digest.update(repr(about).encode())
-            for column in (record.boxes, record.labels, record.ignore):
-                digest.update(np.ascontiguousarray(column).tobytes())
-        return digest.hexdigest()
-
-    def choose(self, indices: Sequence[int]) -> DetectionDataset:
-        """Return these images alone."""
-        records = self.annotations.records
-        chosen = replace(self.annotations, records=tuple(records[index] for index in indices))
-        return DetectionDataset(chosen, self.transform)
-
-    def ground_truth(self) -> dict[str, Any]:
-        """A COCO dictionary for pycocotools, in pixels of the stored images; ignored objects have iscrowd = 1.
-
-        A detection that lies on an ignored object counts neither as right nor as wrong.
-        """
-        annotations: list[dict[str, Any]] = []
-        for record in self.annotations.records:
-            columns = (record.xywh.tolist(), record.labels.tolist(), record.ignore.tolist(), record.area.tolist())
-            for box, label, ignore, area in zip(*columns, strict=True):
-                category_id = self.annotations.category_ids[label - 1]
-                number = len(annotations) + 1  # pycocotools takes id 0 for "unmatched"
-                row = {"id": number, "image_id": record.image_id, "category_id": category_id}
-                annotations.append(row | {"bbox": box, "area": area, "iscrowd": int(ignore)})
-        images = [
-            {"id": each.image_id, "file_name": each.path.name, "width": each.width, "height": each.height}
-            for each in self.annotations.records
-        ]
-        categories = [
-            {"id": category_id, "name": name}
-            for category_id, name in zip(self.annotations.category_ids, self.annotations.categories, strict=True)
-        ]
-        return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
-
-
-def _to_corners(box: np.ndarray, layout: Literal["coco", "voc"]) -> np.ndarray:
+def _to_corners(box: np.ndarray, layout: Layout) -> np.ndarray:
     low, high = box[:2], box[2:]
-    if layout == "coco":
-        return np.concatenate([low, low + high])
+    if layout != "voc":
+        return box if layout == "corners" else np.concatenate([low, low + high])
     # Formally xmin == xmax is one pixel wide, but in practice it is a slip of the annotator (two such boxes in BCCD):
     # without the shift it stays without area.
     return np.concatenate([low - 1, high]) if (low < high).all() else box

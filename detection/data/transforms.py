@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from detection.config.schema import Augment
-from detection.data.records import Transform
+from detection.data.dataset import Mixture, Sample, Transform
 
 # albumentations looks for a newer version of itself on the network while it is imported. Set outright: a value that
 # is already in the environment may be one that allows it.
@@ -38,6 +39,10 @@ WINDOW_TRIES = 50
 MIN_VISIBLE = 0.3  # scale jitter keeps objects of which at least this share of the area is in the frame
 FRAME_COLOR = 114  # grey level around a shrunk image; nothing is around a frame of events
 
+# Where the four images of a mosaic meet, in shares of each side.
+MEETING_POINT = (0.3, 0.7)
+BLEND = 32.0  # both parameters of the beta distribution of an image's weight in a mixup: near one half
+
 
 def build_transform(augment: Augment) -> Transform:
     """(image (H, W, 3) uint8, boxes (M, 4) x1 y1 x2 y2, labels (M,)) -> the same, changed at random.
@@ -56,6 +61,74 @@ def build_transform(augment: Augment) -> Transform:
     in each worker.
     """
     return _Transform(augment)
+
+
+def build_mixture(augment: Augment) -> Mixture | None:
+    """(sample, draw) -> the sample with others in it, at random, as `augment` says; None where it says neither.
+
+    A sample is (image (H, W, 3) uint8, boxes (M, 4) x1 y1 x2 y2 float32, labels (M,) int64); draw() gives one of the
+    data set. The size stays that of the image; an image is scaled so that it just covers its place, and cut to it at
+    random. Objects stay, cut off there, if 0.3 of their area does.
+
+    - mosaic (Bochkovskiy et al., arXiv:2004.10934): the image and three others, in a random order, meet in a point.
+    - mixup (Zhang et al., arXiv:1710.09412): with weights w and 1 - w of pixels, all objects of both.
+
+    All randomness is drawn from torch's global generator.
+    """
+    return _Mixture(augment.mosaic, augment.mixup) if augment.mosaic or augment.mixup else None
+
+
+class _Mixture:
+    def __init__(self, mosaic: float, mixup: float) -> None:
+        self.mosaic, self.mixup = mosaic, mixup
+
+    def __call__(self, sample: Sample, draw: Callable[[], Sample]) -> Sample:
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        if rng.random() < self.mosaic:
+            sample = _mosaic([sample, *(draw() for _ in range(3))], rng)
+        if rng.random() < self.mixup:
+            sample = _blend(sample, draw(), rng)
+        return sample
+
+
+def _mosaic(samples: list[Sample], rng: np.random.Generator) -> Sample:
+    """Four samples, in a random order, in the four parts of a frame of the first one's size."""
+    frame = np.empty_like(samples[0][0])
+    height, width = frame.shape[:2]
+    x, y = (max(1, round(rng.uniform(*MEETING_POINT) * side)) for side in (width, height))
+    places = [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for number, (x1, y1, x2, y2) in zip(rng.permutation(4), places, strict=True):
+        if x1 < x2 and y1 < y2:  # an image of one pixel has a single place
+            frame[y1:y2, x1:x2], boxes, labels = _cover(samples[number], (x1, y1, x2, y2), rng)
+            found.append((boxes, labels))
+    boxes, labels = (np.concatenate(column) for column in zip(*found, strict=True))
+    return frame, boxes, labels
+
+
+def _blend(sample: Sample, other: Sample, rng: np.random.Generator) -> Sample:
+    image, boxes, labels = sample
+    more, more_boxes, more_labels = _cover(other, (0, 0, *image.shape[1::-1]), rng)
+    weight = rng.beta(BLEND, BLEND)
+    mixed = (weight * image + (1 - weight) * more).round().astype(image.dtype)
+    return mixed, np.concatenate([boxes, more_boxes]), np.concatenate([labels, more_labels])
+
+
+def _cover(sample: Sample, place: tuple[int, int, int, int], rng: np.random.Generator) -> Sample:
+    """A sample scaled so that it just covers a place x1, y1, x2, y2 of a frame, cut to it at random, boxes there."""
+    image, boxes, labels = sample
+    height, width = image.shape[:2]
+    corner, size = place[:2], (place[2] - place[0], place[3] - place[1])
+    factor = max(size[0] / width, size[1] / height)
+    scaled_size = max(size[0], round(factor * width)), max(size[1], round(factor * height))
+    left, top = (int(rng.integers(have - want + 1)) for have, want in zip(scaled_size, size, strict=True))
+    method = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    scaled = cv2.resize(image, scaled_size, interpolation=method).reshape(*scaled_size[::-1], -1)
+    rows = np.column_stack([boxes / np.tile([width, height], 2), labels])
+    rows = _place(rows, size, scaled_size, (-left, -top))
+    moved = (rows[:, :4] * np.tile(size, 2) + np.tile(corner, 2)).astype(np.float32)
+    kept = (moved[:, :2] < moved[:, 2:]).all(axis=1)
+    return scaled[top : top + size[1], left : left + size[0]], moved[kept], rows[kept, 4].astype(np.int64)
 
 
 class _Transform:
@@ -175,7 +248,10 @@ class _ScaleJitter(A.DualTransform):
         (w, h), (left, top) = scaled_size, offset
         height, width = img.shape[:2]
         smaller = w < width
-        scaled = cv2.resize(img, scaled_size, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+        kind = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+        # OpenCV takes four channels at a time; frames of events have more.
+        parts = np.split(img, range(4, img.shape[2], 4), axis=2)
+        scaled = np.dstack([cv2.resize(np.ascontiguousarray(part), scaled_size, interpolation=kind) for part in parts])
         frame = np.full_like(img, FRAME_COLOR if img.shape[2] == 3 else 0)
         x1, y1, x2, y2 = max(0, left), max(0, top), min(width, left + w), min(height, top + h)
         frame[y1:y2, x1:x2] = scaled[y1 - top : y2 - top, x1 - left : x2 - left]

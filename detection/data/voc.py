@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from detection.data.image_files import EXTENSIONS, is_image, stored_size
+from detection.data.image_files import EXTENSIONS, is_image, size_as_stored
 from detection.data.records import (
     Annotations,
     RawObject,
@@ -27,10 +27,9 @@ from detection.data.records import (
     image_left_out,
     is_true,
     outside_of,
-    require_file,
     require_folder,
 )
-from detection.files import read_text
+from detection.data.voc_folders import find_split
 from detection.text import plural
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -69,7 +68,8 @@ def read_voc(
 
     Args:
         root: folder that the splits start from.
-        splits: "FOLDER/NAME" is root/FOLDER/ImageSets/Main/NAME.txt, with FOLDER/JPEGImages and FOLDER/Annotations.
+        splits: "FOLDER/NAME" is root/FOLDER/ImageSets/Main/NAME.txt, with FOLDER/JPEGImages and FOLDER/Annotations; or
+            a flat folder, see `find_split`.
         classes: class names, label 1 first; empty: all names found, sorted. Objects of other classes are left out.
         verify: how images are checked, see `examine_image`; those that fail are left out.
 
@@ -92,27 +92,19 @@ def read_voc(
 
 def _read_splits(root: Path, splits: Sequence[str], dropped: list[str]) -> Iterator[VocFile]:
     """Every file that the splits list, once; a sentence for each that has no use."""
-    listed: set[tuple[str, str]] = set()
+    listed: set[tuple[Path, str]] = set()
     image_id = 0
     images_by_stem = cache(_images_by_stem)
     for split in splits:
-        folder, _, name = split.rpartition("/")
-        split_file = root / folder / "ImageSets" / "Main" / f"{name}.txt"
-        images = require_folder(root / folder / "JPEGImages", f"the images of split {split!r}")
-        sources = require_folder(root / folder / "Annotations", f"the XML files of split {split!r}")
-        require_file(split_file, f"the image names of split {split!r}, one per line")
-        try:
-            keys = list(filter(None, map(str.strip, read_text(split_file).splitlines())))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{split_file}: not a text file: {error}") from None
+        images, sources, keys, split_file = find_split(root, split, dropped)
         dropped += outside_of(images, (images / key for key in keys), split_file)
         for key in keys:
             image_id += 1
             source = sources / f"{key}.xml"
-            if (folder, key) in listed:
+            if (sources, key) in listed:
                 dropped.append(f"{split_file}: {key} is listed already; left out the second time")
                 continue
-            listed.add((folder, key))
+            listed.add((sources, key))
             if not os.path.isfile(source):
                 dropped.append(f"{source}: no such file, though {split_file.name} lists it; image left out")
                 continue
@@ -233,16 +225,7 @@ def _size(tree: ElementTree.Element, image: Path, source: Path, dropped: list[st
     width, height = (finite_number(_text(tree, f"size/{key}")) or 0 for key in ("width", "height"))
     if width >= 1 and height >= 1 and width.is_integer() and height.is_integer():
         return int(width), int(height)
-    stored = stored_size(image)
-    if stored is None:
-        return None
-    *size, orientation = stored
-    if orientation >= 5:
-        dropped.append(
-            f"{source}: no image size, and {image.name} has EXIF orientation {orientation}: boxes are taken to count "
-            "the pixels as stored"
-        )
-    return tuple(size)
+    return size_as_stored(image, source, dropped)
 
 
 def _refuse_misspelt(classes: Sequence[str], found: set[str], source: str) -> None:

@@ -3,9 +3,10 @@
 All start from the folded network (`backbones.fold`), in which BatchNorm and spike layer are one comparison per channel.
 A network takes images (N, 3, H, W), RGB in [0, 1], and normalises them itself. A classifier gives "logits" (N, K). A
 dense detector gives what its head predicts for every anchor, on images that were resized and padded before;
-`OnnxDetector` does that, and makes boxes of what comes out by torchvision's own code.
+`OnnxDetector` does that, and makes boxes of what comes out by torchvision's own code; or the file gives boxes itself.
 """
 
+from detection.exporters.benchmark import Benchmark, benchmark_file
 from detection.exporters.common import ParityError, import_extra
 from detection.exporters.inference import OnnxClassifier, OnnxDetector, OnnxFile, evaluate_file
 from detection.exporters.nir import run_nir, to_nir
@@ -15,11 +16,13 @@ from detection.exporters.run import SUFFIXES, ExportOptions, export_run
 
 __all__ = [
     "SUFFIXES",
+    "Benchmark",
     "ExportOptions",
     "OnnxClassifier",
     "OnnxDetector",
     "OnnxFile",
     "ParityError",
+    "benchmark_file",
     "check_nir",
     "check_onnx",
     "evaluate_file",

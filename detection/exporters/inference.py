@@ -17,7 +17,7 @@ from detection.exporters.common import import_extra, open_session
 from detection.predict import predict_images
 from detection.runs import Run, Weights
 from detection.tasks import task_of
-from detection.tasks.base import Task
+from detection.tasks.base import Dataset, Task
 from detection.tasks.classification import ClassificationTask
 from detection.tasks.detection import DetectionTask
 from detection.tasks.predictions import AnyPrediction
@@ -63,7 +63,8 @@ class OnnxFile:
         self.class_names = tuple(self.description["classes"])
         if self.description.get("categories"):
             self.task.category_ids = tuple(each["id"] for each in self.description["categories"])
-        self.model = self.task.model_around(self.run)
+        around = self.task.model_around
+        self.model = around(self.run, boxes=True) if self.description.get("nms") else around(self.run)
 
     def run(self, batch: Tensor) -> dict[str, Tensor]:
         """Return the file's outputs by name for images (N, 3, H, W), RGB in [0, 1].
@@ -96,6 +97,24 @@ class OnnxFile:
         if "data" not in self.description:
             raise ValueError(f"{self.path}: does not say how images are prepared; export it again, or give it tensors")
         return predict_images(self.task, _OnTheCpu(self).eval(), images, batch_size=batch_size, **options)
+
+    def evaluate(self, data_root: str | Path) -> dict[str, float]:
+        """Return the file's metrics on the evaluation images of its run, whose data lie in `data_root` now.
+
+        Raises:
+            FileNotFoundError: they do not.
+            ValueError: the file was written by an earlier version, which did not say which images these are.
+        """
+        if "workers" not in self.description.get("data", {}):
+            raise ValueError(f"{self.path}: does not say which images it is evaluated on; export it again")
+        self.task.config.data.root = Path(data_root)
+        return self.accuracy(self.task, self.task.read("val"))
+
+    def accuracy(self, task: Task, dataset: Dataset) -> dict[str, float]:
+        """Return the file's metrics on some images, by a task like the file's."""
+        accelerator = make_accelerator(task.config)
+        batches = task.evaluation_batches(dataset, accelerator)
+        return task.evaluate(_OnTheCpu(self).eval(), batches, dataset, accelerator).metrics
 
 
 class OnnxDetector(OnnxFile):
@@ -166,7 +185,5 @@ def evaluate_file(
     file = OnnxFile(path)
     if file.task.name != task.name:
         raise ValueError(f"{path}: exported from a run of the task {file.task.name}, {run.folder} is of {task.name}")
-    accelerator, dataset = make_accelerator(run.config), read_evaluation_data(run)
-    batches = task.evaluation_batches(dataset, accelerator)
-    found = task.evaluate(_OnTheCpu(file).eval(), batches, dataset, accelerator).metrics
+    found = file.accuracy(task, read_evaluation_data(run))
     return {"file": found, "run": {key: logged[key] for key in found if key in logged}}

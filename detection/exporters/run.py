@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 from backbones import Backbone, fold, spike_layers, to_integers
 from backbones.deploy.fold import require_float
 from backbones.deploy.integer import fix_size
+from detection.exporters.boxes import OUTPUTS, add_boxes, check_boxes
 from detection.exporters.common import ParityError, difference_of, import_extra, leaves
 from detection.exporters.inference import METADATA_KEY, evaluate_file
 from detection.exporters.nir import to_nir
@@ -44,6 +46,7 @@ class ExportOptions:
         weights: which of the run's weights.
         int8: int8 weights and integer thresholds where layers see spikes; not for NIR.
         analogue: with `int8`: 8 bits for analogue convolutions, too, but the first and those of prediction.
+        nms: a detector's ONNX file that gives boxes: padding, decoding and non-maximum suppression inside.
         num_calibration: training images for the thresholds; None: 256 for a classifier, 64 for a detector.
         height: of the images, which are then of this size only. None: free where the network permits.
         width: likewise; both or none.
@@ -58,6 +61,7 @@ class ExportOptions:
     weights: Weights = "last"
     int8: bool = False
     analogue: bool = False
+    nms: bool = False
     num_calibration: int | None = None
     height: int | None = None
     width: int | None = None
@@ -77,6 +81,8 @@ class ExportOptions:
             raise ValueError("--analogue-int8 goes with --int8")
         if self.evaluate and form != "onnx":
             raise ValueError(f"--evaluate: the format {form} is not run by this project (allowed: onnx)")
+        if self.nms and form != "onnx":
+            raise ValueError(f"--nms: a file of the format {form} gives what the head says (allowed with onnx)")
         if self.int8 and form == "nir":
             raise ValueError("--int8: NIR has no integers (allowed with onnx and torch)")
 
@@ -109,7 +115,7 @@ def export_run(
     Args:
         folder: the run, as `Run.open` takes it.
         file_format: "onnx", "torch" or "nir".
-        out: the file; None: model.onnx, model_int8.onnx, model.pt2 or model.nir among the run's products.
+        out: the file; None: model.onnx, model_int8_nms.onnx, ..., model.pt2 or model.nir among the run's products.
         data_root: where the data lie now, from which `int8` takes training images; None: where they lay in training.
         options: the other attributes of `ExportOptions`.
 
@@ -153,7 +159,7 @@ def export_run(
 
 def _new_files(run: Run, out: str | Path | None, options: ExportOptions) -> tuple[Path, Path]:
     """Return the file to write and the .json beside it, their folder being there."""
-    name = f"model{'_int8' if options.int8 else ''}{SUFFIXES[options.file_format]}"
+    name = f"model{'_int8' * options.int8}{'_nms' * options.nms}{SUFFIXES[options.file_format]}"
     path = Path(out) if out else run.products / name
     sidecar = path.with_name(f"{path.name}.json")
     for file in (path, sidecar):
@@ -180,9 +186,10 @@ def _describe(run: Run, options: ExportOptions) -> dict[str, Any]:
         "weights_sha256": run.checksums()[f"{options.weights}.safetensors"],
         "classes": list(config.data.classes),
         "categories": task.describe_labels(run).get("categories"),
-        "data": config.data.model_dump(include={"format", "size", "in_memory"}),
+        "data": config.data.model_dump(mode="json", exclude={"root", "classes"}),
         "int8": options.int8,
         "analogue_int8": options.analogue,
+        "nms": options.nms,
         "model": config.model.model_dump(mode="json"),
         "versions": {name: version(name) for name in packages},
     }
@@ -193,7 +200,18 @@ def _as_graph(
 ) -> tuple[bytes, dict[str, Any]]:
     """Return the content of an ONNX file or of a program of torch.export, and its description."""
     part = task.deployable(model)
-    size, free = options.choose_size(task.input_size, task.backbone_of(model))
+    if options.nms and not part.decoding:
+        raise ValueError(f"--nms: a network of the task {task.name} finds no boxes")
+    asked, free = options.choose_size(task.input_size, task.backbone_of(model))
+    size = asked
+    if options.nms:
+        only = part.decoding["resize"].get("height_and_width")
+        if only not in (None, list(asked)):
+            raise ValueError(
+                f"--height {asked[0]} --width {asked[1]}: this detector takes {only[0]} and {only[1]} alone"
+            )
+        free, step = free and only is None, part.decoding["pad_to"]
+        size = tuple(-(-side // step) * step for side in asked)
     network = fold(part.network)
     free = free and not any(
         isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size not in (1, (1, 1)) for layer in network.modules()
@@ -210,17 +228,27 @@ def _as_graph(
         batches.append(images[:2])
     elif not free:
         network = fix_size(network, batches[0])
-    shape = ["N", channels, *(("height", "width") if free else size)]
-    description["inputs"] = {"images": {"shape": shape, "type": "float32", "meaning": part.meaning}}
-    description["outputs"] = dict(part.outputs)
+    sides = ("height", "width") if free else asked
+    meaning = f"{part.meaning.partition(';')[0]}; resized as `decoding` says" if options.nms else part.meaning
+    shape = [1 if options.nms else "N", channels, *sides]
+    description["inputs"] = {"images": {"shape": shape, "type": "float32", "meaning": meaning}}
+    description["outputs"] = dict(OUTPUTS if options.nms else part.outputs)
+    if part.decoding:
+        description["decoding"] = dict(part.decoding)
     if options.file_format == "torch":
         content, parity = program_bytes(network, batches, free)
         return content, description | {"parity": parity}
     description["opset"] = OPSET
-    metadata = {METADATA_KEY: json.dumps(description), "description": part.meaning}
+    metadata = {METADATA_KEY: json.dumps(description), "description": meaning}
     outputs = list(part.outputs)
     file = to_onnx(network, dynamic_size=free, example=batches[0], outputs=outputs, metadata=metadata)
-    return file.SerializeToString(), description | {"parity": check_onnx(file, network, batches)}
+    parity = check_onnx(file, network, batches)
+    if options.nms:
+        extend = partial(add_boxes, file, num_classes=len(description["classes"]), size=sides)
+        all_boxes = extend(decoding=part.decoding | {"score_threshold": 0.0})
+        parity |= check_boxes(all_boxes, outputs, task.model_around, noise(1, asked, channels))
+        file = extend(decoding=part.decoding)
+    return file.SerializeToString(), description | {"parity": parity}
 
 
 def noise(number: int, size: tuple[int, int], channels: int) -> Tensor:

@@ -46,7 +46,7 @@ def build_detector(config: Recipe) -> nn.Module:
         raise ValueError("data.classes is empty: a detector needs the class names; reading the data fills them in")
     mean, std = colours_of(config)
     model = config.model.model_copy(update={"mean": mean, "std": std})
-    body = build_backbone(model.backbone, len(mean))
+    body = build_backbone(model.backbone, len(mean), config.data.frames)
     spike = body.make_spike
     levels = model.neck.levels or (["c2", "c3", "c4", "c5"] if model.detector == "fasterrcnn" else ["c3", "c4", "c5"])
     channels = [info.channels for info in check_levels(body, levels)]
@@ -61,7 +61,7 @@ def build_detector(config: Recipe) -> nn.Module:
         neck = SpikingFPN(channels, model.neck.out_channels, spike, spiking=spiking, extra=extra, **shared)
     detector = BUILDERS[model.detector](model, BackboneWithNeck(body, neck, levels), len(config.data.classes), spike)
     if body.time_steps > 1:
-        average_over_steps(detector, body.time_steps)
+        average_over_steps(detector, body)
     return detector
 
 
@@ -75,7 +75,7 @@ def build_classifier(config: Recipe) -> backbones.Classifier:
     if not config.data.classes:
         raise ValueError("data.classes is empty: a classifier needs the class names; reading the data fills them in")
     mean, std = colours_of(config)
-    backbone = build_backbone(config.model.backbone, len(mean))
+    backbone = build_backbone(config.model.backbone, len(mean), config.data.frames)
     stride = backbone.feature_info[-1].stride
     if config.data.size < stride:
         raise ValueError(
@@ -91,8 +91,8 @@ def colours_of(config: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return (config.model.mean, config.model.std) if channels == 3 else ((0.0,) * channels, (1.0,) * channels)
 
 
-def build_backbone(settings: schema.Backbone, in_channels: int = 3) -> backbones.Backbone:
-    """The backbone of a recipe for images of so many channels, with its pretrained weights if it names any.
+def build_backbone(settings: schema.Backbone, in_channels: int = 3, frames: int = 1) -> backbones.Backbone:
+    """The backbone of a recipe for images of so many channels and frames, with its pretrained weights if it names any.
 
     Raises:
         FileNotFoundError: no such weights.
@@ -104,7 +104,8 @@ def build_backbone(settings: schema.Backbone, in_channels: int = 3) -> backbones
         if weights.is_dir():
             weights = weights / "last.safetensors"
         _check_origin(settings, weights.parent / "config.yaml")
-    backbone = backbones.create(settings.name, weights=weights, in_channels=in_channels, **settings.arguments())
+    shape = {"in_channels": in_channels, "frames": frames}
+    backbone = backbones.create(settings.name, weights=weights, **shape, **settings.arguments())
     if weights is not None:
         check_weights(weights)
     return backbone

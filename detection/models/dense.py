@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.transform import resize_boxes
 
-from detection.models.inference import pad_for
+from detection.models.inference import pad_for, within
 from detection.models.neck import BackboneWithNeck
 
 
@@ -143,6 +144,45 @@ class _BridgeHead(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
         return self.take()
+
+
+class DetectorOfBoxes(nn.Module):
+    """A detector whose boxes another program finds in each image, resized: that, and the scaling back, are left to do.
+
+    Args:
+        detector: a RetinaNet, FCOS or SSD of this project; changed: it loses its weights.
+        find: (1, 3, H, W), RGB in [0, 1] -> its "boxes", "scores" and "labels".
+
+    Shape: [(3, H_i, W_i)] in [0, 1] -> [{"boxes": (M, 4), "scores": (M,), "labels": (M,)}], as torchvision's.
+    """
+
+    def __init__(self, detector: nn.Module, find: Callable[[Tensor], dict[str, Tensor]]) -> None:
+        super().__init__()
+        detector.backbone = detector.head = nn.Identity()
+        self.detector, self.find = detector.eval(), find
+        self.limits = detector.score_thresh, detector.nms_thresh
+
+    def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Return the detections of each image.
+
+        Raises:
+            ValueError: thresholds that the other program cannot have used.
+        """
+        wanted = self.detector.score_thresh, self.detector.nms_thresh
+        if wanted[0] < self.limits[0] or wanted[1] != self.limits[1]:
+            raise ValueError(
+                f"score_threshold {wanted[0]:g}, nms_threshold {wanted[1]:g}: this file has chosen its boxes with "
+                f"{self.limits[0]:g} and {self.limits[1]:g}; only a higher score_threshold is possible"
+            )
+        return [self._one(image, wanted[0]) for image in images]
+
+    def _one(self, image: Tensor, least: float) -> dict[str, Tensor]:
+        padded = pad_for(self.detector.transform, image)
+        resized = self.detector.transform.resize(padded)[0]
+        found = self.find(resized[None])
+        found = {name: value[found["scores"] > least] for name, value in found.items()}
+        found["boxes"] = resize_boxes(found["boxes"], resized.shape[1:], padded.shape[1:])
+        return found if padded is image else within(found, image)
 
 
 def resize_and_pad(transform: nn.Module, images: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 
-from backbones import SpikeFactory, average_steps
+from backbones import Backbone, SpikeFactory, average_steps
 from backbones.networks.base import conv
 from detection.config.schema import Model
 from detection.models.inference import AnyShape
@@ -155,6 +155,12 @@ def build_fasterrcnn(config: Model, backbone: BackboneWithNeck, num_classes: int
     )
 
 
+def retinanet_anchors(strides: Sequence[int], scale: float) -> AnchorGenerator:
+    """Return the anchors of a RetinaNet whose levels have these strides; `scale` is `head.anchor_scale`."""
+    sizes = tuple(tuple(round(scale * stride * 2 ** (octave / 3)) for octave in range(3)) for stride in strides)
+    return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+
+
 def build_retinanet(config: Model, backbone: BackboneWithNeck, num_classes: int, spike: SpikeFactory) -> RetinaNet:
     """A RetinaNet for labels 1 to `num_classes`.
 
@@ -162,14 +168,10 @@ def build_retinanet(config: Model, backbone: BackboneWithNeck, num_classes: int,
     published (Lin et al., arXiv:1708.02002).
     """
     settings, channels = config.head, backbone.out_channels
-    scale = settings.anchor_scale or 4.0
-    sizes = tuple(
-        tuple(round(scale * stride * 2 ** (octave / 3)) for octave in range(3)) for stride in backbone.strides
-    )
-    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    anchors = retinanet_anchors(backbone.strides, settings.anchor_scale or 4.0)
     shape = channels, anchors.num_anchors_per_location()[0], num_classes + 1
     if settings.spiking:
-        make_tower = partial(SpikingTower, channels, settings.num_convs, len(sizes), spike)
+        make_tower = partial(SpikingTower, channels, settings.num_convs, len(backbone.strides), spike)
         head: RetinaNetHead = SpikingRetinaNetHead(*shape, make_tower)
     else:
         head = RetinaNetHead(*shape, norm_layer(settings.norm or "none", channels))
@@ -216,25 +218,42 @@ def build_ssd(config: Model, backbone: BackboneWithNeck, num_classes: int, spike
     return AnyShapeSSD(backbone, boxes, size, num_classes + 1, **_colours_and_limits(config))
 
 
-def average_over_steps(detector: nn.Module, time_steps: int) -> None:
+def class_outputs(detector: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (1, outputs of each class) for each layer that has outputs for the background and every class, by name.
+
+    Within the outputs of an anchor those of the background come first, then those of label 1, 2, ...
+    """
+    each = {"cls_logits": 1, "cls_score": 1, "bbox_pred": 4}
+    found = {}
+    for name, module in detector.named_modules():
+        parent, _, last = name.rpartition(".")
+        if isinstance(module, nn.Conv2d | nn.Linear) and "rpn" not in name:
+            if last in each:
+                found[name] = (1, each[last])
+            elif parent.endswith("classification_head.module_list"):  # an SSD's
+                found[name] = (1, 1)
+    return found
+
+
+def average_over_steps(detector: nn.Module, body: Backbone) -> None:
     """Let a detector's heads, which see the maps of all time steps, give the mean of their outputs over the steps.
 
     So losses and detections are those of the means. The regions of a Faster R-CNN, found in the means of its RPN, are
-    pooled from the maps of each step.
+    pooled from the maps of each step. `body` is its backbone, which has the number of steps.
 
     Shape: what a head gives, (T N, ...), step by step -> (N, ...).
     """
 
     def average(module: nn.Module, inputs: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
-            return average_steps(output, time_steps)
+            return average_steps(output, body.time_steps)
         if isinstance(output, dict):
             return {name: average(module, inputs, value) for name, value in output.items()}
         return type(output)(average(module, inputs, value) for value in output)
 
     def repeat(module: nn.Module, inputs: tuple[Any, list[Tensor], list[tuple[int, int]]]) -> tuple[Any, ...]:
         maps, regions, sizes = inputs
-        return maps, regions * time_steps, sizes * time_steps
+        return maps, regions * body.time_steps, sizes * body.time_steps
 
     heads = [detector.head] if hasattr(detector, "head") else [detector.rpn.head, detector.roi_heads.box_predictor]
     for head in heads:

@@ -39,11 +39,11 @@ class AnyShape:
         if self.training:
             return found
         pairs = zip(images, padded, found, strict=True)
-        return [each if image is wide else _within(each, image) for image, wide, each in pairs]
+        return [each if image is wide else within(each, image) for image, wide, each in pairs]
 
 
-def _within(found: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
-    """Detections cut off at the border of an image, those outside of it left out."""
+def within(found: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
+    """Return detections cut off at the border of an image, without those outside of it."""
     height, width = image.shape[1:]
     boxes = found["boxes"]
     boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -10,7 +10,7 @@ from markupsafe import Markup
 from detection.curves import short_names
 from detection.report.source import Source
 from detection.report.words import format_count, format_energy
-from detection.sections import Bar, Bars, Cell, Details, Section, Table, Words, percent
+from detection.sections import Bar, Bars, Cell, Details, Section, Table, Words, percent, score
 from detection.text import plural
 
 # The networks of an analysis in words, and the colours of their bars.
@@ -74,6 +74,26 @@ def operations_table(analysis: Mapping[str, Any], networks: list[str], names: Ma
         for layer in analysis["layers"]
     ]
     return Table("Operations per layer", (*columns, *(look(name)[0] for name in networks)), rows, code=True)
+
+
+def steps_table(steps: Sequence[Mapping[str, Any]], scores: Mapping[str, Sequence[float]]) -> Table:
+    """Return activity, operations and energy of each time step, and what a network stopped after it costs and finds."""
+    shown = {key: values for key, values in scores.items() if len(values) == len(steps)}
+    rows = []
+    for index, row in enumerate(steps):
+        alone, so_far = (next(iter(row[key].values())) for key in ("networks", "so_far"))
+        rows.append(
+            (
+                str(row["step"]),
+                percent(row["activity"]),
+                Cell(format_count(row["num_synops"]), row["num_synops"]),
+                joule(alone["total_pj"]),
+                *(joule(so_far[key]) for key in ("total_pj", "total_sram_pj")),
+                *(score(values[index]) for values in shown.values()),
+            )
+        )
+    columns = ("step", "activity", "synaptic operations", "energy of the step", "energy so far", "with SRAM so far")
+    return Table("Time steps", (*columns, *(f"{key} so far" for key in shown)), rows, sortable=False)
 
 
 def networks_section(source: Source) -> Section:

@@ -10,7 +10,13 @@ from pydantic import BaseModel
 from detection import curves
 from detection.config import Recipe, flatten
 from detection.records import EpochLog
-from detection.report.energy import certificate_section, certificate_verdict, layer_energy, networks_section
+from detection.report.energy import (
+    certificate_section,
+    certificate_verdict,
+    layer_energy,
+    networks_section,
+    steps_table,
+)
 from detection.report.source import Source
 from detection.report.words import format_energy, format_number, format_time, show_value
 from detection.sections import Bar, Bars, Cell, Charts, Details, Section, Table, Words, percent
@@ -67,7 +73,9 @@ def describe_state(source: Source) -> str:
     last, epochs = source.log[-1].epoch, source.run.config.train.epochs
     weights = {"last": "last", "best": "best", "ema": "averaged"}[source.weights]
     sentences = [f"Numbers of the {weights} weights, epoch {source.line.epoch} of {epochs}."] if source.line else []
-    if last < epochs:
+    if last < epochs and source.run.config.train.patience and source.run.finished:
+        sentences.append("The training ended early (train.patience).")
+    elif last < epochs:
         sentences.append(f"The training has not gone to its end: {last} of {epochs} epochs are logged.")
     return " ".join(sentences)
 
@@ -120,6 +128,7 @@ def sections(source: Source) -> list[Section]:
         curves_section(source),
         *(section._replace(why=section.why or source.missing.get("evaluation", "")) for section in own),
         layers_section(source),
+        *([steps_section(source)] if source.task.time_steps > 1 else []),
         networks_section(source),
         certificate_section(source),
         dynamics_section(source),
@@ -164,6 +173,24 @@ def layers_section(source: Source) -> Section:
     else:
         parts = ["The network is analogue: no layer spikes."]
     return Section("layers", "Layers", "Activity and energy per layer", parts + layer_energy(source))
+
+
+def steps_section(source: Source) -> Section:
+    """Return what a network of several time steps has found after each of them, and what it has cost until then."""
+    logged = source.line.evaluation if source.line else None
+    scores = {key: logged.after_steps(key) for key in source.task.headline} if logged else {}
+    rows = source.analysis.get("steps", []) if source.analysis else []
+    for key in source.task.headline:
+        found = [row["metrics"][key] for row in rows if key in row["metrics"]]
+        if len(found) > len(scores.get(key, [])):  # a log has the last step's alone
+            scores[key] = found
+    charts, missing = curves.draw_anytime(scores), source.missing.get("analysis", "")
+    parts = ["The network of this run, stopped after fewer time steps than it was trained for."]
+    parts += [Charts(charts)] if charts else []
+    parts += (
+        [steps_table(rows, scores)] if rows else [Words(f"The energy of each step is left out. {missing}", "missing")]
+    )
+    return Section("steps", "Time steps", "Time steps", parts)
 
 
 def layer_table(line: EpochLog, rates: Mapping[str, float]) -> Table:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 SPIKE_KINDS = ("membrane", "threshold")
 IMAGE_KINDS = ("gaussian_noise", "blur", "contrast", "brightness", "jpeg")
+RGB_KINDS = ("contrast", "brightness", "jpeg")  # of three colours alone, not of events
 KINDS = (*SPIKE_KINDS, *IMAGE_KINDS)
 RANDOM_KINDS = (*SPIKE_KINDS, "gaussian_noise")  # the others have no seed
 SEVERITIES: Mapping[str, tuple[float, ...]] = {

@@ -18,7 +18,7 @@ from detection.config import Recipe
 from detection.curves import draw_robustness
 from detection.figures import save_png
 from detection.files import require_writable, write_whole
-from detection.robustness import ALL_LAYERS, IMAGE_KINDS, KINDS, RANDOM_KINDS, SEVERITIES, SPIKE_KINDS, UNITS
+from detection.robustness import ALL_LAYERS, IMAGE_KINDS, KINDS, RANDOM_KINDS, RGB_KINDS, SEVERITIES, SPIKE_KINDS, UNITS
 from detection.robustness.corruptions import corrupt_batches
 from detection.robustness.noise import potential_noise, record_margins, sum_margins
 from detection.runs import Run, Weights, describe_environment
@@ -34,6 +34,7 @@ TRAINING_KEYS = {"train", "train_images", "num_train", "augment", "workers", "ve
 REASONS = {
     "no spike layers": "no spike layers, so no threshold as a scale",
     "no single time step": "no single time step: what is put into one is carried over to the next",
+    "images of events": "images of events, which have no three colours",
 }
 
 
@@ -51,7 +52,8 @@ def study(
     """Return the accuracy of runs over the severities of several kinds of noise, as written to out/robustness.json.
 
     A network without spike layers has no threshold that could be a scale, and one of several time steps carries noise
-    from one to the next, so the kinds of `SPIKE_KINDS` are left out for them, under "left_out" and on standard error.
+    from one to the next, so the kinds of `SPIKE_KINDS` are left out for them, under "left_out" and on standard error;
+    as are those of `RGB_KINDS` for images of events.
     Kinds without chance are evaluated once, with the seed None.
     After each run robustness.json, robustness.csv and robustness.png in `out` are written anew.
 
@@ -109,22 +111,22 @@ def _check_request(kinds: Sequence[str], seeds: Sequence[int], num_images: int |
         raise ValueError(f"--images {num_images}: expected 1 or more")
 
 
-def _why_not(run: Run) -> str | None:
-    """Return why a run's network cannot be asked for the kinds of `SPIKE_KINDS`; None: it can."""
+def _why_not(run: Run, kind: str) -> str | None:
+    """Return why a run's network cannot be asked for a kind, one of `REASONS`; None: it can."""
     task = task_of(run.config)
-    return "no spike layers" if not task.spiking else None if task.time_steps == 1 else "no single time step"
+    if kind in SPIKE_KINDS:
+        return "no spike layers" if not task.spiking else None if task.time_steps == 1 else "no single time step"
+    return "images of events" if kind in RGB_KINDS and getattr(run.config.data, "are_events", False) else None
 
 
 def _kinds_of(run: Run, kinds: Sequence[str]) -> list[str]:
     """Return the kinds that a run's network can be asked for."""
-    why = _why_not(run)
-    if why is None:
-        return list(kinds)
-    left = [kind for kind in kinds if kind not in SPIKE_KINDS]
+    left = [kind for kind in kinds if _why_not(run, kind) is None]
     if not left:
+        others = [kind for kind in KINDS if _why_not(run, kind) is None]
         raise ValueError(
-            f"{run.folder}: {why}, which --kinds {' '.join(kinds)} needs; leave the run out, or name one "
-            f"of {', '.join(IMAGE_KINDS)} too"
+            f"{run.folder}: {_why_not(run, kinds[0])}, which --kinds {' '.join(kinds)} needs; leave the run out, or "
+            f"name one of {', '.join(others)} too"
         )
     return left
 
@@ -140,11 +142,12 @@ def _left_out(
 ) -> Iterator[dict[str, Any]]:
     """Yield an entry for each run that is not asked for all kinds, and say so on standard error."""
     for name, chosen in kinds_of.items():
-        missing = [kind for kind in kinds if kind not in chosen]
-        if missing:
-            why = _why_not(runs[name])
+        for why, reason in REASONS.items():
+            missing = [kind for kind in kinds if kind not in chosen and _why_not(runs[name], kind) == why]
+            if not missing:
+                continue
             say(f"{name}: {why}; left out: {', '.join(missing)}", error=True)
-            yield {"run": name, "kinds": missing, "reason": REASONS[why]}
+            yield {"run": name, "kinds": missing, "reason": reason}
 
 
 def _add(found: dict[str, Any], subject: Subject, run: Run, kinds: Sequence[str], seeds: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -31,6 +31,8 @@ from detection.data.batches import Batches
 from detection.records import Evaluation
 from detection.runs import Run
 from detection.sections import Examination, Section
+from detection.tasks.checks import run_warnings
+from detection.tasks.parts import Deployable, SpikingPart
 from detection.text import nearest, plural
 
 if TYPE_CHECKING:
@@ -61,37 +63,6 @@ class Dataset(Protocol):
         """Return a hexadecimal number that is another one for other data."""
 
 
-class Deployable(NamedTuple):
-    """The part of a network that goes into a file, and what it takes and gives.
-
-    Attributes:
-        network: images (N, 3, H, W), RGB in [0, 1], as the file will be given them -> a tensor or a tuple of them.
-        outputs: what each of them means, by the name that it has in the file.
-        meaning: of the images, in words.
-        keep: parts of names of layers that stay in floating point over spikes too.
-    """
-
-    network: nn.Module
-    outputs: Mapping[str, str]
-    meaning: str
-    keep: tuple[str, ...] = ()
-
-
-class SpikingPart(NamedTuple):
-    """The part of a network that NIR can say.
-
-    Attributes:
-        network: images (N, 3, H, W) normalised -> a tensor, or tensors by name.
-        backbone: the one in `network`; its stem may become the caller's to run.
-        mean, std: that images in [0, 1] are normalised by.
-    """
-
-    network: nn.Module
-    backbone: Backbone
-    mean: Sequence[float]
-    std: Sequence[float]
-
-
 class Task(ABC):
     """All that differs between detection, classification and what others add, for one recipe.
 
@@ -111,6 +82,8 @@ class Task(ABC):
         num_calibration: images that 8-bit thresholds are set on by default.
         prediction_layers: parts of names of the layers whose outputs are predictions: they stay in floating point in
             8-bit files, and Muon leaves them to AdamW.
+        windows: whether a recording of events is an image for each of its windows, as a film's, or one image.
+        parts: modules of the network by the name of a part in train.freeze, where they are called otherwise.
     """
 
     recipe: ClassVar[type[Recipe]]
@@ -121,6 +94,8 @@ class Task(ABC):
     score: ClassVar[str] = "Metrics"
     num_calibration: ClassVar[int] = 64
     prediction_layers: ClassVar[tuple[str, ...]] = ()
+    windows: ClassVar[bool] = False
+    parts: Mapping[str, tuple[str, ...]] = {}
 
     def __init__(self, config: Recipe) -> None:
         self.config = config
@@ -224,6 +199,10 @@ class Task(ABC):
         """Return the counts of a split's objects; None: its images have none."""
         return None
 
+    def warnings(self, dataset: Dataset, *, data_alone: bool = False) -> list[str]:
+        """Return a sentence for each likely mistake in training data, and in the recipe unless `data_alone`."""
+        return [] if data_alone else run_warnings(self.config, len(dataset))
+
     def shared_images(self, train: Dataset, val: Dataset) -> tuple[str, ...]:
         """Return the paths of images that are in both splits, as far as the task can tell."""
         return ()
@@ -241,6 +220,10 @@ class Task(ABC):
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """Return the scalar losses of a batch by name."""
+
+    def class_outputs(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        """Return (outputs in front of the classes', outputs of each) by name of each layer with outputs per class."""
+        raise self.refusal("starts from no whole network (model.weights)")
 
     def describe_batch(self, batch: Any) -> str:
         """Say which images a batch has, for an error."""
@@ -362,11 +345,12 @@ class Task(ABC):
         """Return training images without augmentation, as `deployable` takes them: drawn at random, always the same."""
         raise self.refusal("cannot be exported")
 
-    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Any], Any]:
+    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]], *, boxes: bool = False) -> Callable[[Any], Any]:
         """Return what behaves like the network in evaluation, around outputs by name that a file computes.
 
         Args:
             run: images as `deployable` takes them, on the CPU -> outputs by name.
+            boxes: these are the boxes of one image, resized.
         """
         raise self.refusal("cannot be exported")
 

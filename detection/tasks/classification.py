@@ -25,10 +25,11 @@ from detection.models import build_classifier, colours_of
 from detection.records import Evaluation
 from detection.sections import Examination, Section, Table, Words, count, percent
 from detection.tasks import register_task
-from detection.tasks.base import Deployable, SpikingPart, Split, Task, record_spikes
+from detection.tasks.base import Split, Task, record_spikes
+from detection.tasks.parts import Deployable, SpikingPart
 from detection.tasks.predictions import ClassPrediction
 from detection.tasks.recipes import ClassificationRecipe
-from detection.training.distillation import softened_distance
+from detection.training.distillation import require_same_input, softened_distance
 
 
 @register_task
@@ -96,12 +97,18 @@ class ClassificationTask(Task):
         images, labels = batch
         return {"classification": F.cross_entropy(model(images), labels, label_smoothing=self.config.label_smoothing)}
 
+    def class_outputs(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        """The last layer of the head alone."""
+        *_, last = (name for name, module in model.head.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+        return {f"head.{last}".rstrip("."): (0, 1)}
+
     def is_at_chance(self, metrics: Mapping[str, float]) -> bool:
         """Up to half as much again as the share of one class."""
         return metrics["top1"] < 1.5 / len(self.config.data.classes)
 
     def learn_from(self, teacher: Task) -> None:
-        """Any classifier of these classes will do: each normalises its images by itself."""
+        """Any classifier of these classes and images will do: each normalises them by itself."""
+        require_same_input(self.config, teacher.config, "data.size")
 
     def head_of(self, model: nn.Module) -> nn.Module:
         return model.head
@@ -236,7 +243,7 @@ class ClassificationTask(Task):
         images = FolderImages(dataset, self.config.data, train=False)
         return torch.stack([images[index][0] for index in chosen.tolist()])
 
-    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Any], Any]:
+    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]], *, boxes: bool = False) -> Callable[[Any], Any]:
         return lambda images: run(images)["logits"]
 
 

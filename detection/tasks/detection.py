@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from backbones import Backbone
-from detection.data import DetectionDataset, build_loader, build_transform, read_split
+from detection.data import DetectionDataset, build_loader, build_mixture, build_transform, read_split
 from detection.data.download import download
 from detection.data.formats import format_names
 from detection.data.pictures import pixels_of, unit
@@ -24,18 +24,21 @@ from detection.data.report import DataReport, report, shared_images
 from detection.evaluation import CocoEvaluator, Detections, import_backend, mean_average_precision, precision_recall
 from detection.files import write_whole
 from detection.models import build_detector, colours_of
-from detection.models.dense import DensePredictions, DetectorOf, EnteringSpikes, resize_and_pad
+from detection.models.decoding import describe_decoding
+from detection.models.dense import DensePredictions, DetectorOf, DetectorOfBoxes, EnteringSpikes, resize_and_pad
+from detection.models.detectors import class_outputs
 from detection.models.inference import check_unit_interval, padded_size, thresholds
 from detection.records import Evaluation
 from detection.runs import Run
 from detection.sections import Examination, Section
 from detection.tasks import register_task
-from detection.tasks.base import Deployable, SpikingPart, Split, Task, record_spikes
+from detection.tasks.base import Split, Task, record_spikes
+from detection.tasks.checks import few_boxes, small_objects
+from detection.tasks.parts import Deployable, SpikingPart
 from detection.tasks.predictions import Prediction, in_batches, read_category_ids
 from detection.tasks.recipes import DetectionRecipe
-from detection.training.distillation import detection_distance
+from detection.training.distillation import detection_distance, require_same_input
 
-NUM_PICTURES = 12
 PADDED = 32  # torchvision pads images to multiples of so many pixels
 # Their outputs are scores and boxes, where 8 bits would show: they stay in floating point, over spikes too.
 PREDICTION_LAYERS = ("cls_logits", "bbox_reg", "bbox_pred", "bbox_ctrness", "module_list")
@@ -60,6 +63,7 @@ class DetectionTask(Task):
     words = {"AP50_11point": "VOC AP50 (11 points)", "AP50_area": "VOC AP50 (area)"}  # noqa: RUF012
     num_calibration = 64
     prediction_layers = PREDICTION_LAYERS
+    windows = True
 
     def __init__(self, config: DetectionRecipe) -> None:
         super().__init__(config)
@@ -89,14 +93,17 @@ class DetectionTask(Task):
 
     def training_batches(self, dataset: DetectionDataset, accelerator: Accelerator) -> Any:
         data, train = self.config.data, self.config.train
+        mixture = build_mixture(data.augment)
+        plain_epochs = math.ceil(round(data.augment.plain_share * train.epochs, 6))
         return build_loader(
-            DetectionDataset(dataset.annotations, build_transform(data.augment)),
+            DetectionDataset(dataset.annotations, build_transform(data.augment), mixture),
             batch_size=train.batch_size,
             workers=data.workers,
             shuffle=True,
             seed=train.seed,
             aspect_groups=data.aspect_groups,
             share=(accelerator.process_index, accelerator.num_processes),
+            mixed_epochs=train.epochs - plain_epochs if mixture else 0,
         )
 
     def evaluation_batches(self, dataset: DetectionDataset, accelerator: Accelerator) -> Iterable[Any]:
@@ -115,6 +122,13 @@ class DetectionTask(Task):
     def data_report(self, dataset: DetectionDataset) -> DataReport:
         return report(dataset.annotations)
 
+    def warnings(self, dataset: DetectionDataset, *, data_alone: bool = False) -> list[str]:
+        """Return also classes with few objects, and objects smaller than the finest cell of the network."""
+        found = few_boxes(dataset.annotations)
+        if not data_alone:
+            found += super().warnings(dataset) + small_objects(self.config, dataset.annotations)
+        return found
+
     def shared_images(self, train: DetectionDataset, val: DetectionDataset) -> tuple[str, ...]:
         return shared_images(train.annotations, val.annotations)
 
@@ -131,6 +145,14 @@ class DetectionTask(Task):
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         return model(*batch)
 
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        heads = ("rpn", "roi_heads") if self.config.model.detector == "fasterrcnn" else ("head",)
+        return {"backbone": ("backbone.body",), "neck": ("backbone.neck",), "head": heads}
+
+    def class_outputs(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        return class_outputs(model)
+
     def describe_batch(self, batch: Any) -> str:
         return f"image ids {', '.join(str(target['image_id']) for target in batch[1])}"
 
@@ -138,6 +160,7 @@ class DetectionTask(Task):
         ours, theirs = self.config.model, teacher.config.model
         if theirs.detector != ours.detector:
             raise ValueError(f"is a {theirs.detector}, this recipe a {ours.detector}")
+        require_same_input(self.config, teacher.config, "model.min_size", "model.max_size")
         # The teacher is given the pixels as the student's recipe has normalised them.
         for key in ("mean", "std"):
             if getattr(theirs, key) != getattr(ours, key):
@@ -161,20 +184,11 @@ class DetectionTask(Task):
     def distance(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         return detection_distance(student, teacher, temperature)
 
-    @torch.no_grad()
     def finish(self, model: nn.Module, dataset: DetectionDataset, run: Run) -> None:
         """Leave predictions.png, a contact sheet of the first images with predicted and true boxes."""
-        from detection.draw import draw_predictions  # which brings matplotlib, slow to import
-        from detection.figures import save_png
+        from detection.tasks.detection_page import save_sheet  # which brings matplotlib, slow to import
 
-        samples = [dataset[index] for index in range(min(NUM_PICTURES, len(dataset)))]
-        device = next(model.parameters()).device
-        model.eval()
-        with torch.compiler.set_stance("force_eager"):
-            predictions = [_to_cpu(model([image.to(device)])[0]) for image, _ in samples]
-        images, targets = zip(*samples, strict=True)
-        sheet = draw_predictions(images, predictions, targets, dataset.annotations.categories)
-        save_png(sheet, run.folder / "predictions.png")
+        save_sheet(model, dataset, run.folder / "predictions.png")
 
     # Evaluation
 
@@ -257,8 +271,7 @@ class DetectionTask(Task):
             return {}
         parts = {}
         if not config.head.spiking:
-            heads = ("rpn", "roi_heads") if config.detector == "fasterrcnn" else ("head",)
-            parts |= dict.fromkeys(heads, "analogue head")
+            parts |= dict.fromkeys(self.parts["head"], "analogue head")
         if not config.neck.spiking:
             pyramid = ("backbone.neck.fpn.layer_blocks", "backbone.neck.fpn.extra_blocks")
             parts |= dict.fromkeys(pyramid, "analogue neck")
@@ -362,6 +375,7 @@ class DetectionTask(Task):
             f"mean colour {list(colours_of(self.config)[0])} to multiples of {PADDED}, which "
             "detection.exporters.OnnxDetector does",
             keep=PREDICTION_LAYERS,
+            decoding=describe_decoding(model),
         )
 
     def spiking_part(self, model: nn.Module) -> SpikingPart:
@@ -373,8 +387,8 @@ class DetectionTask(Task):
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:number].tolist()
         return resize_and_pad(model.transform, [dataset[index][0] for index in chosen])
 
-    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Any], Any]:
-        return DetectorOf(self.build_model(), run)
+    def model_around(self, run: Callable[[Tensor], dict[str, Tensor]], *, boxes: bool = False) -> Callable[[Any], Any]:
+        return (DetectorOfBoxes if boxes else DetectorOf)(self.build_model(), run)
 
 
 def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

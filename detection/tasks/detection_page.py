@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from detection.curves import draw_precision_recall
 from detection.data import DetectionDataset, Record
 from detection.data.pictures import pixels_of
-from detection.draw import THIN, Box, draw_boxes
+from detection.draw import THIN, Box, draw_boxes, draw_predictions
 from detection.evaluation import PrecisionRecall, average_precision
 from detection.evaluation.matching import Match, match
-from detection.figures import data_uri
+from detection.figures import data_uri, save_png
 from detection.records import Evaluation
 from detection.sections import Charts, Gallery, Key, Legend, Map, Picture, Section, Table, Words, count, score
-from detection.spikemaps import SpikeMap, spike_maps
+from detection.spikemaps import SpikeMap, rows_of, spike_maps
 
 SCORE_THRESHOLD = 0.3  # detections with a lower score are neither drawn nor counted in an image's F1
 MAX_SIDE = 640  # pixels of a picture
+NUM_PICTURES = 12  # of a contact sheet
 MAX_LABELS = 12  # on a picture with more detections only the wrong ones have a label
 # Names, colours and dashes of boxes.
 RIGHT, WRONG = Key("detection, right", "#1d9bf0"), Key("detection, wrong", "#f0397b")
 FOUND, MISSED = Key("true box, found", "#ffffff", dashed=True), Key("true box, missed", "#ffe14d", dashed=True)
 IGNORED = Key("detection of a difficult box", "#9aa4b0")
+
+
+@torch.no_grad()
+def save_sheet(model: nn.Module, dataset: DetectionDataset, path: Path) -> None:
+    """Save a contact sheet of the first images with predicted and true boxes."""
+    samples = [dataset[index] for index in range(min(NUM_PICTURES, len(dataset)))]
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        found = [model([image.to(device)])[0] for image, _ in samples]
+    predictions = [{key: value.cpu() for key, value in each.items()} for each in found]
+    images, targets = zip(*samples, strict=True)
+    save_png(draw_predictions(images, predictions, targets, dataset.annotations.categories), path)
 
 
 def class_sections(logged: Evaluation | None, found: Mapping[str, Sequence[Any]] | None) -> list[Section]:
@@ -153,12 +169,14 @@ def picture_of(model: nn.Module, record: Record, image: Tensor, found: Match, cl
 
 def maps_of(found: Sequence[SpikeMap], name: str) -> list[Map]:
     """Return the spike maps of an image as grey pictures, brighter where more channels fire, all on one scale."""
-    brightest = max((float(np.quantile(entry.rate, 0.99)) for entry in found), default=0.0) or 1.0
+    shown = [(entry.name, entry) for entry in found]
+    shown += [(f"{entry.name} step {step}", entry) for step, row in rows_of(found).items() for entry in row]
+    brightest = max((float(np.quantile(entry.rate, 0.99)) for _, entry in shown), default=0.0) or 1.0
     maps = []
-    for entry in found:
+    for place, entry in shown:
         height, width = entry.rate.shape
         pixels = (255 * np.clip(entry.rate / brightest, 0, 1)).astype(np.uint8)
-        alt = f"Spike map of {entry.name} on {name}, {width}\N{MULTIPLICATION SIGN}{height} cells"
-        caption = (entry.name, f"{100 * entry.activity:.1f} %")
+        alt = f"Spike map of {place} on {name}, {width}\N{MULTIPLICATION SIGN}{height} cells"
+        caption = (place, f"{100 * entry.activity:.1f} %")
         maps.append(Map(data_uri(Image.fromarray(pixels), "PNG"), alt, caption, width / height))
     return maps

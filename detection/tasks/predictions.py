@@ -42,7 +42,7 @@ def in_batches(items: Iterable[Item], most: int, size: Callable[[Item], int] = l
         yield batch
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AnyPrediction:
     """The answer of a network to one image.
 
@@ -61,6 +61,11 @@ class AnyPrediction:
         """Width and height of the image in pixels, as PIL has it."""
         return self.image.shape[1], self.image.shape[0]
 
+    def __repr__(self) -> str:
+        width, height = self.size
+        of = "" if self.path is None else f"{self.path}, "
+        return f"{type(self).__name__}({of}{width}x{height} pixels: {self})"
+
     def draw(self) -> Image.Image:
         """Return the image with the prediction in it; a small one is enlarged and a huge one reduced."""
         raise NotImplementedError
@@ -70,7 +75,7 @@ class AnyPrediction:
         raise NotImplementedError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Prediction(AnyPrediction):
     """The boxes that a detector finds in one image, highest score first.
 
@@ -119,7 +124,7 @@ class Prediction(AnyPrediction):
         return f"{len(self)} detection{'' if len(self) == 1 else 's'}" + (f" ({counts})" if counts else "")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ClassPrediction(AnyPrediction):
     """The class probabilities of one image.
 

@@ -1,14 +1,13 @@
-"""Runs: train a recipe into one, open the network of one, evaluate one."""
+"""Runs: train a recipe into one, open the network of one."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -18,12 +17,14 @@ from torch import nn
 
 from detection.config import Recipe, flatten, require_same
 from detection.files import require_writable
-from detection.records import DataFingerprint, EpochLog, Evaluation, RunInfo, Weights
+from detection.records import DataFingerprint, EpochLog, RunInfo, Start, Weights
 from detection.runs import Run, describe_environment
 from detection.tasks import task_of
 from detection.tasks.base import Dataset, Task
+from detection.tasks.start import describe, extended, find_extension, start_from, without_weights
 from detection.text import plural, say
-from detection.training import checkpoint
+from detection.training import checkpoint, loggers
+from detection.training.callbacks import Callback
 from detection.training.distillation import learn_from
 from detection.training.distributed import is_broken_connection, synchronise
 from detection.training.precision import choose_precision
@@ -31,7 +32,15 @@ from detection.training.trainer import Losses, Trainer
 
 
 def train_run(
-    config: Recipe, folder: str | Path, command: Sequence[str], *, download: bool = False, resume: bool = False
+    config: Recipe,
+    folder: str | Path,
+    command: Sequence[str],
+    *,
+    download: bool = False,
+    resume: bool = False,
+    extend: int = 0,
+    lr_factor: float = 0.5,
+    callbacks: Sequence[Callback] = (),
 ) -> EpochLog:
     """Train the network of a recipe into a run folder and return the last line of its log.
 
@@ -43,44 +52,73 @@ def train_run(
         command: how the run was started, for its log.
         download: fetch the data if they are missing.
         resume: go on with the run in `folder` from its last checkpoint, or from the beginning if it has none.
+        extend, lr_factor: with `resume`, begin so many epochs behind the end, at such a part of the learning rates.
+        callbacks: called at the turns of the training.
 
     Raises:
         BlockingIOError: another training is writing into the folder.
+        CallbackError: a callback failed; the state is saved.
         ConnectionError: another process of the training has ended, or does not answer.
     """
-    task = task_of(config)
     check_run(config, folder, resume=resume)
-    accelerator = make_accelerator(config, folder)
+    extension = find_extension(Run.open(folder), extend, lr_factor) if resume else None
+    task = task_of(config if extension is None else extended(config, extension))
+    accelerator = make_accelerator(config)
     run, main = Run(Path(folder), config), accelerator.is_main_process
     if main and resume:
         run.lock()
     try:
-        if main and resume and run.finished:  # by another process, just now
+        if main and resume and run.finished and not extend:  # by another process, just now
             raise FileExistsError(f"{folder}: finished already, nothing to go on with")
         task, train, val = read_splits(task, accelerator, download=download)
         run.config = task.config
         set_seed(config.train.seed)
-        model, losses = prepare_model(task, build_model(task), accelerator)
-        val_batches = task.evaluation_batches(val, accelerator)
-        trainer = Trainer(
-            model,
-            task.training_batches(train, accelerator),
-            losses=losses,
-            evaluate=lambda network: task.evaluate(network, val_batches, val, accelerator),
-            goal=task,
-            config=task.config,
-            run=run,
-            accelerator=accelerator,
+        trainer, start = build_trainer(
+            task,
+            (train, val),
+            run,
+            accelerator,
+            goes_on=extend > 0 or (resume and (run.folder / checkpoint.FILE).is_file()),
+            extension=extension,
+            callbacks=[*callbacks, *([loggers.Loggers(accelerator)] if loggers.wanted(config) else [])],
         )
-        line = fit(trainer, describe_run(task, train, val, command), resume=resume)
+        info = describe_run(task, train, val, command, start)
+        line = fit(trainer, info, resume=resume, extend=bool(extend))
         if main:
-            leave_pictures(run)
-            task.finish(accelerator.unwrap_model(model), val, run)
-            run.write_info(run.info().model_copy(update={"sha256": run.checksums()}))
-            (run.folder / checkpoint.FILE).unlink(missing_ok=True)
+            finish(task, trainer.network, val, run)
     finally:
         run.unlock()
     return line
+
+
+def build_trainer(
+    task: Task, splits: tuple[Dataset, Dataset], run: Run, accelerator: Accelerator, *, goes_on: bool, **options: Any
+) -> tuple[Trainer, Start | None]:
+    """Return the trainer of a network that begins, or goes on, and what it starts from."""
+    train, val = splits
+    model, start = begin_model(task, goes_on=goes_on)
+    model, losses = prepare_model(task, model, accelerator)
+    batches, val_batches = task.training_batches(train, accelerator), task.evaluation_batches(val, accelerator)
+    trainer = Trainer(
+        model,
+        batches,
+        losses=losses,
+        evaluate=lambda network: task.evaluate(network, val_batches, val, accelerator),
+        goal=task,
+        config=task.config,
+        run=run,
+        accelerator=accelerator,
+        **options,
+    )
+    return trainer, start
+
+
+def finish(task: Task, model: nn.Module, val: Dataset, run: Run) -> None:
+    """Leave pictures and checksums of the trained network in its run, which has finished then."""
+    leave_pictures(run)
+    task.finish(model, val, run)
+    run.write_info(run.info().model_copy(update={"sha256": run.checksums()}))
+    (run.folder / checkpoint.FILE).unlink(missing_ok=True)
 
 
 def read_splits(task: Task, accelerator: Accelerator, *, download: bool = False) -> tuple[Task, Dataset, Dataset]:
@@ -96,12 +134,14 @@ def read_splits(task: Task, accelerator: Accelerator, *, download: bool = False)
     return task, train, val
 
 
-def describe_run(task: Task, train: Dataset, val: Dataset, command: Sequence[str]) -> RunInfo:
+def describe_run(
+    task: Task, train: Dataset, val: Dataset, command: Sequence[str], start: Start | None = None
+) -> RunInfo:
     """Return what run.json has from the beginning."""
     splits = {"train": train, "val": val}
     data = {name: DataFingerprint(images=len(each), fingerprint=each.fingerprint()) for name, each in splits.items()}
-    facts = {"precision": choose_precision(task.config.train.precision), "data": data, **task.facts(train)}
-    return describe_environment(command).model_copy(update=facts)
+    facts = {"precision": choose_precision(task.config.train.precision), "data": data, "start": start}
+    return describe_environment(command).model_copy(update=facts | task.facts(train))
 
 
 def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> None:
@@ -110,7 +150,7 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
     Raises:
         FileExistsError: there is something in it already.
         FileNotFoundError: with `resume`, there is no run.
-        ImportError: TensorBoard is missing.
+        ImportError: the package of a logger is missing.
         ValueError: the recipe names something that is not registered, or with `resume`, the run has another recipe.
     """
     task_of(config).check_names()
@@ -118,12 +158,11 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
         require_same(flatten(Run.open(folder).config), config, str(folder))
     else:
         require_writable(Run.check_free(folder))
-    if config.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ImportError("train.tensorboard needs TensorBoard: pip install hoyer-det[tensorboard]")
+    loggers.require_packages(config)
 
 
-def make_accelerator(config: Recipe, folder: str | Path | None = None) -> Accelerator:
-    """Return device, precision, algorithms and processes of a run; `folder` is that of a training."""
+def make_accelerator(config: Recipe) -> Accelerator:
+    """Return device, precision, algorithms and processes of a run."""
     train = config.train
     if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
@@ -137,8 +176,6 @@ def make_accelerator(config: Recipe, folder: str | Path | None = None) -> Accele
         # Without a GPU several processes have to be told to use the CPU, or each would train for itself.
         cpu=several and not torch.cuda.is_available(),
         mixed_precision=choose_precision(train.precision),
-        log_with="tensorboard" if train.tensorboard and folder else None,
-        project_dir=folder if train.tensorboard else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=train.timeout_minutes))],
     )
     if str(accelerator.num_processes) != os.environ.get("WORLD_SIZE", "1"):
@@ -187,6 +224,17 @@ def build_model(task: Task) -> nn.Module:
         ) from None
 
 
+def begin_model(task: Task, *, goes_on: bool) -> tuple[nn.Module, Start | None]:
+    """Return the network that a training begins with, and what it has of model.weights; errors as of both functions.
+
+    One that `goes_on` brings its own weights, and none are read.
+    """
+    if goes_on:
+        return build_model(without_weights(task)), None
+    model = build_model(task)
+    return model, start_from(task, model)
+
+
 def load_teacher(task: Task) -> nn.Module:
     """Return the network of distillation.teacher with its last weights, in evaluation mode.
 
@@ -211,8 +259,10 @@ def load_teacher(task: Task) -> nn.Module:
     return load_model(run)
 
 
-def fit(trainer: Trainer, info: RunInfo, *, resume: bool) -> EpochLog:
+def fit(trainer: Trainer, info: RunInfo, *, resume: bool, extend: bool = False) -> EpochLog:
     """Train into the trainer's run; a new run that ends before anything of it is saved leaves no folder.
+
+    With `extend`, a finished run begins the trainer's extension.
 
     Raises:
         ConnectionError: another process of the training has ended, or does not answer.
@@ -220,16 +270,19 @@ def fit(trainer: Trainer, info: RunInfo, *, resume: bool) -> EpochLog:
     run, accelerator, main = trainer.run, trainer.accelerator, trainer.is_main
     if resume:
         require_same_origin(run, info)
-        checkpoint.resume(trainer)  # before anything is written
+        checkpoint.extend(trainer) if extend else checkpoint.resume(trainer)  # before anything else is written
     try:
         if main and resume:
             run.forget_after(trainer.progress.epoch - 1)
-            run.note_resumption(info)
+            run.note_resumption(info, trainer.extension if extend else None)
         elif main:
+            if info.start is not None:
+                say(describe(info.start))
             run.begin(info)
-        accelerator.init_trackers("tensorboard")
+        loggers.start(accelerator, run, trainer.progress.epoch)
         line = trainer.fit()
     except BaseException as error:
+        loggers.stop(accelerator)
         if main and not resume:
             run.discard_if_empty()
         if accelerator.num_processes > 1 and is_broken_connection(error):
@@ -262,11 +315,18 @@ def require_same_origin(run: Run, info: RunInfo) -> None:
 
 def leave_pictures(run: Run) -> None:
     """Draw the curves of a run's log into its folder."""
-    from detection.curves import draw_curves, draw_dynamics, draw_potentials  # which bring matplotlib, slow to import
+    from detection.curves import (
+        draw_anytime,
+        draw_curves,
+        draw_dynamics,
+        draw_potentials,
+    )  # which bring matplotlib, slow to import
     from detection.figures import save_png
 
     task, history = task_of(run.config), run.history()
-    save_png(draw_curves(history, task.metrics, task.score), run.folder / "curves.png")
+    logged = [line.evaluation for line in history if line.evaluation]
+    early = draw_anytime({key: logged[-1].after_steps(key) for key in task.headline} if logged else {})
+    save_png(draw_curves(history, task.metrics, task.score) + early, run.folder / "curves.png")
     dynamics = draw_dynamics(history)
     if dynamics:
         save_png(dynamics + draw_potentials(history), run.folder / "dynamics.png")
@@ -286,9 +346,8 @@ def load_model(run: Run, weights: Weights = "last") -> nn.Module:
         FileNotFoundError: the run has no such weights.
         ValueError: they are damaged or do not fit.
     """
-    config = run.config.model_copy(deep=True)
-    config.model.backbone.weights = None  # what the training started from: the run brings its own
-    model = build_model(task_of(config))
+    config = run.config
+    model = build_model(without_weights(task_of(config)))
     run.load(model, weights)
     if config.train.channels_last:  # as in training, for the same rounding
         model.to(memory_format=torch.channels_last)
@@ -317,38 +376,3 @@ def read_evaluation_data(run: Run) -> Dataset:
         return task_of(run.config).read("val")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; if the data lie elsewhere now, say where: --data.root FOLDER") from None
-
-
-def evaluate_run(
-    folder: str | Path,
-    weights: Weights = "last",
-    *,
-    data_root: str | Path | None = None,
-    save: str | Path | None = None,
-) -> tuple[Evaluation, EpochLog]:
-    """Return the metrics of a saved run, computed anew, and the log line of the epoch that the weights come from.
-
-    Args:
-        folder: the run, as `Run.open` takes it.
-        weights: which of its weights.
-        data_root: where its data lie now; None: where they lay when it was trained.
-        save: folder for files about the predictions, see `Task.evaluate`; must not exist, or be empty.
-
-    Raises:
-        FileExistsError: there is something in `save` already.
-        FileNotFoundError: no such run, weights, or data.
-        ImportError: the package of the run's evaluation.backend is not installed.
-        ValueError: the weights are damaged or do not fit.
-    """
-    if save is not None:
-        save = Run.check_free(save)
-        require_writable(save)
-    run = Run.open(folder, data_root)
-    task = task_of(run.config)
-    logged = run.logged(weights, task.best_by)
-    model, accelerator = load_for_evaluation(run, weights)
-    dataset = read_evaluation_data(run)
-    if accelerator.is_main_process:
-        tell_dropped(val=dataset)
-    batches = task.evaluation_batches(dataset, accelerator)
-    return task.evaluate(model, batches, dataset, accelerator, save=save), logged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ class Progress:
         step: optimiser steps of it that are done.
         lr: learning rate at its beginning.
         best: highest value so far of the metric that decides about the "best" weights.
+        waited: evaluations since that value.
         evaluated: whether there has been an evaluation.
         seconds: spent on the steps of this epoch.
         num_images: this process's images of these steps.
@@ -52,6 +54,7 @@ class Progress:
     step: int = Field(0, ge=0)
     lr: float = 0.0
     best: float = float("-inf")
+    waited: int = Field(0, ge=0)
     evaluated: bool = False
     seconds: float = 0.0
     num_images: int = 0
@@ -188,6 +191,24 @@ def resume(trainer: Trainer) -> None:
         raise ValueError(
             f"{folder / FILE} does not fit the network of {folder / 'config.yaml'}: {' '.join(str(error).split())}"
         ) from None
+
+
+def extend(trainer: Trainer) -> None:
+    """Begin the epochs behind those of a finished run: its last weights, a new optimiser; saved at once.
+
+    Raises:
+        FileNotFoundError: the run has no weights.
+        ValueError: they are damaged or do not fit.
+    """
+    run, metric = trainer.run, trainer.goal.best_by
+    run.load(trainer.network, "last")
+    if trainer.average:
+        run.load(trainer.average.module, "ema")
+        trainer.average.n_averaged.fill_(1)  # or else its first update would begin a new average
+    history = run.history()
+    scores = [line.metrics[metric] for line in history if metric in line.metrics]
+    trainer.progress = Progress(epoch=history[-1].epoch + 1, best=max(scores, default=-math.inf), evaluated=True)
+    save(trainer, random_states())
 
 
 def _take_over(trainer: Trainer, state: Checkpoint, own: ProcessState) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,21 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from backbones import average_steps, time_steps
+from detection.config import Recipe
 from detection.training.trainer import Losses
 
 if TYPE_CHECKING:
     from detection.tasks.base import Task
+
+
+def require_same_input(ours: Recipe, theirs: Recipe, *sizes: str) -> None:
+    """Raise ValueError unless a teacher's recipe has images of as many channels as ours, and of the sizes, by key."""
+    if theirs.data.channels != ours.data.channels:
+        raise ValueError(f"its images have {theirs.data.channels} channels, this recipe's {ours.data.channels}")
+    for key in sizes:
+        known, wanted = attrgetter(key)(theirs), attrgetter(key)(ours)
+        if known != wanted:
+            raise ValueError(f"{key} is {known}, this recipe's is {wanted}; a teacher sees the images of its student")
 
 
 def learn_from(teacher: nn.Module, student: nn.Module, task: Task, accelerator: Accelerator) -> Losses:

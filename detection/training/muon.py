@@ -31,8 +31,8 @@ class Muon(AdamW):
     Args:
         matrices: groups for Muon, as torch's optimisers take them: weights of two or more dimensions.
         others: groups for AdamW.
-        lr: of `others`.
-        muon_lr: of `matrices`.
+        lr: of `others` that have none of their own.
+        muon_lr: of such `matrices`.
         momentum: mu.
         newton_steps: of the iteration.
         interval: steps between two orthogonalisations of a weight; the last O is applied in between.
@@ -50,7 +50,7 @@ class Muon(AdamW):
         interval: int = 1,
     ) -> None:
         own = {"muon": True, "lr": muon_lr, "momentum": momentum, "newton_steps": newton_steps, "interval": interval}
-        groups = [group | own for group in matrices] + [group | {"muon": False} for group in others]
+        groups = [own | group for group in matrices] + [group | {"muon": False} for group in others]
         super().__init__([group for group in groups if group["params"]], lr=lr)
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,9 +15,14 @@ from detection.config import schema
 from detection.training.muon import Muon
 
 
-def build_optimizer(model: nn.Module, config: schema.Optimizer, predictions: Collection[str] = ()) -> Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    config: schema.Optimizer,
+    predictions: Collection[str] = (),
+    factors: Mapping[str, float] | None = None,
+) -> Optimizer:
     """Return `choose_optimizer`'s optimiser, whose steps scale gradients as the arithmetic of a layer wants it."""
-    optimizer = choose_optimizer(model, config, predictions)
+    optimizer = choose_optimizer(model, config, predictions, factors)
     if layers := arithmetic_layers(model):
 
         def scale(*_: Any) -> None:
@@ -28,7 +33,12 @@ def build_optimizer(model: nn.Module, config: schema.Optimizer, predictions: Col
     return optimizer
 
 
-def choose_optimizer(model: nn.Module, config: schema.Optimizer, predictions: Collection[str] = ()) -> Optimizer:
+def choose_optimizer(
+    model: nn.Module,
+    config: schema.Optimizer,
+    predictions: Collection[str] = (),
+    factors: Mapping[str, float] | None = None,
+) -> Optimizer:
     """Return AdamW, Adam with AMSGrad, SGD with momentum 0.9, or Muon for the hidden convolutions.
 
     Weight decay only on tensors of two or more dimensions.
@@ -37,24 +47,32 @@ def choose_optimizer(model: nn.Module, config: schema.Optimizer, predictions: Co
         model: its parameters that require a gradient.
         config: of the recipe.
         predictions: parts of names of the layers whose outputs are predictions, which Muon is not meant for.
+        factors: on the learning rate, by parameter; 1 where there is none. The groups without one come first.
     """
+    factors = factors or {}
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     hidden = hidden_convolutions(model, predictions) & parameters.keys() if config.name == "muon" else set()
-    rest = [parameter for name, parameter in parameters.items() if name not in hidden]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
+
+    def groups(names: Iterable[str], decay: float, lr: float) -> list[dict[str, Any]]:
+        """A group for each factor, that of 1 first."""
+        chosen: dict[float, list[nn.Parameter]] = {1.0: []}
+        for name in names:
+            chosen.setdefault(factors.get(name, 1.0), []).append(parameters[name])
+        return [{"params": some, "weight_decay": decay, "lr": lr * factor} for factor, some in chosen.items()]
+
+    rest = [name for name in parameters if name not in hidden]
+    decayed = [name for name in rest if parameters[name].dim() >= 2]
+    others = [name for name in rest if parameters[name].dim() < 2]
+    adapted = groups(decayed, config.weight_decay, config.lr) + groups(others, 0.0, config.lr)
     if config.name == "sgd":
-        return SGD(groups, lr=config.lr, momentum=0.9)
+        return SGD(adapted, lr=config.lr, momentum=0.9)
     if config.name == "adam":
-        return Adam(groups, lr=config.lr, amsgrad=True)
+        return Adam(adapted, lr=config.lr, amsgrad=True)
     if config.name == "adamw":
-        return AdamW(groups, lr=config.lr)
-    matrices = [parameter for name, parameter in parameters.items() if name in hidden]
+        return AdamW(adapted, lr=config.lr)
     return Muon(
-        [{"params": matrices, "weight_decay": config.muon_decay}],
-        groups,
+        groups([name for name in parameters if name in hidden], config.muon_decay, config.muon_lr),
+        adapted,
         lr=config.lr,
         muon_lr=config.muon_lr,
         momentum=config.muon_momentum,
@@ -77,6 +95,11 @@ def hidden_convolutions(model: nn.Module, predictions: Collection[str] = ()) -> 
         and getattr(convolutions[name], "is_product", True)
         and not any(part in name.split(".") for part in predictions)
     }
+
+
+def shrink(config: schema.Optimizer, factor: float) -> schema.Optimizer:
+    """Return the settings with both learning rates multiplied by a factor."""
+    return config.model_copy(update={"lr": config.lr * factor, "muon_lr": config.muon_lr * factor})
 
 
 def build_schedule(optimizer: Optimizer, config: schema.Optimizer, num_steps: int) -> LRScheduler:

@@ -1,8 +1,15 @@
-"""Mixed precision: what "auto" stands for, and passes without an accelerator."""
+"""Precision: what "auto" stands for, passes without an accelerator, numbers that are not finite."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from torch import Tensor
+
+# Below it even the least gradients of a sane loss would be lost: what overflows then is not the precision's fault.
+LEAST_SCALE = 2.0**-10
 
 
 def choose_precision(precision: str) -> str:
@@ -20,3 +27,29 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(precision))
     usable = dtype is not None and not (dtype == torch.float16 and device.type == "cpu")
     return torch.autocast(device.type, dtype if usable else None, enabled=usable)
+
+
+def require_finite(
+    loss: Tensor, norm: Tensor, losses: Mapping[str, Tensor], scaler: Any, where: str, images: str
+) -> None:
+    """Raise FloatingPointError if the loss of a step, or the norm of its gradient, is not finite.
+
+    With fp16 a gradient may overflow: the scaler then skips the step and scales less. Only at a scale that leaves
+    nothing to blame but the network it is an error.
+
+    Args:
+        loss, norm: shape ().
+        losses: by name, for the message.
+        scaler: of the gradients; None: not fp16.
+        where: the step, in words.
+        images: of the step, in words.
+    """
+    finite_loss, finite_norm = torch.isfinite(torch.stack([loss, norm.to(loss.device)])).tolist()
+    overflow = scaler is not None and scaler.get_scale() >= LEAST_SCALE
+    if finite_loss and (finite_norm or overflow):
+        return
+    values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+    raise FloatingPointError(
+        f"the {'gradient' if finite_loss else 'loss'} is not finite in {where}: {values}"
+        f"{f'; {images}' if images else ''}; a lower optimizer.lr or optimizer.clip_norm may help"
+    )

@@ -39,6 +39,10 @@ class Interrupted(Exception):
         self.number = number
 
 
+class CallbackError(RuntimeError):
+    """Error for a callback that failed; the state of the training is saved."""
+
+
 class Screen(Console):
     """A console whose lost reader, such as `head`, is an error as for `print`; rich would end with status 1."""
 

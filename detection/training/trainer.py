@@ -18,21 +18,22 @@ from backbones import hoyer_penalties, logged_state, recompute_activations, reco
 from detection.config import Recipe
 from detection.data.batches import Batches
 from detection.data.loaders import LoaderError
-from detection.records import EpochLog, Evaluation
+from detection.records import EpochLog, Evaluation, Extension
 from detection.runs import Run
-from detection.text import say
+from detection.text import plural, say
+from detection.training.callbacks import Callback, Callbacks, Step
 from detection.training.checkpoint import Progress, random_states, save
 from detection.training.collapse import silent_layers, warnings_of
 from detection.training.display import LineClock, progress_bar, resume_command, summary
 from detection.training.distributed import any_process, share_buffers
-from detection.training.optim import average_weights, build_optimizer, build_schedule
+from detection.training.memory import forget_peak_memory, peak_memory
+from detection.training.optim import average_weights, build_optimizer, build_schedule, shrink
+from detection.training.parts import describe_parts, factors_of, freeze
+from detection.training.precision import require_finite
 from detection.training.signals import Interrupted, SaveClock, Screen, StopSignals
 
 Losses = Callable[[nn.Module, Any], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module], Evaluation]
-
-# Below it even the least gradients of a sane loss would be lost: what overflows then is not the precision's fault.
-LEAST_SCALE = 2.0**-10
 
 
 class Goal(Protocol):
@@ -41,6 +42,7 @@ class Goal(Protocol):
     best_by: str
     headline: tuple[str, ...]
     prediction_layers: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]]
 
     def describe_batch(self, batch: Any) -> str: ...
 
@@ -66,9 +68,12 @@ class Trainer:
         config: the recipe.
         run: takes the log line of each epoch, the weights and the checkpoints.
         accelerator: device, mixed precision and processes.
+        extension: the further cycle of the schedule that the training is in; None: the recipe's own.
+        callbacks: called at the turns of the training, in the main process.
 
     Raises:
-        ValueError: there are no batches.
+        TypeError: something among the callbacks is none.
+        ValueError: there are no batches, or a part that the recipe names is not there.
     """
 
     def __init__(
@@ -82,14 +87,21 @@ class Trainer:
         config: Recipe,
         run: Run,
         accelerator: Accelerator,
+        extension: Extension | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         if not len(batches):
             raise ValueError("no training batches: there are too few images")
         self.batches, self.losses, self._evaluate, self.goal = batches, losses, evaluate, goal
-        self.config, self.run, self.accelerator = config, run, accelerator
+        self.config, self.run, self.accelerator, self.extension = config, run, accelerator, extension
         self.num_steps = math.ceil(len(batches) / config.train.accumulate)
-        optimizer = build_optimizer(model, config.optimizer, goal.prediction_layers)
-        self.schedule = build_schedule(optimizer, config.optimizer, self.num_steps * config.train.epochs)
+        settings, epochs = config.optimizer, config.train.epochs
+        if extension is not None:
+            settings, epochs = shrink(settings, extension.lr_factor), epochs - extension.after
+        self.frozen = freeze(model, config.train.freeze, goal.parts)
+        self.factors = factors_of(model, settings.lr_factors, goal.parts)
+        optimizer = build_optimizer(model, settings, goal.prediction_layers, self.factors)
+        self.schedule = build_schedule(optimizer, settings, self.num_steps * epochs)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = average_weights(self.network, config.train.ema_decay)
         self.progress = Progress()
@@ -97,6 +109,7 @@ class Trainer:
         self.clock = SaveClock(config.train.save_minutes, config.train.save_steps)
         self.console = Screen(highlight=False, markup=False, soft_wrap=True, quiet=not self.is_main)
         self._lines = LineClock(self.console)
+        self.callbacks = Callbacks(callbacks, run, self.is_main)
 
     @property
     def network(self) -> nn.Module:
@@ -112,19 +125,23 @@ class Trainer:
         """Train to the end of the last epoch and return its line of the log.
 
         Raises:
+            CallbackError: a callback failed; the state was saved.
             FloatingPointError: loss or gradient is not finite; names epoch, step, each loss and the images. The
                 checkpoint on disk is an earlier one.
             Interrupted: SIGTERM or Ctrl-C; the step under way was finished and the state saved.
         """
-        epochs = self.config.train.epochs
         line = None
+        for sentence in describe_parts(self.network, self.factors):
+            self.console.print(sentence)
+        forget_peak_memory()
         with self.signals.watch(), progress_bar(self.console) as self.bar:
             self.task = self.bar.add_task("", total=self.num_steps)
             try:
-                while self.progress.epoch <= epochs:
+                self.tell("on_train_begin", self.network)
+                while not self.has_ended:
                     line = self.run_epoch()
                     self.progress.next_epoch()
-                    if self.progress.epoch <= epochs:
+                    if not self.has_ended:
                         self.save_or_stop(always=line.epoch == 1)  # from then on the log never is without a checkpoint
             except LoaderError:
                 if not self.signals.wait():
@@ -132,7 +149,26 @@ class Trainer:
                 # All processes were told to stop, the loader's too: in the middle of a step there is nothing to save.
                 sentence = f"stopped together with its loader processes; go on with: {resume_command(self.run)}"
                 raise Interrupted(sentence if self.is_main else "", self.signals.received) from None
-        return self.run.history()[-1] if line is None else line
+        if self.progress.epoch <= self.config.train.epochs:
+            waited, best = self.progress.waited, f"{self.goal.best_by} {self.progress.best:.4f}"
+            self.console.print(
+                f"ended early: {plural(waited, 'evaluation')} without more than {best} (train.patience {waited})"
+            )
+        line = self.run.history()[-1] if line is None else line
+        self.tell("on_train_end", line)
+        return line
+
+    def tell(self, event: str, *arguments: Any) -> None:
+        """Tell the callbacks between two steps; if one fails, save and raise its error."""
+        if self.callbacks.callbacks:
+            self.callbacks.tell(event, *arguments)
+            self.save_or_stop()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all epochs are done, or `train.patience` has run out."""
+        train, progress = self.config.train, self.progress
+        return progress.epoch > train.epochs or 0 < train.patience <= progress.waited
 
     def run_epoch(self) -> EpochLog:
         """Do the rest of an epoch, evaluate, log and keep the weights."""
@@ -140,17 +176,22 @@ class Trainer:
         self.bar.reset(self.task, completed=progress.step, description=f"epoch {progress.epoch}/{train.epochs}")
         if progress.step == 0:
             progress.lr = self.schedule.get_last_lr()[0]
+        self.tell("on_epoch_begin", progress.epoch)
         line = self.train_epoch()
         if progress.epoch % train.eval_every == 0 or progress.epoch == train.epochs:
             self.evaluate(line)
+            self.callbacks.tell("on_evaluation", progress.epoch, line.evaluation)
         line.silent = silent_layers(line)
         self.keep(line)
+        self.callbacks.tell("on_epoch_end", line)  # an error waits until the epoch is done
         return line
 
     def train_epoch(self) -> EpochLog:
         """Do the rest of an epoch's steps and return what the log says of them: means over steps and processes."""
         progress, accumulate = self.progress, self.config.train.accumulate
         self.model.train()
+        for module in self.frozen:
+            module.eval()
         self.batches.set_epoch(progress.epoch, progress.step * accumulate)
         source = iter(self.batches) if progress.step < self.num_steps else iter(())
         started = time.perf_counter() - progress.seconds
@@ -164,6 +205,9 @@ class Trainer:
             where = f"epoch {progress.epoch}/{self.config.train.epochs}  step {step}/{self.num_steps}"
             self._lines.show(where, loss, progress.num_images * self.accelerator.num_processes / progress.seconds)
             self.clock.num_steps += 1
+            if self.callbacks.callbacks:
+                told = Step(progress.epoch, step, self.num_steps, loss.detach(), self.schedule.get_last_lr()[0])
+                self.callbacks.tell("on_step_end", told)
             self.save_or_stop()
         return self.describe_epoch()
 
@@ -198,7 +242,8 @@ class Trainer:
         self.accelerator.unscale_gradients(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
-        self.check_finite(loss, norm, losses, [batch for batch, _ in parts], where)
+        images = ", ".join(filter(None, (self.goal.describe_batch(batch) for batch, _ in parts)))
+        require_finite(loss, norm, losses, self.accelerator.scaler, where, images)
         if self.config.optimizer.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip_norm, norm)
         self.optimizer.step()
@@ -251,26 +296,6 @@ class Trainer:
             return hoyer.weight
         return hoyer.weight * min(1.0, (progress.epoch - 1 + progress.step / self.num_steps) / hoyer.warmup_epochs)
 
-    def check_finite(
-        self, loss: Tensor, norm: Tensor, losses: dict[str, Tensor], batches: Sequence[Any], where: str
-    ) -> None:
-        """Raise FloatingPointError if the loss, or the norm of the gradient, is not finite.
-
-        With fp16 a gradient may overflow: the scaler then skips the step and scales less. Only at a scale that leaves
-        nothing to blame but the network it is an error.
-        """
-        finite_loss, finite_norm = torch.isfinite(torch.stack([loss, norm.to(loss.device)])).tolist()
-        scaler = self.accelerator.scaler
-        overflow = scaler is not None and scaler.get_scale() >= LEAST_SCALE
-        if finite_loss and (finite_norm or overflow):
-            return
-        values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-        images = ", ".join(filter(None, map(self.goal.describe_batch, batches)))
-        raise FloatingPointError(
-            f"the {'gradient' if finite_loss else 'loss'} is not finite in {where}: {values}"
-            f"{f'; {images}' if images else ''}; a lower optimizer.lr or optimizer.clip_norm may help"
-        )
-
     def describe_epoch(self) -> EpochLog:
         """Return what the log says of an epoch's steps."""
         progress, num_processes = self.progress, self.accelerator.num_processes
@@ -290,6 +315,7 @@ class Trainer:
             losses={name.removeprefix("loss/"): value.item() for name, value in means.items()},
             seconds=round(progress.seconds, 3),
             images_per_second=round(progress.num_images * num_processes / progress.seconds, 3),
+            memory_mib=peak_memory(self.accelerator.device),
             layers=layers,
         )
 
@@ -319,6 +345,8 @@ class Trainer:
         """Log the line of an epoch, keep the weights, say it on the screen."""
         score = line.metrics.get(self.goal.best_by, -math.inf)
         better, self.progress.best = score > self.progress.best, max(self.progress.best, score)
+        if line.evaluation is not None:
+            self.progress.waited = 0 if better else self.progress.waited + 1
         if self.is_main:
             self.run.save(self.network, "last")
             if self.average:
@@ -336,18 +364,19 @@ class Trainer:
             for kind, sentence in line.warnings.items():
                 if kind not in known:
                     say(f"warning: epoch {line.epoch}: {sentence}", error=True)
-        scalars = {key: value for key, value in line.to_json().items() if isinstance(value, float)}
-        self.accelerator.log(scalars, step=line.epoch)
         self.console.print(summary(line, self.config.train.epochs, self.goal.best_by, self.goal.headline))
 
     # Checkpoints
 
     def save_or_stop(self, always: bool = False) -> None:
         """Save where a checkpoint is due; save and raise `Interrupted` where a signal has come to any process."""
-        stop, due = any_process(self.accelerator, bool(self.signals.received), always or self.clock.due())
+        failed = self.callbacks.error
+        stop, due = any_process(self.accelerator, bool(self.signals.received or failed), always or self.clock.due())
         if stop or due:
             save(self, random_states())
             self.clock.restart()
+        if failed:
+            raise failed
         if stop:
             raise self.interruption()
 

@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import ModuleType
@@ -24,9 +25,9 @@ from detection.config.schema import Events
 from detection.data.events.frames import Size, events_to_frames, frames_to_pixels
 from detection.data.events.prophesee import EVENT, Recording
 from detection.data.records import NUM_THREADS, check_classes, require_folder
+from detection.files import EVENT_SUFFIXES as SUFFIXES
 from detection.text import printable
 
-SUFFIXES = (".dat", ".bin", ".aedat")
 DVS128 = (128, 128)  # the sensor of DVS-CIFAR10: its files do not say
 
 
@@ -69,6 +70,60 @@ def read_events(path: Path) -> tuple[np.ndarray, Size]:
         before, after = events["t"][backwards[0] :][:2]
         raise ValueError(f"{path}: the clock jumps backwards, from {before} to {after} microseconds")
     return events, size or (int(events["y"].max()) + 1, int(events["x"].max()) + 1)
+
+
+def read_recording(path: Path, size: int, settings: Events) -> Tensor:
+    """Return the image of a whole recording.
+
+    Shape: (2 steps, size, size) uint8.
+
+    Raises:
+        OSError, ModuleNotFoundError, ValueError: see `read_events`, or an event lies outside of the sensor.
+    """
+    with _named(path):
+        events, sensor = read_events(path)
+        frames = events_to_frames(events, settings.sensor or sensor, settings.steps, settings.by)
+    return frames_to_pixels(frames, (size, size), settings.full)
+
+
+def read_windows(path: Path, settings: Events) -> Iterator[Tensor]:
+    """Yield the images of a recording, one for each `settings.window` seconds, in the order of time.
+
+    A .dat file is read window by window: memory holds one of them, however long it is.
+
+    Shape: (2 steps, height, width) uint8 each.
+
+    Raises:
+        OSError, ModuleNotFoundError, ValueError: see `read_events`, or an event lies outside of the sensor.
+    """
+    length = round(1e6 * settings.window)
+    if path.suffix.lower() == ".dat":
+        recording = Recording(path)
+        size, start, end = (recording.height, recording.width), recording.start, recording.end
+        between = recording.between
+    else:
+        events, size = read_events(path)
+        start, end = int(events["t"][0]), int(events["t"][-1])
+
+        def between(start: int, end: int) -> np.ndarray:
+            return events[slice(*np.searchsorted(events["t"], (start, end)))]
+
+    if settings.sensor is None and None in size:
+        raise ValueError(f"{path}: its header has no size of the sensor; the recipe has no data.events.sensor either")
+    for first in range(start, end + 1, length):
+        window = (first, first + length)
+        with _named(path):
+            frames = events_to_frames(between(*window), settings.sensor or size, settings.steps, settings.by, window)
+        yield frames_to_pixels(frames, settings.sensor or size, settings.full)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in errors that do not."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def list_recordings(
@@ -127,13 +182,9 @@ def read_classified(
 
     def read(file: tuple[Path, int]) -> Tensor | str:
         try:
-            events, sensor = read_events(file[0])
-            sensor = settings.sensor or sensor
-            frames = events_to_frames(events, sensor, settings.steps, settings.by)
+            return read_recording(file[0], size, settings)
         except (OSError, ValueError) as error:
-            sentence = str(error) if str(file[0]) in str(error) else f"{file[0]}: {error}"
-            return printable(f"{sentence}; recording left out")
-        return frames_to_pixels(frames, (size, size), settings.full)
+            return printable(f"{error}; recording left out")
 
     with ThreadPool(NUM_THREADS) as pool:
         found = pool.map(read, files, chunksize=16)

@@ -1,0 +1,308 @@
+"""Recognition of a folder's format by what lies in it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import mmap
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from detection.data.csv_files import SPLITS, read_header, read_table, rows_of
+from detection.data.image_files import is_image, visible_files
+from detection.data.voc import parse_xml
+from detection.data.voc_folders import IMAGES, find_split, flat_pair
+from detection.data.yolo import NOT_LABELS, find_set
+from detection.text import plural
+
+SAMPLE = 20  # files of a kind that are looked into
+FRACTION = 0.2  # of the images, for validation, where there is one set alone
+SOUGHT = (
+    "data.yaml or classes.txt with label files (yolo), JSON with images, annotations and categories, such as "
+    "train/_annotations.coco.json (coco), XML files in Annotations, annotations or beside images (voc), CSV files with "
+    "a header (csv)"
+)
+
+
+class Layout(NamedTuple):
+    """A format that a folder may have.
+
+    Attributes:
+        format: its name, as `data.format`.
+        saw: what speaks for it, a sentence each.
+        share: of the files that were looked into, the part that is as the format says.
+        values: keys of a recipe's section `data`.
+        test: value of `data.val` by which the test set is read, which is in neither split; empty: none.
+        test_images: the same of `data.val_images`.
+    """
+
+    format: str
+    saw: tuple[str, ...]
+    share: float
+    values: dict[str, Any]
+    test: tuple[str, ...] = ()
+    test_images: str = ""
+
+
+def recognise(root: Path, format: str | None = None) -> list[Layout]:
+    """Return the formats that a folder may have, the likeliest first; at least one.
+
+    Args:
+        root: the folder.
+        format: the only one to look for; None: all.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: it has none of the formats; says what was looked for.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    if format is not None and format not in LOOKS:
+        raise ValueError(f"format {format!r}: recognised are {', '.join(LOOKS)}")
+    found = [LOOKS[name](root) for name in LOOKS if format in (None, name)]
+    layouts = sorted((each for each in found if each is not None), key=lambda each: -each.share)
+    if not layouts:
+        inside = list(itertools.islice(visible_files(root), 2000))
+        pictures = sum(map(is_image, inside))
+        sought = SOUGHT if format is None else f"files of format {format}"
+        more = f"{plural(pictures, 'image')}, but " if pictures else ""
+        raise ValueError(f"{root}: not a data set that is recognised: {more}none of {sought}")
+    return layouts
+
+
+def _splits(names: Mapping[str, Any]) -> dict[str, Any]:
+    """What belongs to train, val and test by names such as train2017; test serves as val where there is none."""
+    found: dict[str, Any] = {}
+    for name, value in sorted(names.items()):
+        words = re.findall("[a-z]+", name.lower())
+        for split, synonyms in SPLITS.items():
+            if any(word in synonyms for word in words):
+                found.setdefault(split, value)
+    if "train" in found and "val" not in found and "test" in found:
+        found["val"] = found.pop("test")
+    return found
+
+
+def _values(format: str, root: Path, splits: Mapping[str, str], alone: str | None = None) -> dict[str, Any] | None:
+    """The keys of `data` for splits, or for one set alone; None where there is neither."""
+    values: dict[str, Any] = {"format": format, "root": str(root)}
+    if "train" in splits and "val" in splits:
+        return values | {"train": [splits["train"]], "val": [splits["val"]]}
+    one = alone if alone is not None else splits.get("train", next(iter(splits.values()), None))
+    return None if one is None else values | {"train": [one], "val_fraction": FRACTION}
+
+
+def _lists(root: Path) -> dict[str, str]:
+    """Names of the lists of images in a folder, such as train.txt, by themselves."""
+    return {path.name: path.name for path in root.glob("*.txt") if path.stem.lower() in sum(SPLITS.values(), ())}
+
+
+# YOLO
+
+
+def _yolo(root: Path) -> Layout | None:
+    try:
+        found = find_set(root, [])
+    except FileNotFoundError:
+        return None
+    labels = [path for path in visible_files(root) if path.suffix == ".txt" and path.name not in NOT_LABELS]
+    sample = [path for path in sorted(labels) if path.stat().st_size < 10**6][:: max(1, len(labels) // SAMPLE)]
+    lines = [line.split() for path in sample for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    good = sum(len(line) >= 5 and all(map(_is_number, line)) for line in lines)
+    if not good:
+        return None
+    saw = (
+        f"{found.source.name} names {plural(len(found.names), 'class', 'classes')}",
+        f"{good} of {plural(len(lines), 'line')} in {plural(len(sample), 'text file')} are a class and numbers",
+    )
+    values: dict[str, Any] | None = {"format": "yolo", "root": str(root)}
+    test: tuple[str, ...] = ()
+    if "train" in found.splits and "val" in found.splits:
+        test = ("test",) if "test" in found.splits else ()
+    elif "train" in found.splits and "test" in found.splits:
+        values["val"] = ["test"]
+    elif "train" in found.splits:
+        values["val_fraction"] = FRACTION
+    else:
+        place = next((path for path in root.iterdir() if path.is_dir() and path.name.lower() == "images"), root)
+        inside, tops = (
+            {path.name: path.relative_to(root).as_posix() for path in folder.iterdir() if path.is_dir()}
+            for folder in (place, root)
+        )
+        splits = _splits(_lists(root)) or _splits(inside) or _splits(tops)
+        values = _values("yolo", root, splits, None if splits else place.relative_to(root).as_posix())
+        test = (splits["test"],) if values.get("val") and "test" in splits else ()
+    return Layout("yolo", saw, good / max(1, len(lines)), values, test)
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return float(text) == float(text)
+    return False
+
+
+# COCO
+
+
+def _coco(root: Path) -> Layout | None:
+    files = [path for path in _near(root, ".json") if _is_coco(path)]
+    instances = [path for path in files if "instances" in path.name]
+    files = instances or files
+    if not files:
+        return None
+    names = {path.relative_to(root).as_posix(): path for path in files}
+    splits = _splits(names)
+    if not splits and len(files) > 1:
+        return None
+    folders = {split: _image_folder(root, path) for split, path in splits.items()}
+    relative = {split: path.relative_to(root).as_posix() for split, path in splits.items()}
+    values = _values("coco", root, relative, None if splits else next(iter(names)))
+    one = None if splits else files[0]
+    values["train_images"] = folders.get("train") if one is None else _image_folder(root, one)
+    if values["train_images"] is None:
+        values["train_images"] = next(iter(folders.values()), "")
+    if "val" in values:
+        values["val_images"] = folders["val"]
+    test = (relative["test"],) if "val" in values and "test" in splits else ()
+    sample = [path for path in names if names[path] in (*splits.values(), one)]
+    saw = tuple(f"{name} has images, annotations and categories" for name in sample)
+    return Layout("coco", saw, 1.0, values, test, folders.get("test", ""))
+
+
+def _near(root: Path, suffix: str) -> list[Path]:
+    """Files with a suffix in a folder, and one and two levels lower, sorted."""
+    found = [path for pattern in ("*", "*/*", "*/*/*") for path in root.glob(pattern + suffix)]
+    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+
+def _is_coco(path: Path) -> bool:
+    """Whether the names of the three lists stand in a file; it may be too large to be parsed for that."""
+    if path.stat().st_size < 2:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return all(content.find(f'"{key}"'.encode()) >= 0 for key in ("images", "annotations", "categories"))
+
+
+def _image_folder(root: Path, source: Path) -> str:
+    """The folder, from the root, in which the first image of a COCO file lies."""
+    with source.open("rb") as file:
+        head = file.read(2**20).decode(errors="replace")
+    said = re.search(r'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', head)
+    name = json.loads(said[1]).replace("\\", "/") if said else ""
+    split = re.sub("^(instances|annotations)_?|_?(annotations|instances|coco)$", "", source.stem)
+    places = [source.parent, root, root / split, root / "images" / split, root / "images", source.parent / "images"]
+    places += sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir())
+    fitting = next((place for place in places if name and (place / name).is_file()), source.parent)
+    folder = fitting.relative_to(root).as_posix()
+    return "" if folder == "." else folder
+
+
+# VOC
+
+
+def _voc(root: Path) -> Layout | None:
+    devkits = [path.parents[1] for depth in ("", "*/", "*/*/") for path in root.glob(f"{depth}ImageSets/Main")]
+    found = _devkit(root, sorted(devkits)) if devkits else _flat_voc(root)
+    if found is None:
+        return None
+    values, test, what = found
+    sample: list[Path] = []
+    for split in values["train"]:
+        place = find_split(root, split, [])
+        sample += [place.sources / f"{key}.xml" for key in place.keys[:: max(1, len(place.keys) // SAMPLE)]]
+    good = sum(map(_is_voc, sample))
+    if not good:
+        return None
+    saw = (what, f"{good} of {plural(len(sample), 'file')} looked into are XML with an annotation")
+    return Layout("voc", saw, good / len(sample), values, test)
+
+
+def _devkit(root: Path, devkits: Sequence[Path]) -> tuple[dict[str, Any], tuple[str, ...], str] | None:
+    """trainval and test, or train and val, of all years."""
+    lists: dict[str, list[str]] = {}
+    for devkit in devkits:
+        for path in sorted((devkit / "ImageSets" / "Main").glob("*.txt")):
+            first = next(iter(path.read_text(errors="replace").splitlines()), "").strip()
+            if (
+                path.stem in ("train", "val", "trainval", "test")
+                and (devkit / "Annotations" / f"{first}.xml").is_file()
+            ):
+                folder = devkit.relative_to(root).as_posix()
+                lists.setdefault(path.stem, []).append(path.stem if folder == "." else f"{folder}/{path.stem}")
+    for train, val in (("trainval", "test"), ("train", "val"), ("train", "test")):
+        if train in lists and val in lists:
+            test = tuple(lists.get("test", ())) if val == "val" else ()
+            values = {"format": "voc", "root": str(root), "train": lists[train], "val": lists[val]}
+            return values, test, f"ImageSets/Main has {', '.join(sorted(lists))}"
+    one = lists.get("trainval") or lists.get("train") or next(iter(lists.values()), None)
+    values = {"format": "voc", "root": str(root), "train": one, "val_fraction": FRACTION}
+    return None if one is None else (values, (), f"ImageSets/Main has {', '.join(sorted(lists))}")
+
+
+def _flat_voc(root: Path) -> tuple[dict[str, Any], tuple[str, ...], str] | None:
+    tops = {path.name: path.name for path in root.iterdir() if path.is_dir() and flat_pair(path) is not None}
+    inner = [path for top in root.iterdir() if top.name.lower() in IMAGES and top.is_dir() for path in top.iterdir()]
+    inside = {path.name: path.name for path in inner if path.is_dir() and flat_pair(root, path.name) is not None}
+    pair = flat_pair(root)
+    splits = _splits(inside) or _splits(tops) or (_splits(_lists(root)) if pair else {})
+    values = _values("voc", root, splits, "." if pair and not splits else None)
+    if values is None:
+        return None
+    test = (splits["test"],) if "val" in values and "test" in splits else ()
+    return values, test, "XML files in " + ", ".join(sorted(splits.values()) or ["the folder"])
+
+
+def _is_voc(path: Path) -> bool:
+    with contextlib.suppress(Exception):  # a parser may fail in any way
+        return any(element.tag == "annotation" for element in parse_xml(path).iter())
+    return False
+
+
+# CSV
+
+
+def _csv(root: Path) -> Layout | None:
+    fitting: dict[str, Path] = {}
+    for path in _near(root, ".csv"):
+        with contextlib.suppress(ValueError, OSError):
+            read_header(next(rows_of(path), (1, []))[1], path)
+            fitting[path.relative_to(root).as_posix()] = path
+    if not fitting:
+        return None
+    splits = _splits(fitting)
+    if not splits and len(fitting) > 1:
+        return None
+    relative = {split: path.relative_to(root).as_posix() for split, path in splits.items()}
+    alone = None if splits else next(iter(fitting))
+    values = _values("csv", root, relative, alone)
+    source, test = root / values["train"][0], (relative["test"],) if "val" in values and "test" in splits else ()
+    said = read_table(source, []).split_values
+    if "val_fraction" in values and said:
+        known = {split: [each for each in names if each in said] for split, names in SPLITS.items()}
+        if known["train"] and (known["val"] or known["test"]):
+            name = values["train"][0]
+            values = {key: value for key, value in values.items() if key != "val_fraction"}
+            values["val"] = [name if known["val"] else f"{name}:{known['test'][0]}"]
+            test = (f"{name}:{known['test'][0]}",) if known["val"] and known["test"] else ()
+    values["train_images"] = _csv_images(root, source)
+    folders = {split: _csv_images(root, path) for split, path in splits.items()}
+    if "val" in values:
+        values["val_images"] = folders.get("val", values["train_images"])
+    saw = tuple(f"{name} has a header with columns for image, class and box" for name in fitting)
+    return Layout("csv", saw, 1.0, values, test, folders.get("test", values["train_images"]))
+
+
+def _csv_images(root: Path, source: Path) -> str:
+    """The folder, from the root, in which the first images of a CSV file lie."""
+    names = [name.replace("\\", "/") for name in itertools.islice(read_table(source, []).images, SAMPLE)]
+    parent = source.parent
+    places = [parent, *sorted(path for path in parent.iterdir() if path.is_dir()), root]
+    places += sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir())
+    place = max(places, key=lambda place: sum((place / name).is_file() for name in names))
+    return place.relative_to(root).as_posix()
+
+
+LOOKS: dict[str, Callable[[Path], Layout | None]] = {"yolo": _yolo, "coco": _coco, "voc": _voc, "csv": _csv}

@@ -1,0 +1,69 @@
+"""Evaluate a saved run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import nn
+
+from backbones import stop_after, time_steps
+from detection.files import require_writable
+from detection.records import EpochLog, Evaluation, Weights
+from detection.runs import Run
+from detection.tasks import task_of
+from detection.tasks.base import Dataset, Task
+from detection.tasks.run import load_for_evaluation, read_evaluation_data, tell_dropped
+
+
+def evaluate_run(
+    folder: str | Path,
+    weights: Weights = "last",
+    *,
+    data_root: str | Path | None = None,
+    save: str | Path | None = None,
+) -> tuple[Evaluation, EpochLog]:
+    """Return the metrics of a saved run, computed anew, and the log line of the epoch that the weights come from.
+
+    Args:
+        folder: the run, as `Run.open` takes it.
+        weights: which of its weights.
+        data_root: where its data lie now; None: where they lay when it was trained.
+        save: folder for files about the predictions, see `Task.evaluate`; must not exist, or be empty.
+
+    Raises:
+        FileExistsError: there is something in `save` already.
+        FileNotFoundError: no such run, weights, or data.
+        ImportError: the package of the run's evaluation.backend is not installed.
+        ValueError: the weights are damaged or do not fit.
+    """
+    if save is not None:
+        save = Run.check_free(save)
+        require_writable(save)
+    run = Run.open(folder, data_root)
+    task = task_of(run.config)
+    logged = run.logged(weights, task.best_by)
+    model, accelerator = load_for_evaluation(run, weights)
+    dataset = read_evaluation_data(run)
+    if accelerator.is_main_process:
+        tell_dropped(val=dataset)
+    batches = task.evaluation_batches(dataset, accelerator)
+    evaluation = task.evaluate(model, batches, dataset, accelerator, save=save)
+    return with_early_metrics(evaluation, task, model, dataset, accelerator), logged
+
+
+def with_early_metrics(
+    evaluation: Evaluation, task: Task, model: nn.Module, dataset: Dataset, accelerator: Accelerator
+) -> Evaluation:
+    """Return the evaluation of a network of T time steps with the headline metrics after 1, ..., T - 1 under "anytime".
+
+    A task that has found them in passing is left alone; of others the network is stopped early and evaluated again.
+    """
+    steps, early = time_steps(model), {}
+    if steps == 1 or "anytime" in evaluation.tables:
+        return evaluation
+    for step in range(1, steps):
+        with stop_after(model, step):
+            found = task.evaluate(model, task.evaluation_batches(dataset, accelerator), dataset, accelerator)
+        early |= {f"{key} after {step} of {steps} steps": found.metrics[key] for key in task.headline}
+    return evaluation.model_copy(update={"tables": evaluation.tables | {"anytime": early}})

@@ -1,0 +1,207 @@
+"""Variants of a recipe side by side: every number is that of the log or of the analysis, and is made once."""
+
+import csv
+import json
+import statistics
+
+import pytest
+import torch
+import yaml
+
+from backbones import SpikeLayer, time_steps
+from detection import comparison
+from detection.analysis import analyze_run
+from detection.cli import compare
+from detection.cli import train as train_verb
+from detection.runs import Run
+from detection.tasks import task_of
+from detection.tasks.run import read_evaluation_data
+
+DATA = ["--data.format", "synthetic", "--data.size", "16", "--data.num_train", "8", "--data.num_val", "6"]
+SMALL = [*DATA, "--model.backbone.width", "0.125", "--train.epochs", "2", "--train.batch_size", "4"]
+DETECTOR = {
+    "model": {
+        "backbone": {"name": "resnet18", "width": 0.125},
+        "neck": {"levels": ["c3", "c4"], "extra_levels": 0, "out_channels": 16},
+        "head": {"num_convs": 1},
+        "min_size": [48],
+        "max_size": 64,
+    },
+    "data": {"format": "synthetic", "scenes": {"num_train": 4, "num_val": 3, "size": 48}, "workers": 0},
+    "train": {"epochs": 1, "batch_size": 2},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here():
+    """Trainings in this process."""
+
+    def in_this_process(arguments) -> int:
+        train_verb.main(arguments)
+        return 0
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(compare, "run_child", in_this_process)
+        yield
+
+
+def arguments_of(out, *variants: str, images: int = 4) -> list[str]:
+    return ["cifar10_vgg11", "--out", str(out), "--images", str(images), "--variants", *variants, *SMALL]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison of three variants, one of them with two seeds: its folder."""
+    out = tmp_path_factory.mktemp("compared") / "runs"
+    compare.main(arguments_of(out, "hoyer", "--seeds", "0", "1"))
+    compare.main(arguments_of(out, "hoyer", "steps2", "binary"))
+    return out
+
+
+def cells_of(page: str, variant: str) -> list[list[str]]:
+    """The variant's rows in the tables of a page."""
+    lines = [line for line in page.splitlines() if line.startswith(f"| {variant} |")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_numbers_are_those_of_logs_and_analyses(compared):
+    whole = json.loads((compared / "comparison.json").read_text())
+    assert (whole["metric"], whole["images"]) == ("top1", 4) and "Horowitz" in whole["costs"]
+    assert [row["variant"] for row in whole["variants"]] == ["hoyer", "steps2", "binary"]
+    assert [len(row["runs"]) for row in whole["variants"]] == [2, 1, 1]
+    own = {"hoyer": "spiking", "steps2": "spiking", "binary": "binary"}
+    for row in whole["variants"]:
+        for each in row["runs"]:
+            run = Run.open(compared / f"{row['variant']}_seed{each['seed']}")
+            history, found = run.history(), analyze_run(run.folder, num_images=4, spread=True)
+            network, layers = found.report.networks[own[row["variant"]]], found.measured.layers.values()
+            assert each["top1"] == history[-1].metrics["top1"]
+            assert each["activity"] == history[-1].metrics.get("activity")
+            assert each["training_seconds"] == history[0].seconds + history[1].seconds
+            assert each["memory_mib"] == max(line.memory_mib for line in history) > 100
+            assert each["energy_uj"] == network.total_pj / 1e6
+            assert each["energy_sram_uj"] == network.total_sram_pj / 1e6 > each["energy_uj"] > 0
+            assert each["synaptic_operations"] == sum(layer.num_synops for layer in layers) / 4
+            assert each["twin_macs"] == found.report.networks["twin"].macs
+            model = task_of(run.config).build_model()
+            assert each["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+            assert each["time_steps"] == time_steps(model) == (2 if row["variant"] == "steps2" else 1)
+            if row["variant"] == "binary":
+                assert each["energy_int8_uj"] is each["energy_int8_sram_uj"] is None
+            else:
+                eight = found.report.networks["spiking_int8"]
+                assert each["energy_int8_uj"] == eight.total_pj / 1e6
+                assert each["energy_int8_sram_uj"] == eight.total_sram_pj / 1e6
+
+
+def test_tables_have_the_means(compared):
+    whole = {row["variant"]: row for row in json.loads((compared / "comparison.json").read_text())["variants"]}
+    (first, second), page = whole["hoyer"]["runs"], (compared / "README.md").read_text()
+    mean, deviation = (
+        statistics.mean([first["top1"], second["top1"]]),
+        statistics.stdev([first["top1"], second["top1"]]),
+    )
+    assert (whole["hoyer"]["top1"], whole["hoyer"]["top1_std"]) == (mean, deviation)
+    accuracy, costs = cells_of(page, "hoyer")
+    energy = (first["energy_uj"] + second["energy_uj"]) / 2
+    assert accuracy[1:5] == ["none", "2", f"{mean:.4f} ± {deviation:.4f}", ""] and accuracy[6] == f"{energy:.3f}"
+    assert costs[1:3] == ["1", f"{(first['synaptic_operations'] + second['synaptic_operations']) / 2e6:.2f}"]
+    accuracy, costs = cells_of(page, "binary")
+    assert accuracy[1:3] == ["`--model.backbone.arithmetic binary`", "1"]
+    assert accuracy[4] == f"{whole['binary']['top1'] - mean:+.4f}" and accuracy[5] == "none"
+    assert accuracy[8:] == ["no 8-bit prices of a network with binary arithmetic", ""]
+    assert costs[4] == f"{whole['binary']['parameters'] / 1e6:.3f}"
+    assert cells_of(page, "steps2")[1][1] == "2"
+    rows = {row["variant"]: row for row in csv.DictReader((compared / "comparison.csv").open())}
+    assert list(rows) == list(whole)
+    for name, row in rows.items():
+        for key, text in row.items():
+            value = whole[name][key]
+            assert text == ("" if value is None else str(value))
+
+
+def test_a_second_call_trains_and_measures_nothing(compared, monkeypatch):
+    before = {path: path.read_bytes() for path in compared.rglob("*") if path.is_file()}
+
+    def never(*arguments, **options):
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr(compare, "run_child", never)
+    monkeypatch.setattr(comparison, "analyze_run", never)
+    compare.main(arguments_of(compared, "hoyer", "steps2", "binary"))
+    assert {path: path.read_bytes() for path in compared.rglob("*") if path.is_file()} == before
+
+
+def test_an_analysis_of_other_weights_or_prices_is_made_again(compared):
+    run = Run.open(compared / "hoyer_seed0")
+    path = run.folder / "analysis_4_spread" / "analysis.json"
+    before = path.read_bytes()
+    for change in ('{"sha256": "0"}', json.dumps(json.loads(before) | {"costs": {}}), "[]", "{"):
+        path.write_text(change)
+        comparison.analyse(run, 4, run.config.data.root)
+        assert path.read_bytes() == before
+
+
+def test_what_cannot_be_priced_says_why(compared, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    for name in ("hoyer_seed0", "binary_seed0"):
+        folder = tmp_path / "runs" / name
+        folder.mkdir()
+        for file in ("config.yaml", "run.json", "metrics.jsonl"):
+            folder.joinpath(file).write_bytes((compared / name / file).read_bytes())
+    compare.main(arguments_of(tmp_path / "runs", "hoyer", "binary"))
+    accuracy, costs = cells_of((tmp_path / "runs" / "README.md").read_text(), "binary")
+    assert accuracy[6].startswith("not priced: ") and "last.safetensors" in accuracy[6] and accuracy[7:] == [""] * 3
+    assert costs[1:5] == [""] * 4 and float(costs[5]) >= 0
+    assert not (tmp_path / "runs" / "energy.png").exists() and (tmp_path / "runs" / "ablation.png").exists()
+    (row, _) = json.loads((tmp_path / "runs" / "comparison.json").read_text())["variants"]
+    assert row["energy_uj"] is None and "last.safetensors" in row["unpriced"]
+
+
+def test_images_lie_in_equal_distances(compared, monkeypatch):
+    run = Run.open(compared / "hoyer_seed0")
+    dataset, chosen = read_evaluation_data(run), []
+    choose = type(dataset).choose
+    monkeypatch.setattr(type(dataset), "choose", lambda self, indices: chosen.append(indices) or choose(self, indices))
+    for number, spread in ((4, True), (100, True), (4, False)):
+        analyze_run(run.folder, num_images=number, spread=spread)
+    assert chosen == [[0, 1, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3]]  # of 6
+
+
+def test_wrong_arguments_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"--variants steps3: unknown \(allowed: hoyer, .*steps2, steps4, binary, adder"
+    ):
+        compare.main(arguments_of(tmp_path / "x", "hoyer", "steps3"))
+    with pytest.raises(ValueError, match=r"--images 0: at least one image is needed"):
+        compare.main(arguments_of(tmp_path / "x", "hoyer", images=0))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", compare.VARIANTS)
+def test_known_variants_are_recipes_that_build(name):
+    from detection.config import find_recipe, override, read_recipe
+
+    recipe = override(read_recipe(find_recipe("cifar10_vgg16_fast")), [*SMALL, *compare.VARIANTS[name]])
+    recipe.data.classes = ["one", "two"]
+    model = task_of(recipe).build_model()
+    spikes = [layer for layer in model.modules() if isinstance(layer, SpikeLayer)]
+    assert bool(spikes) == (name not in ("relu", "binary", "adder"))
+    assert recipe.optimizer.name == ("sgd" if name == "adder" else "muon")
+    assert {layer.levels for layer in spikes} <= {4 if name == "graded4" else 2}
+    assert time_steps(model) == {"steps2": 2, "steps4": 4}.get(name, 1)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_detectors_go_the_same_road(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    values = DETECTOR | {"data": DETECTOR["data"] | {"root": str(tmp_path / "scenes")}}
+    recipe.write_text(yaml.safe_dump(values))
+    compare.main([str(recipe), "--out", str(tmp_path / "runs"), "--variants", "hoyer", "relu", "--images", "2"])
+    whole = json.loads((tmp_path / "runs" / "comparison.json").read_text())
+    assert (whole["metric"], whole["images"]) == ("AP50", 2)
+    for row, network in zip(whole["variants"], ("spiking", "twin"), strict=True):
+        found = analyze_run(tmp_path / "runs" / f"{row['variant']}_seed0", num_images=2, spread=True)
+        assert row["energy_uj"] == found.report.networks[network].total_pj / 1e6 > 0
+        assert row["energy_int8_uj"] == found.report.networks[f"{network}_int8"].total_pj / 1e6
+    assert (tmp_path / "runs" / "energy.png").is_file()
