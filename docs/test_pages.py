@@ -26,6 +26,7 @@ from PIL import Image
 
 from detection.cli import main
 from detection.config import find_recipe, read_recipe
+from detection.data.events import draw_recordings
 from detection.data.synthetic import draw_scene
 
 ROOT = Path(__file__).parents[1]
@@ -68,13 +69,39 @@ def write_pictures(folder: Path) -> None:
     film.release()
 
 
+def write_yolo(root: Path, split: str, names: list[str]) -> None:
+    """Write drawn scenes as a YOLO set: root/SPLIT/{images,labels}."""
+    (root / "data.yaml").parent.mkdir(parents=True, exist_ok=True)
+    classes = "names: [circle, square, triangle, star]\n"
+    (root / "data.yaml").write_text(classes + "train: train/images\nval: valid/images\n" * (split != "."))
+    for number, name in enumerate(names):
+        scene = draw_scene(96, 3, np.random.default_rng(number))
+        for kind in ("images", "labels"):
+            (root / split / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene.image).save(root / split / "images" / f"{name}.png")
+        centres, sizes = (scene.boxes[:, :2] + scene.boxes[:, 2:]) / 192, (scene.boxes[:, 2:] - scene.boxes[:, :2]) / 96
+        rows = [
+            f"{label - 1} {x} {y} {w} {h}\n" for label, (x, y), (w, h) in zip(scene.labels, centres, sizes, strict=True)
+        ]
+        (root / split / "labels" / f"{name}.txt").write_text("".join(rows))
+
+
 def write_data(folder: Path) -> None:
-    """Write small sets in the layouts of BCCD, VOC, CIFAR-10 as folders and Imagenette, below folder/data."""
+    """Write small sets below folder/data, and a recording, recording.dat.
+
+    In the layouts of BCCD, VOC, CIFAR-10 as folders and Imagenette, and in YOLO's.
+    """
+    write_yolo(folder / "data/blood", "train", [f"a{number}" for number in range(8)])
+    write_yolo(folder / "data/blood", "valid", ["b0", "b1"])
+    shutil.copytree(folder / "data/blood", folder / "data/folder")
+    write_yolo(folder / "data/films", ".", [f"film{letter}_{number}" for letter in "abcd" for number in range(3)])
+    draw_recordings(folder / "recordings", num_train=1, num_val=1, size=64, seed=0)
+    shutil.copy(folder / "recordings/val/000001_td.dat", folder / "recording.dat")
     objects = {f"i{number}": [voc_object(name, (3, 3, 30, 25))] for number, name in enumerate(("RBC", "WBC", "RBC"))}
     for split in ("BCCD/trainval", "BCCD/test"):
         write_voc(folder / "data/bccd", objects, split)
     objects = {f"i{number}": [voc_object(name, (3, 3, 30, 25))] for number, name in enumerate(("person", "car", "dog"))}
-    for split in ("VOC2007/trainval", "VOC2012/trainval", "VOC2007/test"):
+    for split in ("VOC2007/train", "VOC2007/val", "VOC2007/trainval", "VOC2012/trainval", "VOC2007/test"):
         write_voc(folder / "data/VOCdevkit", objects, split)
     noise = np.random.default_rng(0)
     folders = [f"cifar10/{split}/{name}" for split in ("train", "test") for name in CIFAR]
@@ -89,11 +116,13 @@ def write_data(folder: Path) -> None:
 
 def smaller(words: list[str]) -> list[str]:
     """Return a command's words with overrides that make its training small."""
-    verb, *rest = words
+    verb, *rest = ["2" if before == "--images" else word for before, word in zip(["", *words], words, strict=False)]
+    words = [verb, *rest]
     if verb not in ("train", "compare") or "--help" in rest or "--resume" in rest:
         return words
     recipe = read_recipe(find_recipe(rest[0]))
-    extra = list(SMALL)
+    # A part of the zoo has its own width.
+    extra = SMALL[2:] if recipe.model.backbone.weights or "zoo:" in " ".join(rest) else list(SMALL)
     if recipe.task == "detection":
         extra += DETECTOR
         if recipe.data.format.startswith("synthetic"):
