@@ -381,11 +381,7 @@ def test_a_detector_refuses_a_teacher_of_other_images():
     ours = task_of(make_config())
     events = make_config()
     events.data.format = "synthetic_events"
-    for theirs, message in (
-        (events, f"its images have {events.data.channels} channels, this recipe's 3"),
-        (make_config(min_size=[32]), r"model\.min_size is .*32.*, this recipe's is .*48"),
-        (make_config(max_size=96), r"model\.max_size is 96, this recipe's is 64"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ours.learn_from(task_of(theirs))
+    with pytest.raises(ValueError, match=f"its images have {events.data.channels} channels, this recipe's 3"):
+        ours.learn_from(task_of(events))
     ours.learn_from(task_of(make_config(backbone={"time_steps": 4})))
+    ours.learn_from(task_of(make_config(min_size=[32], max_size=96)))

@@ -160,7 +160,7 @@ class DetectionTask(Task):
         ours, theirs = self.config.model, teacher.config.model
         if theirs.detector != ours.detector:
             raise ValueError(f"is a {theirs.detector}, this recipe a {ours.detector}")
-        require_same_input(self.config, teacher.config, "model.min_size", "model.max_size")
+        require_same_input(self.config, teacher.config)
         # The teacher is given the pixels as the student's recipe has normalised them.
         for key in ("mean", "std"):
             if getattr(theirs, key) != getattr(ours, key):

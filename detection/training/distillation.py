@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def require_same_input(ours: Recipe, theirs: Recipe, *sizes: str) -> None:
-    """Raise ValueError unless a teacher's recipe has images of as many channels as ours, and of the sizes, by key."""
+    """Raise ValueError unless a teacher's recipe has images of as many channels as ours, and of the sizes, by key.
+
+    A teacher sees the images of its student; a detector takes those of any size.
+    """
     if theirs.data.channels != ours.data.channels:
         raise ValueError(f"its images have {theirs.data.channels} channels, this recipe's {ours.data.channels}")
     for key in sizes:
