@@ -117,7 +117,7 @@ def write_data(folder: Path) -> None:
 def smaller(words: list[str]) -> list[str]:
     """Return a command's words with overrides that make its training small."""
     verb, *rest = ["2" if before == "--images" else word for before, word in zip(["", *words], words, strict=False)]
-    words = [verb, *rest]
+    words = [verb, *rest] if verb != "compare" else [verb, *(word for word in rest if word != "1")]  # one seed
     if verb not in ("train", "compare") or "--help" in rest or "--resume" in rest:
         return words
     recipe = read_recipe(find_recipe(rest[0]))
