@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test recipes reliability lint
+.PHONY: install demo test docs recipes reliability lint
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,11 @@ demo: install
 # Two processes of one thread each: most tests are small.
 test: install
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 tests
+
+# The site, strictly: no broken link, no public name without a docstring; then every block of its pages and the README.
+docs: install
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist load docs/test_pages.py
 
 # Every recipe for about a hundred steps, a quarter as wide: fails where one does not learn.
 recipes: install
