@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,10 +12,13 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ROOT
 from PIL import Image
 from setuptools import find_packages
+from test_formats import NAMES, write_flat_voc, write_roboflow, write_yolo
+from test_formats import whole as drawn_sets
 
 import detection
 from backbones import zoo
@@ -131,3 +135,51 @@ def test_predicts_without_the_sources(run, tmp_path):
     assert "written to predictions/scenes_retinanet_resnet18" in done.stdout
     folder = tmp_path / "predictions" / "scenes_retinanet_resnet18"
     assert {path.name for path in folder.iterdir()} == {"image.png", "predictions.json", "images.json"}
+
+
+ROAD = """
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+from detection.cli import main
+
+small = "--train.epochs 1 --train.batch_size 2 --data.workers 0 --model.min_size 64 --model.max_size 96"
+for line in (
+    "check-data mine",
+    "init mine --out mine.yaml",
+    f"train mine.yaml --out runs/mine {small}",
+    "evaluate runs/mine",
+    "predict runs/mine image.png --score 0 --out found",
+    "export runs/mine --nms --out mine.onnx",
+):
+    print(f"> {line}")
+    main(line.split())
+session = onnxruntime.InferenceSession("mine.onnx")
+pixels = np.asarray(Image.open("image.png"), np.float32).transpose(2, 0, 1)[None] / 255
+np.savez("onnx.npz", **dict(zip(("boxes", "scores", "labels"), session.run(None, {"images": pixels}))))
+"""
+
+
+@pytest.mark.parametrize("write", [write_yolo, write_flat_voc, write_roboflow])
+def test_a_folder_of_a_labelling_tool_becomes_a_file_that_gives_boxes(command, write, tmp_path):
+    """Through check-data, init, train, evaluate, predict, export --nms and onnxruntime, with the wheel alone."""
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "mine", drawn_sets(number=8))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)).save(tmp_path / "image.png")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    python = str(Path(command[0]).with_name("python"))
+    done = subprocess.run([python, "-P", "-c", ROAD], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "training can go on" in done.stdout and "next: hoyer-det train mine.yaml" in done.stdout
+    assert set(Run.open(tmp_path / "runs" / "mine").config.data.classes) == set(NAMES)
+    rows = json.loads((tmp_path / "found" / "predictions.json").read_text())
+    found, exported = [row["bbox"] for row in rows], np.load(tmp_path / "onnx.npz")
+    x1, y1, x2, y2 = exported["boxes"].T
+    assert len(found) == len(exported["boxes"]) > 0
+    np.testing.assert_allclose([row["score"] for row in rows], exported["scores"], atol=1e-4)
+    ours, theirs = np.array(found), np.stack([x1, y1, x2 - x1, y2 - y1], axis=1)
+    np.testing.assert_allclose(ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)], atol=1e-2)
