@@ -147,13 +147,14 @@ from PIL import Image
 
 from detection.cli import main
 
-small = "--train.epochs 1 --train.batch_size 2 --data.workers 0 --model.min_size 64 --model.max_size 96"
+small = "--train.epochs 1 --train.precision no --train.batch_size 2 --data.workers 0"
+small += " --model.min_size 64 --model.max_size 96"
 for line in (
     "check-data mine",
     "init mine --out mine.yaml",
     f"train mine.yaml --out runs/mine {small}",
     "evaluate runs/mine",
-    "predict runs/mine image.png --score 0 --out found",
+    "predict runs/mine image.png --score 0.05 --out found",
     "export runs/mine --nms --out mine.onnx",
 ):
     print(f"> {line}")
