@@ -112,8 +112,8 @@ def test_recipes_and_zoo_without_the_sources(run):
     assert "scenes_retinanet_resnet18" in listed and "voc_ssd300_vgg16" in listed
     text = (ROOT / "configs" / "cifar10_vgg11.yaml").read_text()
     assert run("recipes", "show", "cifar10_vgg11").stdout == text
-    error = run("train", "scenes_retinanet", status=2).stderr
-    assert "scenes_retinanet: no such recipe; did you mean 'scenes_retinanet_resnet18'?" in error
+    error = run("train", "scenes_retinanet_resnet", status=2).stderr
+    assert "scenes_retinanet_resnet: no such recipe; did you mean 'scenes_retinanet_resnet18'?" in error
 
 
 def test_trains_and_reports_without_the_sources(run, tmp_path):
