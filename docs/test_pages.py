@@ -40,7 +40,7 @@ NOT_RUN = {
     "pip": "installs",
     "torchrun": "tests/test_torchrun.py runs it",
 }
-BLOCK = re.compile(r"^```(python|)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 SMALL = ["--model.backbone.width", "0.125", "--train.epochs", "1", "--data.workers", "0", "--train.compile", "False"]
 DETECTOR = ["--model.min_size", "64", "--model.max_size", "96", "--train.batch_size", "2"]
@@ -49,9 +49,9 @@ DETECTOR = ["--model.min_size", "64", "--model.max_size", "96", "--train.batch_s
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
     """Yield ("python", text) or ("shell", one command), in the order of the page."""
     for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
-        if language:
+        if language == "python":
             yield "python", text
-        else:
+        elif not language:
             for line in re.sub(r"\\\n\s*", "", text).splitlines():
                 if line.strip():
                     yield "shell", line
