@@ -254,6 +254,23 @@ def test_a_benchmark_on_the_command_line(monkeypatch, capsys, tmp_path):
     assert str(known) == f"{path}: 3.00 ms (2.00 to 4.00) for an image of 48x32 pixels, 1 thread"
 
 
+@pytest.mark.parametrize("recipe", [CLASSIFIER, recipe_of("retinanet", score_threshold=0.001)])
+def test_a_torch_program_is_benchmarked_as_the_onnx_file_of_its_run(recipe, tmp_path):
+    run = make_run(tmp_path / "run", recipe)
+    path, _ = export_run(run, "torch")
+    found = benchmark_file(path, repeats=2, data_root=tmp_path / "data")
+    same = benchmark_file(export_run(run, "onnx")[0], repeats=2, data_root=tmp_path / "data")
+    assert found.size == same.size and found.metrics == pytest.approx(same.metrics, abs=1e-3)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.pt2: damaged, or not the file that model\.pt2\.json tells of"):
+        benchmark_file(path)
+    path.with_name("model.pt2.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model\.pt2\.json: missing or damaged, and it says what model\.pt2 takes"):
+        benchmark_file(path)
+    with pytest.raises(ValueError, match=r"a NIR file is run by .* \(allowed: \.onnx, \.pt2\)"):
+        benchmark_file(tmp_path / "model.nir")
+
+
 def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path):
     classifier = make_run(tmp_path / "classifier", CLASSIFIER)
     assert "a network of the task classification finds no boxes" in error_of(monkeypatch, capsys, classifier, "--nms")

@@ -1,4 +1,4 @@
-"""Measure how fast an exported ONNX file is on this machine's CPU, one image at a time, and how accurate it is.
+"""Measure how fast an exported ONNX or .pt2 file is on this machine's CPU, one image at a time, and how accurate it is.
 
 Times are medians and, in brackets, the middle half of them.
 """

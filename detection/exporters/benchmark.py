@@ -1,4 +1,4 @@
-"""The speed of an exported ONNX file on this machine's CPU, and its accuracy."""
+"""The speed of an exported file on this machine's CPU, and its accuracy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from detection.exporters.inference import OnnxFile
+from detection.exporters.inference import OnnxFile, TorchFile
 
 WARM_UP = 5  # calls before those that count
 
@@ -51,7 +51,7 @@ class Benchmark:
 def benchmark_file(
     path: str | Path, *, threads: int = 1, repeats: int = 50, data_root: str | Path | None = None
 ) -> Benchmark:
-    """Measure how fast an exported ONNX file is, one image at a time, and how accurate.
+    """Measure how fast an exported ONNX or .pt2 file is, one image at a time, and how accurate.
 
     Args:
         path: a file of `export_run`.
@@ -67,8 +67,11 @@ def benchmark_file(
     for name, number in (("threads", threads), ("repeats", repeats)):
         if number < 1:
             raise ValueError(f"--{name} {number}: at least 1")
-    file, before = OnnxFile(path, threads=threads), torch.get_num_threads()
-    _, channels, *sides = file.session.get_inputs()[0].shape
+    if Path(path).suffix == ".nir":
+        raise ValueError(f"{path}: a NIR file is run by a neuromorphic chip or its simulator (allowed: .onnx, .pt2)")
+    kind = TorchFile if Path(path).suffix == ".pt2" else OnnxFile
+    file, before = kind(path, threads=threads), torch.get_num_threads()
+    _, channels, *sides = file.shape
     default = file.task.input_size
     height, width = (side if isinstance(side, int) else other for side, other in zip(sides, default, strict=True))
     image = torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,16 +49,11 @@ class OnnxFile:
     words: ClassVar[str] = "network"
 
     def __init__(self, path: str | Path, *, threads: int = 0) -> None:
-        self.path, runtime = Path(path), import_extra("onnxruntime")
+        self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        try:
-            self.session = open_session(self.path.read_bytes(), runtime.GraphOptimizationLevel.ORT_ENABLE_ALL, threads)
-        except Exception as error:  # its errors share no class but this one
-            raise ValueError(f"{path}: damaged, or no ONNX file ({str(error).splitlines()[0]})") from None
-        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-        self.description: dict[str, Any] = json.loads(text) if text else {}
-        self.task = task_of(_recipe_of(self.description, str(path))) if text else None
+        self.description = self._open(threads)
+        self.task = task_of(_recipe_of(self.description, str(path))) if self.description else None
         if not isinstance(self.task, self.kind):
             raise ValueError(f"{path}: not a {self.words} exported by this project")
         self.class_names = tuple(self.description["classes"])
@@ -66,21 +62,34 @@ class OnnxFile:
         around = self.task.model_around
         self.model = around(self.run, boxes=True) if self.description.get("nms") else around(self.run)
 
+    def _open(self, threads: int) -> dict[str, Any]:
+        runtime = import_extra("onnxruntime")
+        try:
+            self.session = open_session(self.path.read_bytes(), runtime.GraphOptimizationLevel.ORT_ENABLE_ALL, threads)
+        except Exception as error:  # its errors share no class but this one
+            raise ValueError(f"{self.path}: damaged, or no ONNX file ({str(error).splitlines()[0]})") from None
+        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        self.shape: Sequence[int | str] = self.session.get_inputs()[0].shape
+        return json.loads(text) if text else {}
+
+    def _compute(self, batch: Tensor) -> dict[str, Tensor]:
+        names = [output.name for output in self.session.get_outputs()]
+        results = self.session.run(None, {"images": batch.numpy()})
+        return {name: torch.from_numpy(value) for name, value in zip(names, results, strict=True)}
+
     def run(self, batch: Tensor) -> dict[str, Tensor]:
         """Return the file's outputs by name for images (N, 3, H, W), RGB in [0, 1].
 
         Raises:
             ValueError: the file is for images of one size, and these have another.
         """
-        wanted, found = self.session.get_inputs()[0].shape[2:], tuple(batch.shape[2:])
+        wanted, found = self.shape[2:], tuple(batch.shape[2:])
         if any(isinstance(side, int) and side != have for side, have in zip(wanted, found, strict=True)):
             raise ValueError(
                 f"{self.path}: for batches of {wanted[0]}x{wanted[1]} pixels, these images reach it, perhaps resized "
                 f"and padded, as {found[0]}x{found[1]}; export without --height and --width"
             )
-        names = [output.name for output in self.session.get_outputs()]
-        results = self.session.run(None, {"images": batch.numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(names, results, strict=True)}
+        return self._compute(batch)
 
     def __call__(self, images: Any) -> Any:
         """Return what the network gives in evaluation for tensors in [0, 1] on the CPU; ValueError as in `run`."""
@@ -136,6 +145,33 @@ class OnnxClassifier(OnnxFile):
     """
 
     kind, words = ClassificationTask, "classifier"
+
+
+class TorchFile(OnnxFile):
+    """A .pt2 file by `export_run` as its network, likewise; what it is stands in the JSON file beside it.
+
+    Torch computes, with as many threads as it has.
+    """
+
+    def _open(self, threads: int) -> dict[str, Any]:
+        sidecar = self.path.with_name(f"{self.path.name}.json")
+        try:
+            description = json.loads(sidecar.read_text(encoding="utf-8"))
+            checksum, self.shape = description["sha256"], description["inputs"]["images"]["shape"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{sidecar}: missing or damaged, and it says what {self.path.name} takes ({error})"
+            ) from None
+        if hashlib.sha256(self.path.read_bytes()).hexdigest() != checksum:
+            raise ValueError(f"{self.path}: damaged, or not the file that {sidecar.name} tells of")
+        self.program = torch.export.load(self.path).module()
+        return description
+
+    @torch.no_grad()
+    def _compute(self, batch: Tensor) -> dict[str, Tensor]:
+        results = self.program(batch)
+        results = results if isinstance(results, tuple | list) else (results,)
+        return dict(zip(self.description["outputs"], results, strict=True))
 
 
 def _recipe_of(description: Mapping[str, Any], source: str) -> Recipe:
