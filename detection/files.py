@@ -94,6 +94,14 @@ def read_text(path: Path) -> str:
         return content.decode("latin-1")
 
 
+def require_text(path: Path) -> str:
+    """Return what `read_text` does; ValueError that names the file for one that is no text."""
+    try:
+        return read_text(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file: {error}") from None
+
+
 def require_size(path: Path, limit: int) -> None:
     """Raise ValueError for a file of more bytes than what should be in it could have."""
     size = path.stat().st_size

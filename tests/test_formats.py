@@ -410,6 +410,12 @@ def test_names_that_are_none(tmp_path, names):
         read_split(Data(format="yolo", root=tmp_path), "train")
 
 
+def test_a_list_of_names_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "classes.txt").write_bytes(b"\xff\xfec")  # UTF-16, cut off
+    with pytest.raises(ValueError, match=r"classes\.txt: not a text file: .*truncated data$"):
+        read_split(Data(format="yolo", root=tmp_path), "train")
+
+
 # CSV
 
 

@@ -28,7 +28,7 @@ from detection.data.records import (
     require_file,
     require_folder,
 )
-from detection.files import read_text, require_size
+from detection.files import require_size, require_text
 from detection.text import plural
 
 MAX_BYTES = 2**31
@@ -183,10 +183,7 @@ def read_table(source: Path, dropped: list[str], values: Sequence[str] = ()) -> 
 def rows_of(source: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield number and cells of each line that has any; raises ValueError for what is no CSV file."""
     require_size(source, MAX_BYTES)
-    try:
-        text = read_text(source)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: not a text file: {error}") from None
+    text = require_text(source)
     first = text.partition("\n")[0]
     reader = csv.reader(io.StringIO(text, newline=None), delimiter=max(",;\t", key=first.count), strict=True)
     try:

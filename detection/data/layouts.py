@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detection.data.csv_files import SPLITS, read_header, read_table, rows_of
+from detection.data.csv_files import SPLITS, Table, read_header, read_table, rows_of
 from detection.data.image_files import is_image, visible_files
 from detection.data.voc import parse_xml
 from detection.data.voc_folders import IMAGES, find_split, flat_pair
@@ -279,7 +279,8 @@ def _csv(root: Path) -> Layout | None:
     alone = None if splits else next(iter(fitting))
     values = _values("csv", root, relative, alone)
     source, test = root / values["train"][0], (relative["test"],) if "val" in values and "test" in splits else ()
-    said = read_table(source, []).split_values
+    tables = {path: read_table(path, []) for path in {source, *splits.values()}}
+    said = tables[source].split_values
     if "val_fraction" in values and said:
         known = {split: [each for each in names if each in said] for split, names in SPLITS.items()}
         if known["train"] and (known["val"] or known["test"]):
@@ -287,17 +288,18 @@ def _csv(root: Path) -> Layout | None:
             values = {key: value for key, value in values.items() if key != "val_fraction"}
             values["val"] = [name if known["val"] else f"{name}:{known['test'][0]}"]
             test = (f"{name}:{known['test'][0]}",) if known["val"] and known["test"] else ()
-    values["train_images"] = _csv_images(root, source)
-    folders = {split: _csv_images(root, path) for split, path in splits.items()}
+    places = {path: _csv_images(root, path, table) for path, table in tables.items()}
+    values["train_images"] = places[source]
+    folders = {split: places[path] for split, path in splits.items()}
     if "val" in values:
         values["val_images"] = folders.get("val", values["train_images"])
     saw = tuple(f"{name} has a header with columns for image, class and box" for name in fitting)
     return Layout("csv", saw, 1.0, values, test, folders.get("test", values["train_images"]))
 
 
-def _csv_images(root: Path, source: Path) -> str:
+def _csv_images(root: Path, source: Path, table: Table) -> str:
     """The folder, from the root, in which the first images of a CSV file lie."""
-    names = [name.replace("\\", "/") for name in itertools.islice(read_table(source, []).images, SAMPLE)]
+    names = [name.replace("\\", "/") for name in itertools.islice(table.images, SAMPLE)]
     parent = source.parent
     places = [parent, *sorted(path for path in parent.iterdir() if path.is_dir()), root]
     places += sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from detection.data.image_files import is_image, visible_files
 from detection.data.records import require_file, require_folder
-from detection.files import read_text
+from detection.files import require_text
 from detection.text import plural
 
 IMAGES = ("images", "jpegimages", "image", "imgs", "img")
@@ -92,10 +92,7 @@ def _flat(images: Path, sources: Path, dropped: list[str]) -> VocSplit:
 
 
 def _names(listing: Path) -> list[str]:
-    try:
-        return list(filter(None, map(str.strip, read_text(listing).splitlines())))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{listing}: not a text file: {error}") from None
+    return list(filter(None, map(str.strip, require_text(listing).splitlines())))
 
 
 def _key(line: str, sources: Path) -> str:

@@ -30,13 +30,13 @@ from detection.data.records import (
     outside_of,
     require_folder,
 )
-from detection.files import read_text, require_size
+from detection.files import read_text, require_size, require_text
 from detection.text import plural
 
 NAME_LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # a name per line, where there is no data.yaml
-NOT_LABELS = {*NAME_LISTS, "notes.txt", "README.txt", "README.dataset.txt", "README.roboflow.txt"}
-NOT_LABELS |= {f"{split}.txt" for split in ("train", "val", "valid", "validation", "test")}
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+NOT_LABELS = {*NAME_LISTS, "notes.txt", "README.txt", "README.dataset.txt", "README.roboflow.txt"}
+NOT_LABELS |= {f"{name}.txt" for names in SPLITS.values() for name in names}
 MAX_LABELS = 64 * 2**20  # bytes of a label file
 
 
@@ -136,7 +136,7 @@ def find_set(root: Path, dropped: list[str]) -> YoloSet:
             return _from_yaml(path, content, dropped)
     for path in (root / name for name in NAME_LISTS):
         if path.is_file():
-            lines = [line.strip() for line in read_text(path).splitlines()]
+            lines = [line.strip() for line in require_text(path).splitlines()]
             return YoloSet(path, _names(list(filter(None, lines)), path), root, {})
     raise FileNotFoundError(f"{root}: no data.yaml with names in it; expected it, or one of {', '.join(NAME_LISTS)}")
 
@@ -215,10 +215,7 @@ def _place(found: YoloSet, entry: str) -> Path:
 
 def _listed(place: Path, found: YoloSet, dropped: list[str]) -> list[Path]:
     """The images in a list, one per line, from the base, from the list's folder, or by their whole paths."""
-    try:
-        lines = list(filter(None, map(str.strip, read_text(place).replace("\0", "").splitlines())))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not a text file: {error}") from None
+    lines = list(filter(None, map(str.strip, require_text(place).replace("\0", "").splitlines())))
     for line, number in Counter(lines).items():
         if number > 1:
             dropped.append(f"{place}: {line} is listed {number} times; used once")

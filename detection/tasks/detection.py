@@ -33,13 +33,12 @@ from detection.runs import Run
 from detection.sections import Examination, Section
 from detection.tasks import register_task
 from detection.tasks.base import Split, Task, record_spikes
-from detection.tasks.checks import few_boxes, small_objects
+from detection.tasks.checks import PADDED, few_boxes, small_objects
 from detection.tasks.parts import Deployable, SpikingPart
 from detection.tasks.predictions import Prediction, in_batches, read_category_ids
 from detection.tasks.recipes import DetectionRecipe
 from detection.training.distillation import detection_distance, require_same_input
 
-PADDED = 32  # torchvision pads images to multiples of so many pixels
 # Their outputs are scores and boxes, where 8 bits would show: they stay in floating point, over spikes too.
 PREDICTION_LAYERS = ("cls_logits", "bbox_reg", "bbox_pred", "bbox_ctrness", "module_list")
 NAMES = {"retinanet": "RetinaNet", "fasterrcnn": "Faster R-CNN", "fcos": "FCOS", "ssd": "SSD"}

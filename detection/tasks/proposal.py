@@ -14,12 +14,11 @@ import numpy as np
 from detection.config import Recipe, parse_recipe
 from detection.config.yaml_files import flow_yaml
 from detection.data.records import Annotations
-from detection.tasks.checks import Objects, best_overlaps, resized
+from detection.tasks.checks import PADDED, Objects, best_overlaps, resized
 
 SMALL_SET = 2000  # images, below which a pretrained backbone is taken
 ZOO = "zoo:bccd_retinanet_resnet18"
 LEAST_OBJECT = 22  # pixels that 95 of 100 objects should have at least: nearly three cells of stride 8
-STEP = 32  # pixels; torchvision pads to multiples of as many
 CHEAP = 320  # pixels of a shorter side up to which images are enlarged, twofold at most
 LARGEST = (800, 1333)  # as published for COCO
 STEPS, EPOCHS, MOST_EPOCHS = 1500, 40, 200
@@ -53,7 +52,8 @@ def propose(data: Mapping[str, Any], train: Annotations, saw: str) -> list[Choic
     min_size, max_size, why = _input_size(train)
     objects = resized(train, min_size, max_size)
     levels, extra, scale, covered = _levels(objects)
-    batch, epochs = _batch(number, max_size), _epochs(number, _batch(number, max_size))
+    batch = _batch(number, max_size)
+    epochs = _epochs(number, batch)
     steps = epochs * math.ceil(number / batch)
     backbone: dict[str, Any] = {"name": "resnet18", "width": 0.5, "activation": "hoyer"}
     if small:
@@ -110,8 +110,8 @@ def _input_size(train: Annotations) -> tuple[int, int, str]:
     native, small, ratio = float(np.median(shorts)), float(np.percentile(sizes, 5)), float(np.percentile(ratios, 95))
     most = min(max(native, min(2 * native, CHEAP)), LARGEST[0])
     wanted = min(LEAST_OBJECT / small, most)
-    short = math.ceil(wanted / STEP) * STEP
-    long = min(math.ceil(short * ratio / STEP) * STEP, max(LARGEST[1], short))
+    short = math.ceil(wanted / PADDED) * PADDED
+    long = min(math.ceil(short * ratio / PADDED) * PADDED, max(LARGEST[1], short))
     why = (
         f"images have {native:g} pixels on their shorter side, and 95 of 100 objects there at least "
         f"{small * native:.0f} (root of the area): so large that these have {small * short:.0f}"
@@ -124,15 +124,15 @@ def _levels(objects: Objects) -> tuple[list[str], int, float, str]:
     fine = float(np.percentile(objects.sides, 5)) < LEAST_OBJECT / 2
     names = ["c2", "c3", "c4", "c5"] if fine else ["c3", "c4", "c5"]
     first = 4 if fine else 8
+    strides_of = [[first * 2**step for step in range(len(names) + extra)] for extra in range(3)]
     lost = {
         (extra, scale): float((best_overlaps(objects, strides, scale) < COVERED).mean())
-        for extra in range(3)
-        for strides in [[first * 2**step for step in range(len(names) + extra)]]
+        for extra, strides in enumerate(strides_of)
         for scale in SCALES
     }
     least = min(lost.values())
     extra, scale = next(key for key in lost if lost[key] <= least + 0.01)
-    strides = [first * 2**step for step in range(len(names) + extra)]
+    strides = strides_of[extra]
     why = (
         f"cells of {strides[0]} to {strides[-1]} pixels and anchors of {scale * strides[0]:g} to "
         f"{scale * strides[-1] * 2 ** (2 / 3):.0f}, for objects of {objects.sides.min():.0f} to "
