@@ -11,27 +11,35 @@ if TYPE_CHECKING:
     import torch
 
     from detection.config import Recipe
+    from detection.exporters import OnnxFile
     from detection.predict import Predictor
     from detection.records import EpochLog, Evaluation
     from detection.runs import Run, Weights
     from detection.training.callbacks import Callback
 
 
-def load(run: str | Path, weights: Weights = "last", device: str | torch.device | None = None) -> Predictor:
-    """Return a saved run, ready to be asked: `detection.load("runs/demo").predict("image.jpg")`.
+def load(run: str | Path, weights: Weights = "last", device: str | torch.device | None = None) -> Predictor | OnnxFile:
+    """Return a saved run or exported file, ready to be asked: `detection.load("runs/demo").predict("image.jpg")`.
 
     Args:
-        run: run folder, or "zoo:NAME" for a network that comes with the package (`backbones.zoo.names()`).
-        weights: "last", "best" or "ema".
-        device: such as "cpu" or "cuda:0"; None: the first GPU, if there is one.
+        run: run folder, or "zoo:NAME" for a network that comes with the package (`backbones.zoo.names()`), or a file by
+            `export`, .events, .onnx or .pt2, which runs on the CPU.
+        weights: "last", "best" or "ema", of a run.
+        device: such as "cpu" or "cuda:0", of a run; None: the first GPU, if there is one.
 
     Raises:
-        FileNotFoundError: no such run or weights.
-        ValueError: the weights are damaged or do not fit, or there is no such device or entry of the zoo.
+        FileNotFoundError: no such run, weights or file.
+        ImportError: the package onnxruntime is not installed, for an ONNX file.
+        ValueError: the weights or the file are damaged or do not fit, or there is no such device or entry of the zoo.
     """
+    from detection.files import is_exported
     from detection.predict import Predictor
     from detection.runs import Run
 
+    if is_exported(run):
+        from detection.exporters import open_file
+
+        return open_file(run)
     return Predictor(Run.open(run), weights, device)
 
 
@@ -164,7 +172,7 @@ def export(
     run: str | Path,
     out: str | Path | None = None,
     *,
-    file_format: Literal["onnx", "torch", "nir"] = "onnx",
+    file_format: Literal["onnx", "torch", "nir", "events"] = "onnx",
     weights: Weights = "last",
     int8: bool = False,
     analogue: bool = False,
@@ -180,7 +188,7 @@ def export(
     Args:
         run: run folder, or "zoo:NAME".
         out: the file; None: model.onnx, ... among the run's products.
-        file_format: "onnx", "torch" (torch.export) or "nir".
+        file_format: "onnx", "torch" (torch.export), "nir" or "events", for the event-driven engine.
         weights: "last", "best" or "ema".
         int8: int8 weights and integer thresholds where layers see spikes.
         analogue: with `int8`: 8 bits for analogue convolutions, too, but the first and those of prediction.
@@ -188,7 +196,7 @@ def export(
         num_calibration: training images for `int8`; None: 64 for a detector, 256 for a classifier.
         height: of the images in pixels, with `width`: that size only; None: free where the network permits.
         width: likewise.
-        evaluate: measure how accurate an ONNX file is on the evaluation images.
+        evaluate: measure how accurate an ONNX or events file is on the evaluation images.
         data_root: where its data lie now; None: where they lay when it was trained.
 
     Raises:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 EVENT_SUFFIXES = (".dat", ".bin", ".aedat")  # of recordings of events
+NETWORK_SUFFIXES = (".onnx", ".pt2", ".events", ".nir")  # of exported networks
 
 try:
     import fcntl
@@ -115,6 +116,11 @@ KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO
 def is_recording(path: object) -> bool:
     """Return whether it is the path of a recording of events, by its name."""
     return isinstance(path, str | Path) and Path(path).suffix.lower() in EVENT_SUFFIXES
+
+
+def is_exported(path: str | Path) -> bool:
+    """Return whether it is the path of an exported network, by its name, and no folder."""
+    return Path(path).suffix.lower() in NETWORK_SUFFIXES and not Path(path).is_dir()
 
 
 def kind_of(path: str | Path) -> str:

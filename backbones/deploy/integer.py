@@ -6,7 +6,8 @@ With the weight w of an output channel, its scale s = max|w| / 127 and W = round
     spike = [acc >= T]                              where spikes leave the layer, T an integer per channel
     y = d (clip(round(g (acc + o)), -128, 127))     where a real value does: 8 bits per channel, o an integer
 
-A linear layer that gives real values, that is logits, gives y = s acc + bias without rounding. Convolutions that see
+A linear layer that gives real values, that is logits, gives y = s acc + bias without rounding, and so does everything
+that is `exact`. Convolutions that see
 real values, the residual stream and whatever else is analogue stay in floating point. If asked for, analogue
 convolutions (of a pyramid, of a head; not the first of the network) round what they see to 8 bits, too: then W has 7,
 since a processor without VNNI adds pairs of products in 16 bits, and 2 * 255 * 64 < 2^15, as 2 * 1 * 127 is.
@@ -154,6 +155,7 @@ class IntegerReal(IntegerLayer):
 
     Args:
         layer: convolution or linear layer.
+        exact: a convolution's too: scale * acc + bias in float32, without rounding to 8 bits.
 
     Shape: as the layer's.
 
@@ -164,8 +166,9 @@ class IntegerReal(IntegerLayer):
         bias: float32 (C,), of a linear layer.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, *, limit: int = LIMIT) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear, *, limit: int = LIMIT, exact: bool = False) -> None:
         super().__init__(layer, limit=limit)
+        self.exact = exact or self.conv is None
         bias = torch.zeros(self.out_channels) if layer.bias is None else layer.bias.detach().float()
         self.register_buffer("bias", bias.clone())
         self.register_buffer("offset", (bias / self.weight_scale).round().to(torch.int32))
@@ -174,8 +177,8 @@ class IntegerReal(IntegerLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         acc = self.accumulate(x)
-        if self.conv is None:
-            return acc * self.scale + self.bias
+        if self.exact:
+            return acc * channels_first(self.scale, acc.dim()) + channels_first(self.bias, acc.dim())
         offset, gain, scale = (channels_first(each, acc.dim()) for each in (self.offset, self.gain, self.scale))
         level = ((acc + offset.to(acc.dtype)).float() * gain).clamp(-128, 127).round()
         return level * scale
@@ -186,7 +189,7 @@ class IntegerReal(IntegerLayer):
         dims = _all_but_channels(acc)
         shift = mean - acc.mean(dims).float() * self.weight_scale
         self.bias.copy_(shift)
-        if self.conv is not None:
+        if not self.exact:
             self.offset.copy_((shift / self.weight_scale).round().to(torch.int32))
             step = torch.where(largest > 0, largest / LIMIT, 1.0)
             self.gain.copy_(self.weight_scale / step)
@@ -274,7 +277,7 @@ def is_binary(traced: fx.GraphModule, node: Any) -> bool:
 
 
 def to_integers(
-    folded: nn.Module, images: Tensor, *, keep: tuple[str, ...] = (), analogue: bool = False
+    folded: nn.Module, images: Tensor, *, keep: tuple[str, ...] = (), analogue: bool = False, exact: bool = False
 ) -> fx.GraphModule:
     """`folded` with int8 weights wherever a layer sees spikes, thresholds and ranges set on a few images.
 
@@ -286,6 +289,7 @@ def to_integers(
         images: (N, 3, H, W) as the network takes them, N of 16 or more for a good estimate.
         keep: layers with one of these in their module names stay in floating point.
         analogue: 8 bits for convolutions over real values, too, but the first of the network.
+        exact: real values that leave a convolution over spikes are not rounded to 8 bits.
 
     Raises:
         ValueError: `folded` is no graph, or no layer sees spikes.
@@ -321,7 +325,7 @@ def to_integers(
     integers.graph.eliminate_dead_code()
     for node in list(integers.graph.nodes):
         if may_change(node, nn.Conv2d, nn.Linear) and is_binary(integers, node.args[0]):
-            node.target = add(IntegerReal(module_of(integers, node)), f"{node.target}_integer", node)
+            node.target = add(IntegerReal(module_of(integers, node), exact=exact), f"{node.target}_integer", node)
     convs = [node for node in integers.graph.nodes if type(module_of(integers, node)) is nn.Conv2d]
     for node in convs[1:] if analogue else []:
         if may_change(node, nn.Conv2d) and not is_binary(integers, node.args[0]):
@@ -330,6 +334,8 @@ def to_integers(
         raise ValueError("no layer sees spikes: there is nothing to add up in integers")
     clean_up(integers)
     _Calibration(integers, calibrations).run(images)
+    with torch.no_grad():
+        ShapeProp(integers).propagate(images[:1])
     return integers
 
 

@@ -1,6 +1,6 @@
-"""Measure how fast an exported ONNX or .pt2 file is on this machine's CPU, one image at a time, and how accurate it is.
+"""Measure how fast an exported ONNX, .pt2 or .events file is on this machine's CPU, and how accurate.
 
-Times are medians and, in brackets, the middle half of them.
+It is given one image at a time. Times are medians and, in brackets, the middle half of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write a saved run as a file for other programs: ONNX (floating point or integers), torch.export or NIR, checked.
+"""Write a saved run as a file: ONNX (floating point or integers), torch.export, NIR or the event-driven engine's, checked.
 
 Beside the file lies NAME.json, which says what it takes and gives, and how well it agreed with PyTorch.
 """
@@ -11,13 +11,13 @@ from pathlib import Path
 from detection.cli.common import check_run, saved_run_parser, show_table
 from detection.text import say
 
-FORMATS = ("onnx", "torch", "nir")
+FORMATS = ("onnx", "torch", "nir", "events")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Export the run of a command line and print how well the file agrees."""
     parser = saved_run_parser(__doc__, prog)
-    parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: onnx; events: int8")
     help = "int8 weights and integer thresholds wherever a layer sees spikes"
     parser.add_argument("--int8", action="store_true", help=help)
     help = "with --int8: 8 bits for analogue convolutions too, but the first and those of prediction"
@@ -28,14 +28,15 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--out", type=Path, metavar="FILE", help=help)
     help = "with --int8: training images to set thresholds on (64 for a detector, 256 for a classifier)"
     parser.add_argument("--calibration", type=int, metavar="N", help=help)
-    help = "measure an ONNX file's accuracy on the evaluation images, beside what the run has logged"
+    help = "measure an ONNX or events file's accuracy on the evaluation images, beside what the run has logged"
     parser.add_argument("--evaluate", action="store_true", help=help)
     parser.add_argument("--height", type=int, help="of the images, with --width: that size only (default: free)")
     parser.add_argument("--width", type=int)
     options = parser.parse_args(arguments)
-    if not options.int8 and options.calibration is not None:
+    integers = options.int8 or options.format == "events"
+    if not integers and options.calibration is not None:
         parser.error("--calibration belongs to --int8, which sets its thresholds on images")
-    if not (options.int8 or options.evaluate) and options.data_root is not None:
+    if not (integers or options.evaluate) and options.data_root is not None:
         parser.error("--data.root belongs to --int8 and --evaluate, which need images")
     check_run(options.run)
 

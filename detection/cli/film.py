@@ -89,7 +89,7 @@ def film(source: str, call: Call, advance: Callable[[], None]) -> str | None:
         return take_in(windows, source, call, advance, 1 / task.config.data.events.window)
     camera = is_camera(source)
     name = f"camera {source}" if camera else source
-    if getattr(call.predictor.run.config.data, "are_events", False):
+    if getattr(call.predictor.task.config.data, "are_events", False):
         call.failures.append(f"{name}: a film, and the network takes recordings of events")
         return None
     # OpenCV and FFmpeg write lines of their own about what is said in one sentence here.

@@ -1,4 +1,4 @@
-"""Predict with a saved run: draw boxes into images, films and recordings of events, and write COCO results.
+"""Predict with a saved run or an exported file: draw boxes into images, films and recordings of events, and write COCO results.
 
 Writes into a new folder, predictions/RUN or, if that is taken, predictions/RUN2, RUN3, ...:
   predictions.json  a detector's boxes, a list of COCO results; a classifier's image_id and class probabilities
@@ -16,22 +16,20 @@ could not be read (completely), 2 none could, or the command line or the run is 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from detection.cli.call import Call
 from detection.cli.common import Parser, check_run, option_of
 from detection.cli.output import JOURNAL, Output, arguments_of
 from detection.cli.sources import find_sources
-from detection.files import is_recording, kind_of
+from detection.files import is_exported, is_recording, kind_of
 from detection.records import Weights
 from detection.text import say
-
-if TYPE_CHECKING:
-    from detection.runs import Run
 
 THRESHOLDS = {"score": "score_threshold", "nms": "nms_threshold"}
 SCORE = 0.3
@@ -49,7 +47,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         arguments = arguments_of(Path(resumed))
     options = parser.parse_args(arguments)
     options.out = options.out if resumed is None else resumed
-    check_run(options.run)
+    if not is_exported(options.run):
+        check_run(options.run)
     failures: list[str] = []
     images, films = find_sources(options.source, failures)
     if not images and not films:
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 def build_parser(prog: str | None) -> Parser:
     """Return the parser of the verb."""
     parser = Parser(__doc__, prog, usage="%(prog)s RUN SOURCE ... [options]\n       %(prog)s --resume FOLDER")
-    parser.add_argument("run", metavar="RUN", help="run folder, or zoo:NAME")
+    parser.add_argument("run", metavar="RUN", help="run folder, zoo:NAME, or a file by `hoyer-det export`")
     help = (
         "image, folder of images (not those below it), glob in quotes, film, recording of events, or number of a "
         "camera, which runs until Ctrl+C"
@@ -115,14 +114,16 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str], failures: lis
     for name, value in given.items():
         if value is not None:
             check_unit_interval(f"--{name}", value)
-    run = Run.open(options.run)
-    folder = free_folder(run) if options.out is None else Path(options.out)
+    run = None if is_exported(options.run) else Run.open(options.run)
+    name = Path(options.run).stem if run is None else run.folder.resolve().name
+    folder = free_folder(name) if options.out is None else Path(options.out)
     if not (folder / JOURNAL).is_file():
         Run.check_free(folder)
     predictor = detection.load(options.run, options.weights, options.device)
+    config = predictor.task.config
     if options.spikes and not spike_layers(predictor.model):
-        activation = run.config.model.backbone.activation
-        raise ValueError(f"--spikes: {options.run} has no spike layers (activation {activation})")
+        reason = "a file shows none" if run is None else f"activation {config.model.backbone.activation}"
+        raise ValueError(f"--spikes: {options.run} has no spike layers ({reason})")
     for name, value in given.items():
         if value is not None and THRESHOLDS[name] not in predictor.options:
             raise ValueError(f"{options.run}: trained for {predictor.task.name}, which has no boxes for --{name}")
@@ -130,11 +131,17 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str], failures: lis
     thresholds = {THRESHOLDS[name]: value for name, value in given.items() if THRESHOLDS[name] in predictor.options}
     asked = {**thresholds, "batch_size": options.batch_size}
     labels = predictor.task.describe_labels(run)
-    info = {"description": f"predictions of {options.run}, {options.weights} weights"}
+    weights = "" if run is None else f", {options.weights} weights"
+    info = {"description": f"predictions of {options.run}{weights}"}
     info |= {key: value for key, value in asked.items() if value is not None}
     info |= {key: value for key, value in labels.items() if isinstance(value, str)}
     head = {"info": info, **{key: value for key, value in labels.items() if not isinstance(value, str)}}
-    facts = {"weights": run.checksums()[f"{options.weights}.safetensors"], "thresholds": thresholds}
+    checksum = (
+        hashlib.sha256(Path(options.run).read_bytes()).hexdigest()
+        if run is None
+        else run.checksums()[f"{options.weights}.safetensors"]
+    )
+    facts = {"weights": checksum, "thresholds": thresholds}
     facts |= {"--no-images": options.no_images, "--spikes": options.spikes}
     output = Output(folder, {**facts, "arguments": list(arguments)}, head)
     return Call(predictor, output, asked, failures, draw=not options.no_images, spikes=options.spikes)
@@ -202,14 +209,14 @@ def print_summary(call: Call) -> None:
     parts += [f"spike activity {100 * spike_activity(call.activity):.1f} %"] if call.activity else []
     print("  ".join(parts))
     say(f"written to {output.folder}")
-    task, data = call.predictor.task, call.predictor.run.config.data
+    task, data = call.predictor.task, call.predictor.task.config.data
     if data.format == "coco" and getattr(task, "category_source", data) is None:
         print("category ids: 1..K, since the run's annotation file is not where it was in training", file=sys.stderr)
 
 
-def free_folder(run: Run) -> Path:
-    """Return predictions/RUN, with a number behind it if there is such a folder already."""
-    name, number = run.folder.resolve().name, 1
+def free_folder(name: str) -> Path:
+    """Return predictions/NAME, with a number behind it if there is such a folder already."""
+    number = 1
     while (folder := Path("predictions") / f"{name}{'' if number == 1 else number}").exists():
         number += 1
     return folder

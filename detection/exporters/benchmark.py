@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from detection.exporters.inference import OnnxFile, TorchFile
+from detection.exporters.inference import open_file
 
 WARM_UP = 5  # calls before those that count
 
@@ -23,7 +23,7 @@ class Benchmark:
     Attributes:
         path: the file.
         size: height and width of the image in pixels.
-        threads: of ONNX Runtime and torch.
+        threads: of ONNX Runtime or the event-driven engine, and torch.
         seconds: of each call of the file alone, of one image.
         whole_seconds: likewise from the image to its boxes or logits: resizing, padding and decoding by torch, too,
             where the file leaves them to others.
@@ -51,7 +51,7 @@ class Benchmark:
 def benchmark_file(
     path: str | Path, *, threads: int = 1, repeats: int = 50, data_root: str | Path | None = None
 ) -> Benchmark:
-    """Measure how fast an exported ONNX or .pt2 file is, one image at a time, and how accurate.
+    """Measure how fast an exported ONNX, .pt2 or .events file is, one image at a time, and how accurate.
 
     Args:
         path: a file of `export_run`.
@@ -67,10 +67,7 @@ def benchmark_file(
     for name, number in (("threads", threads), ("repeats", repeats)):
         if number < 1:
             raise ValueError(f"--{name} {number}: at least 1")
-    if Path(path).suffix == ".nir":
-        raise ValueError(f"{path}: a NIR file is run by a neuromorphic chip or its simulator (allowed: .onnx, .pt2)")
-    kind = TorchFile if Path(path).suffix == ".pt2" else OnnxFile
-    file, before = kind(path, threads=threads), torch.get_num_threads()
+    file, before = open_file(path, threads=threads), torch.get_num_threads()
     _, channels, *sides = file.shape
     default = file.task.input_size
     height, width = (side if isinstance(side, int) else other for side, other in zip(sides, default, strict=True))

@@ -12,10 +12,11 @@ import torch
 from accelerate.utils import find_device, send_to_device
 from torch import Tensor, nn
 
+from backbones.deploy.events import Engine, from_bytes
 from detection.config import Recipe, parse_recipe
 from detection.data.pictures import ImageLike
 from detection.exporters.common import import_extra, open_session
-from detection.predict import predict_images
+from detection.predict import options_of, predict_images
 from detection.runs import Run, Weights
 from detection.tasks import task_of
 from detection.tasks.base import Dataset, Task
@@ -38,6 +39,8 @@ class OnnxFile:
         description: what the file says of itself.
         task: of the run that it was made of.
         class_names: of all classes, in the order of their labels.
+        network: what behaves like the network in evaluation.
+        model: the same as a module.
 
     Raises:
         FileNotFoundError: no such file.
@@ -59,8 +62,10 @@ class OnnxFile:
         self.class_names = tuple(self.description["classes"])
         if self.description.get("categories"):
             self.task.category_ids = tuple(each["id"] for each in self.description["categories"])
+            self.task.category_source = self.path
         around = self.task.model_around
-        self.model = around(self.run, boxes=True) if self.description.get("nms") else around(self.run)
+        self.network = around(self.run, boxes=True) if self.description.get("nms") else around(self.run)
+        self.model = _OnTheCpu(self).eval()
 
     def _open(self, threads: int) -> dict[str, Any]:
         runtime = import_extra("onnxruntime")
@@ -93,7 +98,15 @@ class OnnxFile:
 
     def __call__(self, images: Any) -> Any:
         """Return what the network gives in evaluation for tensors in [0, 1] on the CPU; ValueError as in `run`."""
-        return self.model(images)
+        return self.network(images)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}: {self.task.describe()})"
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options of `predict` that the task has, such as "score_threshold"."""
+        return options_of(self.task)
 
     def predict(
         self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 8, **options: Any
@@ -105,7 +118,7 @@ class OnnxFile:
         """
         if "data" not in self.description:
             raise ValueError(f"{self.path}: does not say how images are prepared; export it again, or give it tensors")
-        return predict_images(self.task, _OnTheCpu(self).eval(), images, batch_size=batch_size, **options)
+        return predict_images(self.task, self.model, images, batch_size=batch_size, **options)
 
     def evaluate(self, data_root: str | Path) -> dict[str, float]:
         """Return the file's metrics on the evaluation images of its run, whose data lie in `data_root` now.
@@ -123,7 +136,7 @@ class OnnxFile:
         """Return the file's metrics on some images, by a task like the file's."""
         accelerator = make_accelerator(task.config)
         batches = task.evaluation_batches(dataset, accelerator)
-        return task.evaluate(_OnTheCpu(self).eval(), batches, dataset, accelerator).metrics
+        return task.evaluate(self.model, batches, dataset, accelerator).metrics
 
 
 class OnnxDetector(OnnxFile):
@@ -174,6 +187,45 @@ class TorchFile(OnnxFile):
         return dict(zip(self.description["outputs"], results, strict=True))
 
 
+class EventsFile(OnnxFile):
+    """A file for the event-driven engine by `export_run` as its network, likewise; see `backbones.deploy.events`.
+
+    The engine has as many threads as torch.
+    """
+
+    words = "network for the event-driven engine"
+
+    def _open(self, threads: int) -> dict[str, Any]:
+        program, description = from_bytes(self.path.read_bytes(), str(self.path))
+        self.engine = Engine(program)
+        self.shape = description["inputs"]["images"]["shape"]
+        return description
+
+    def _compute(self, batch: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.description["outputs"], self.engine(batch), strict=True))
+
+
+KINDS: dict[str, type[OnnxFile]] = {".onnx": OnnxFile, ".pt2": TorchFile, ".events": EventsFile}
+
+
+def open_file(path: str | Path, *, threads: int = 0) -> OnnxFile:
+    """Return an exported file as its network, by its suffix: .onnx, .pt2 or .events.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: the package onnxruntime is not installed.
+        ValueError: the file is damaged, or none that is run here.
+    """
+    suffix = Path(path).suffix
+    if suffix == ".nir":
+        raise ValueError(
+            f"{path}: a NIR file is run by a neuromorphic chip or its simulator (allowed: {', '.join(KINDS)})"
+        )
+    if suffix not in KINDS:
+        raise ValueError(f"{path}: no exported network (allowed: {', '.join(KINDS)})")
+    return KINDS[suffix](path, threads=threads)
+
+
 def _recipe_of(description: Mapping[str, Any], source: str) -> Recipe:
     """Return a recipe of the network in a file."""
     values = {key: description[key] for key in ("task", "plugins", "model") if key in description}
@@ -192,8 +244,8 @@ class _OnTheCpu(nn.Module):
     def __init__(self, file: OnnxFile) -> None:
         super().__init__()
         self.file, self.nothing = file, nn.Parameter(torch.empty(0))
-        if hasattr(file.model, "detector"):
-            self.detector = file.model.detector
+        if hasattr(file.network, "detector"):
+            self.detector = file.network.detector
 
     def forward(self, images: Any) -> Any:
         return send_to_device(self.file(send_to_device(images, "cpu")), find_device(images))
@@ -202,7 +254,7 @@ class _OnTheCpu(nn.Module):
 def evaluate_file(
     path: str | Path, folder: str | Path, weights: Weights = "last", *, data_root: str | Path | None = None
 ) -> dict[str, dict[str, float]]:
-    """Return an exported ONNX file's metrics on its run's evaluation images ("file"), beside the run's own ("run").
+    """Return an exported file's metrics on its run's evaluation images ("file"), beside the run's own ("run").
 
     Args:
         path: the file.
@@ -218,7 +270,7 @@ def evaluate_file(
     run = Run.open(folder, data_root)
     task = task_of(run.config)
     logged = run.logged(weights, task.best_by).metrics
-    file = OnnxFile(path)
+    file = open_file(path)
     if file.task.name != task.name:
         raise ValueError(f"{path}: exported from a run of the task {file.task.name}, {run.folder} is of {task.name}")
     found = file.accuracy(task, read_evaluation_data(run))

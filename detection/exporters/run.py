@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from backbones import Backbone, fold, spike_layers, to_integers
 from backbones.deploy.fold import require_float
+from backbones.deploy.events import Engine, from_bytes, to_bytes, to_program
 from backbones.deploy.integer import fix_size
 from detection.exporters.boxes import OUTPUTS, add_boxes, check_boxes
 from detection.exporters.common import ParityError, difference_of, import_extra, leaves
@@ -32,9 +33,9 @@ from detection.tasks import task_of
 from detection.tasks.base import Task
 from detection.tasks.run import load_model
 
-Format = Literal["onnx", "torch", "nir"]
-SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "nir": ".nir"}
-PACKAGES: dict[Format, tuple[str, ...]] = {"onnx": ("onnx", "onnxruntime"), "torch": (), "nir": ("nir",)}
+Format = Literal["onnx", "torch", "nir", "events"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "nir": ".nir", "events": ".events"}
+PACKAGES: dict[Format, tuple[str, ...]] = {"onnx": ("onnx", "onnxruntime"), "torch": (), "nir": ("nir",), "events": ()}
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,15 @@ class ExportOptions:
     """Options of an export.
 
     Attributes:
-        file_format: "onnx", "torch" (torch.export, .pt2) or "nir".
+        file_format: "onnx", "torch" (torch.export, .pt2), "nir" or "events", for the event-driven engine.
         weights: which of the run's weights.
-        int8: int8 weights and integer thresholds where layers see spikes; not for NIR.
+        int8: int8 weights and integer thresholds where layers see spikes; not for NIR, always for events.
         analogue: with `int8`: 8 bits for analogue convolutions, too, but the first and those of prediction.
         nms: a detector's ONNX file that gives boxes: padding, decoding and non-maximum suppression inside.
         num_calibration: training images for the thresholds; None: 256 for a classifier, 64 for a detector.
         height: of the images, which are then of this size only. None: free where the network permits.
         width: likewise; both or none.
-        evaluate: measure how accurate an ONNX file is on the run's evaluation images, beside the run's log.
+        evaluate: measure how accurate an ONNX or events file is on the run's evaluation images, beside the run's log.
 
     Raises:
         ImportError: a package of the format is missing.
@@ -77,10 +78,12 @@ class ExportOptions:
             raise ValueError("height and width of the images: both or none")
         if self.num_calibration is not None and self.num_calibration < 1:
             raise ValueError(f"--calibration {self.num_calibration}: at least one image is needed")
-        if self.analogue and not self.int8:
-            raise ValueError("--analogue-int8 goes with --int8")
-        if self.evaluate and form != "onnx":
-            raise ValueError(f"--evaluate: the format {form} is not run by this project (allowed: onnx)")
+        if form == "events":
+            object.__setattr__(self, "int8", True)
+        if self.analogue and (not self.int8 or form == "events"):
+            raise ValueError("--analogue-int8 goes with --int8, and with onnx and torch")
+        if self.evaluate and form not in ("onnx", "events"):
+            raise ValueError(f"--evaluate: the format {form} is not run by this project (allowed: onnx, events)")
         if self.nms and form != "onnx":
             raise ValueError(f"--nms: a file of the format {form} gives what the head says (allowed with onnx)")
         if self.int8 and form == "nir":
@@ -114,8 +117,9 @@ def export_run(
 
     Args:
         folder: the run, as `Run.open` takes it.
-        file_format: "onnx", "torch" or "nir".
-        out: the file; None: model.onnx, model_int8_nms.onnx, ..., model.pt2 or model.nir among the run's products.
+        file_format: "onnx", "torch", "nir" or "events".
+        out: the file; None: model.onnx, model_int8_nms.onnx, ..., model.pt2, model.nir or model.events among the run's
+            products.
         data_root: where the data lie now, from which `int8` takes training images; None: where they lay in training.
         options: the other attributes of `ExportOptions`.
 
@@ -137,7 +141,8 @@ def export_run(
     except ValueError as error:
         raise ValueError(f"{run.folder}: cannot be exported, {error}") from None
     if chosen.int8 and not spike_layers(model):
-        raise ValueError(f"--int8: {folder} has no spike layers; integers add up spikes")
+        option = "--format events" if file_format == "events" else "--int8"
+        raise ValueError(f"{option}: {folder} has no spike layers; integers add up spikes")
     for name, layer in spike_layers(model).items():
         try:
             layer.fold_threshold()
@@ -159,7 +164,8 @@ def export_run(
 
 def _new_files(run: Run, out: str | Path | None, options: ExportOptions) -> tuple[Path, Path]:
     """Return the file to write and the .json beside it, their folder being there."""
-    name = f"model{'_int8' * options.int8}{'_nms' * options.nms}{SUFFIXES[options.file_format]}"
+    int8 = options.int8 and options.file_format != "events"  # there it goes without saying
+    name = f"model{'_int8' * int8}{'_nms' * options.nms}{SUFFIXES[options.file_format]}"
     path = Path(out) if out else run.products / name
     sidecar = path.with_name(f"{path.name}.json")
     for file in (path, sidecar):
@@ -223,7 +229,8 @@ def _as_graph(
         images = task.calibration_images(model, options.num_calibration or task.num_calibration)
         if not free and tuple(images.shape[2:]) != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        network = to_integers(network, images, keep=part.keep, analogue=options.analogue)
+        exact = options.file_format == "events"
+        network = to_integers(network, images, keep=() if exact else part.keep, analogue=options.analogue, exact=exact)
         description["calibration_images"] = len(images)
         batches.append(images[:2])
     elif not free:
@@ -237,6 +244,9 @@ def _as_graph(
         description["decoding"] = dict(part.decoding)
     if options.file_format == "torch":
         content, parity = program_bytes(network, batches, free)
+        return content, description | {"parity": parity}
+    if options.file_format == "events":
+        content, parity = events_bytes(network, batches, description)
         return content, description | {"parity": parity}
     description["opset"] = OPSET
     metadata = {METADATA_KEY: json.dumps(description), "description": meaning}
@@ -277,6 +287,30 @@ def program_bytes(network: fx.GraphModule, batches: Sequence[Tensor], free: bool
                     raise ParityError(f"the program's output {number} differs from the network's by {difference:.2g}")
                 largest = max(largest, difference)
     return buffer.getvalue(), {"largest_difference": largest}
+
+
+def events_bytes(
+    network: fx.GraphModule, batches: Sequence[Tensor], description: dict[str, Any]
+) -> tuple[bytes, dict[str, Any]]:
+    """Return a file for the event-driven engine, once it gave what the network of integers gives, bit for bit.
+
+    Raises:
+        ParityError: it does not.
+        ValueError: the network does something that the engine does not know.
+    """
+    content = to_bytes(to_program(network), description)
+    engine = Engine(from_bytes(content, "the file")[0])
+    network = network.to(memory_format=torch.channels_last)
+    numbers = 0
+    for images in batches:
+        with torch.no_grad():
+            expected = leaves(network(images.contiguous(memory_format=torch.channels_last)))
+        for number, (ours, theirs) in enumerate(zip(expected, engine(images), strict=True)):
+            if not torch.equal(ours, theirs):
+                difference = difference_of(ours, theirs, f"output {number}")
+                raise ParityError(f"the engine's output {number} differs from the network's by {difference:.2g}")
+            numbers += ours.numel()
+    return content, {"equal_numbers": numbers, "largest_difference": 0.0}
 
 
 def _as_nir(

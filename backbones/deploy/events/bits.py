@@ -1,0 +1,287 @@
+"""Spike maps as bits, and what the engine does with them: by the compiled kernels, or by torch with the same results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import library
+
+NEVER = torch.iinfo(torch.int32).max
+LEAST_SUM = 32766  # of what 16 bits hold, less one: so a bound beyond it can be told from it
+
+
+class Bits(NamedTuple):
+    """Spikes of a map: bit c % 64 of word c // 64 is channel c; bits beyond the channels are 0.
+
+    Attributes:
+        words: int64 (N, H, W, ceil(channels / 64)), contiguous.
+        channels: of the map.
+    """
+
+    words: Tensor
+    channels: int
+
+    @classmethod
+    def pack(cls, x: Tensor) -> Bits:
+        """Return the bits of a map (N, C, H, W) or (N, C) of 0 and other numbers."""
+        x = x[..., None, None] if x.dim() == 2 else x
+        number, channels, height, width = x.shape
+        bytes_ = np.zeros((number, height, width, words_of(channels) * 64), np.uint8)
+        bytes_[..., :channels] = x.ne(0).permute(0, 2, 3, 1).numpy()
+        return cls(torch.from_numpy(np.packbits(bytes_, axis=-1, bitorder="little").view(np.int64)), channels)
+
+    def unpack(self) -> Tensor:
+        """Return the map, float32 (N, C, H, W) in the order N, H, W, C."""
+        bytes_ = np.unpackbits(self.words.numpy().view(np.uint8), axis=-1, bitorder="little")
+        return torch.from_numpy(bytes_[..., : self.channels]).float().permute(0, 3, 1, 2)
+
+    def flatten(self) -> Bits:
+        """Return the whole of each image as the channels of one pixel, its padding included: H, W, then C."""
+        flat = self.words.reshape(len(self.words), 1, 1, -1)
+        return Bits(flat, flat.shape[3] * 64)
+
+    @property
+    def density(self) -> float:
+        """Share of the neurons that fired."""
+        ones = int(np.bitwise_count(self.words.numpy().view(np.uint64)).sum())
+        return ones / (self.words[..., 0].numel() * self.channels)
+
+
+def words_of(channels: int) -> int:
+    """Return the words of 64 bits that so many channels take."""
+    return -(-channels // 64)
+
+
+def padded(value: Tensor, filler: float) -> Tensor:
+    """Return values per channel with others behind them, up to a multiple of 64."""
+    return F.pad(value, (0, words_of(len(value)) * 64 - len(value)), value=filler).contiguous()
+
+
+class Comparison:
+    """Spikes per channel of sums or real values, turned round in some channels.
+
+    Args:
+        level: (C,), int32 for sums, which fire where sum >= level; float32 for real values: sign * y >= level.
+        turned: bool (C,): of sums, whose spikes are inverted; of real values, whose sign is -1.
+    """
+
+    def __init__(self, level: Tensor, turned: Tensor | None = None) -> None:
+        self.level = level
+        self.turned = turned if turned is not None and bool(turned.any()) else None
+        integer = level.dtype == torch.int32
+        self.padded = padded(level, NEVER if integer else float("inf"))
+        self.sign: Tensor | None = None
+        self.mask: Tensor | None = None
+        if self.turned is not None and integer:
+            self.mask = Bits.pack(self.turned[None, :, None, None]).words.flatten()
+        elif self.turned is not None:
+            self.sign = padded(torch.where(self.turned, -1.0, 1.0), 1.0)
+
+    def of_sums(self, sums: Tensor) -> Tensor:
+        """Return the spikes of sums (N, C, H, W), bool: the reference."""
+        reached = sums >= self.level.view(-1, 1, 1)
+        return reached if self.turned is None else reached ^ self.turned.view(-1, 1, 1)
+
+    def of_real(self, y: Tensor) -> Tensor:
+        """Return the spikes of real values (N, C, H, W), bool: the reference."""
+        if self.turned is not None:
+            y = y * torch.where(self.turned, -1.0, 1.0).view(-1, 1, 1)
+        return y >= self.level.view(-1, 1, 1)
+
+
+def threshold(x: Tensor, comparison: Comparison) -> Bits:
+    """Return the spikes of a real map, float32 (N, C, H, W)."""
+    number, channels, height, width = x.shape
+    if library.current() == "torch":
+        return Bits.pack(comparison.of_real(x))
+    x = x.permute(0, 2, 3, 1).contiguous()
+    words = torch.empty((number, height, width, words_of(channels)), dtype=torch.int64)
+    sign = None if comparison.sign is None else comparison.sign.data_ptr()
+    library.LIBRARY.events_threshold(
+        x.data_ptr(),
+        number * height * width,
+        channels,
+        comparison.padded.data_ptr(),
+        sign,
+        words.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return Bits(words, channels)
+
+
+class Window(NamedTuple):
+    """Geometry of a convolution or pool, height before width."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def out_size(self, size: Sequence[int], *, ceil: bool = False) -> tuple[int, int]:
+        """Return height and width of the output for those of the input, as torch has them."""
+        return tuple(map(self._length, size, range(2), (ceil, ceil)))  # type: ignore[return-value]
+
+    def _length(self, length: int, axis: int, ceil: bool) -> int:
+        reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        free, stride = length + 2 * self.padding[axis] - reach, self.stride[axis]
+        steps = -(-free // stride) if ceil else free // stride
+        if ceil and steps * stride >= length + self.padding[axis]:
+            steps -= 1  # a window that begins behind the map
+        return steps + 1
+
+
+def max_pool(x: Bits, window: Window, *, ceil: bool = False, inverted: Tensor | None = None) -> Bits:
+    """Return, for each window, whether a neuron of it fired; inverted where the bit of `inverted` (words,) is set."""
+    number, height, width, words = x.words.shape
+    out_height, out_width = window.out_size((height, width), ceil=ceil)
+    if library.current() == "torch":
+        pooled = F.max_pool2d(x.unpack(), window.kernel, window.stride, window.padding, ceil_mode=ceil)
+        out = Bits.pack(pooled).words
+        return Bits(out if inverted is None else out ^ inverted, x.channels)
+    out = torch.empty((number, out_height, out_width, words), dtype=torch.int64)
+    geometry = (number, height, width, words, out_height, out_width, *window.kernel, *window.stride, *window.padding)
+    mask = None if inverted is None else inverted.data_ptr()
+    library.LIBRARY.events_pool(x.words.data_ptr(), *geometry, mask, out.data_ptr())
+    return Bits(out, x.channels)
+
+
+@dataclass(eq=False)
+class EventLayer:
+    """A convolution or linear layer of int8 weights over spikes, and what is made of its sums, exact for every input.
+
+    Args:
+        weight: int8 (C', C / groups, kh, kw) in -127..127; (C', C, 1, 1) of a linear layer.
+        window: geometry.
+        groups: of the convolution.
+        spikes: comparisons, each of which gives a map of spikes: of the sums, or of the real values.
+        scale: float32 (C',), with `bias`: the real value is scale * sum + bias (+ residual), each operation rounded to
+            float32; None: spikes of the sums are all that the layer gives.
+        bias: float32 (C',).
+        keeps_real: whether the real values themselves are wanted.
+
+    Raises:
+        ValueError: more outputs than the kernels take, or weights out of range.
+    """
+
+    weight: Tensor
+    window: Window
+    groups: int = 1
+    spikes: Sequence[Comparison] = ()
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    keeps_real: bool = False
+    _packed: dict[str, tuple[library.EventConv, list[Tensor]]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.spikes) > library.MAX_OUTPUTS:
+            raise ValueError(f"{len(self.spikes)} maps of spikes of one layer (allowed: up to {library.MAX_OUTPUTS})")
+        if bool((self.weight == -128).any()):
+            raise ValueError("a weight of -128 (allowed: -127 to 127)")
+        self.weight = self.weight.contiguous()
+
+    def __call__(self, x: Bits, residual: Tensor | None = None) -> tuple[Tensor | None, list[Bits]]:
+        """Return the real values, float32 (N, C', H', W') in the order N, H, W, C, and the maps of spikes.
+
+        Args:
+            x: spikes.
+            residual: float32, shape of the real values.
+        """
+        if library.current() == "torch":
+            return self._reference(x, residual)
+        call, kept = self._prepared()
+        number, height, width, _ = x.words.shape
+        out_channels, out_size = len(self.weight), self.window.out_size((height, width))
+        call.images, call.height, call.width, call.threads = number, height, width, torch.get_num_threads()
+        call.out_height, call.out_width = out_size
+        call.input = x.words.data_ptr()
+        found = [
+            torch.empty((number, *out_size, words_of(out_channels)), dtype=torch.int64) for _ in range(call.num_spikes)
+        ]
+        for index, words in enumerate(found):
+            call.spikes[index] = words.data_ptr()
+        real = None
+        if self.keeps_real:
+            real = torch.empty((number, *out_size, out_channels))
+            call.real = real.data_ptr()
+        if residual is not None:
+            residual = residual.permute(0, 2, 3, 1).contiguous()
+            call.residual = residual.data_ptr()
+        if library.LIBRARY.events_conv(call):
+            raise MemoryError(f"not enough memory for a layer of {out_channels} channels over {tuple(x.words.shape)}")
+        return None if real is None else real.permute(0, 3, 1, 2), [Bits(words, out_channels) for words in found]
+
+    def sums(self, x: Bits) -> Tensor:
+        """Return the sums (N, C', H', W'), float32 and exact: the reference."""
+        keys = {"stride": self.window.stride, "padding": self.window.padding, "dilation": self.window.dilation}
+        return F.conv2d(x.unpack(), self.weight.float(), groups=self.groups, **keys)
+
+    def _reference(self, x: Bits, residual: Tensor | None) -> tuple[Tensor | None, list[Bits]]:
+        sums = self.sums(x)
+        if self.scale is None:
+            return None, [Bits.pack(each.of_sums(sums)) for each in self.spikes]
+        y = sums * self.scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        y = y if residual is None else residual + y
+        return y if self.keeps_real else None, [Bits.pack(each.of_real(y)) for each in self.spikes]
+
+    def _prepared(self) -> tuple[library.EventConv, list[Tensor]]:
+        """Return a call with all that does not depend on the input, a copy of its own, and what it points to."""
+        name = library.current()
+        if name not in self._packed:
+            self._packed[name] = self._prepare()
+        template, kept = self._packed[name]
+        return library.EventConv.from_buffer_copy(template), kept
+
+    def _prepare(self) -> tuple[library.EventConv, list[Tensor]]:
+        out_channels, channels = len(self.weight), self.weight.shape[1] * self.groups
+        kernel, stride, padding, dilation = self.window
+        call = library.EventConv(
+            channels=channels, out_channels=out_channels, groups=self.groups, num_spikes=len(self.spikes)
+        )
+        for name, pair in {"kernel": kernel, "stride": stride, "pad": padding, "dilation": dilation}.items():
+            setattr(call, f"{name}_h", pair[0])
+            setattr(call, f"{name}_w", pair[1])
+        call.safe = self.safe
+        kept = [torch.empty(library.LIBRARY.events_packed_bytes(call), dtype=torch.int8)]
+        library.LIBRARY.events_pack(call, self.weight.data_ptr(), kept[0].data_ptr())
+        call.packed = kept[0].data_ptr()
+
+        def address(value: Tensor) -> int:
+            kept.append(value)
+            return value.data_ptr()
+
+        if self.scale is not None:
+            call.scale, call.bias = address(padded(self.scale, 0.0)), address(padded(self.bias, 0.0))
+        for index, each in enumerate(self.spikes):
+            levels = call.threshold if self.scale is None else call.level
+            levels[index] = address(each.padded)
+            if each.mask is not None:
+                call.inverted[index] = address(each.mask)
+            if each.sign is not None:
+                call.sign[index] = address(each.sign)
+        return call, kept
+
+    @property
+    def safe(self) -> int:
+        """The number of weights of a neuron that never add up to more than 16 bits hold, whichever they are."""
+        sizes = self.weight.flatten(1).abs().int().sort(1, descending=True).values.cumsum(1)
+        return max(1, int((sizes <= LEAST_SUM).sum(1).min()))
+
+
+def layer_options(weight: Tensor, conv: dict[str, Any] | None) -> dict[str, Any]:
+    """Return `weight`, `window` and `groups` of an `EventLayer` for a layer of torch.
+
+    Args:
+        weight: int8 (C', C / groups, kh, kw) or (C', C).
+        conv: stride, padding, dilation and groups; None: a linear layer.
+    """
+    if conv is None:
+        return {"weight": weight[..., None, None], "window": Window((1, 1))}
+    pairs = [(value, value) if isinstance(value, int) else tuple(value) for value in map(conv.get, Window._fields[1:])]
+    return {"weight": weight, "window": Window(tuple(weight.shape[2:]), *pairs), "groups": conv["groups"]}

@@ -1,0 +1,228 @@
+"""The event-driven engine: runs a `Program`, layers over spikes by events and everything else by torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from .bits import Bits, Comparison, EventLayer, Window, layer_options, max_pool, threshold
+from .program import Operation, Program
+
+FORMAT = "hoyer-det events"
+VERSION = 1
+Value = Tensor | Bits
+
+
+class Engine:
+    """A `Program` ready to run: images in, the network's outputs out.
+
+    Layers over spikes add up the weights of the inputs that fired; what sees real values is computed by torch, in
+    float32 and in the order N, H, W, C. Results are bit for bit those of the network of integers in that order.
+
+    Args:
+        program: of `to_program`, or `from_bytes`.
+
+    Raises:
+        ValueError: the program has an operation that this version does not know.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        unknown = sorted({each["op"] for each in program.operations} - set(PREPARE))
+        if unknown:
+            raise ValueError(f"unknown operation {unknown[0]!r}: written by a later version")
+        self.steps = [self._prepare(each) for each in program.operations]
+        last_use = {}
+        for index, each in enumerate(program.operations):
+            last_use |= {name: index for name in each["inputs"] if isinstance(name, str)}
+        kept = {*program.outputs}
+        self.expired: list[list[str]] = [[] for _ in self.steps]
+        for name, index in last_use.items():
+            if name not in kept:
+                self.expired[index].append(name)
+
+    def _prepare(self, operation: Operation) -> tuple[list[Any], list[str], Callable[..., Sequence[Value]]]:
+        tensors = {key: self.program.tensors[name] for key, name in operation["tensors"].items()}
+        run = PREPARE[operation["op"]](operation["attributes"], tensors)
+        return operation["inputs"], operation["outputs"], run
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Tensor, *, observe: Callable[[Operation, list[Value]], None] | None = None
+    ) -> list[Tensor]:
+        """Return the outputs for images, float32 (N, C, H, W).
+
+        Args:
+            images: on the CPU.
+            observe: called with each operation and what enters it.
+        """
+        values: dict[str, Value] = {"images": images.contiguous(memory_format=torch.channels_last)}
+        for index, (inputs, outputs, run) in enumerate(self.steps):
+            entering = [values[name] if isinstance(name, str) else name for name in inputs]
+            if observe is not None:
+                observe(self.program.operations[index], entering)
+            values.update(zip(outputs, run(*entering), strict=True))
+            for name in self.expired[index]:
+                del values[name]
+        return [_real(values[name]) for name in self.program.outputs]
+
+
+def _real(value: Value) -> Tensor:
+    return value.unpack() if isinstance(value, Bits) else value
+
+
+def _analogue(compute: Callable[..., Tensor]) -> Callable[..., list[Value]]:
+    """Return what runs an operation over real values: spikes become 0 and 1."""
+    return lambda *inputs: [compute(*(_real(each) if isinstance(each, Bits) else each for each in inputs))]
+
+
+def _comparisons(tensors: Mapping[str, Tensor], name: str) -> list[Comparison]:
+    number = sum(key.startswith(f"{name}_") for key in tensors)
+    return [Comparison(tensors[f"{name}_{index}"], tensors.get(f"turned_{index}")) for index in range(number)]
+
+
+def _layer(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
+    real = "scale" in tensors
+    layer = EventLayer(
+        **layer_options(tensors["weight"], attributes["conv"]),
+        spikes=_comparisons(tensors, "level" if real else "threshold"),
+        scale=tensors.get("scale"),
+        bias=tensors.get("bias"),
+        keeps_real=attributes["keeps_real"],
+    )
+    flat = attributes["conv"] is None
+
+    def run(x: Bits, residual: Tensor | None = None) -> list[Value]:
+        y, spikes = layer(x, residual)
+        if y is None:
+            return list(spikes)
+        return [y.flatten(1) if flat else y, *spikes]
+
+    return run
+
+
+def _threshold(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
+    (comparison,) = _comparisons(tensors, "level")
+    return lambda x: [threshold(x[..., None, None] if x.dim() == 2 else x, comparison)]
+
+
+def _window(attributes: Mapping[str, Any]) -> Window:
+    keys = ("kernel_size", "stride", "padding", "dilation")
+    return Window(*(tuple(attributes[key]) for key in keys))
+
+
+def _pool_bits(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
+    window, ceil, turned = _window(attributes), attributes["ceil_mode"], tensors.get("inverted")
+    mask = None if turned is None else Bits.pack(turned[None, :, None, None]).words.flatten()
+    return lambda x: [max_pool(x, window, ceil=ceil, inverted=mask)]
+
+
+def _with_weights(
+    compute: Callable[..., Tensor], *keys: str
+) -> Callable[[dict[str, Any], dict[str, Tensor]], Callable[..., Sequence[Value]]]:
+    """Return the maker of an operation of torch whose arguments are `keys` of its tensors, then its attributes."""
+
+    def prepare(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
+        weights = [tensors.get(key) for key in keys]
+        weights = [
+            w.contiguous(memory_format=torch.channels_last) if w is not None and w.dim() == 4 else w for w in weights
+        ]
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in attributes.items()}
+        return _analogue(lambda *inputs: compute(*inputs, *weights, **options))
+
+    return prepare
+
+
+def _method(name: str) -> Callable[[dict[str, Any], dict[str, Tensor]], Callable[..., Sequence[Value]]]:
+    return lambda attributes, tensors: _analogue(lambda x: getattr(x, name)(*attributes["arguments"]))
+
+
+def _constant(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
+    return lambda: [tensors["value"]]
+
+
+def _resize_as(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, size=like.shape[-2:], mode="nearest")
+
+
+PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Callable[..., Sequence[Value]]]] = {
+    "layer": _layer,
+    "threshold": _threshold,
+    "pool_bits": _pool_bits,
+    "flatten_bits": lambda attributes, tensors: lambda x: [x.flatten()],
+    "constant": _constant,
+    "add": _with_weights(torch.add),
+    "sub": _with_weights(torch.sub),
+    "mul": _with_weights(lambda a, b: a * b),
+    "div": _with_weights(torch.true_divide),
+    "relu": _with_weights(torch.relu),
+    "cat": _with_weights(lambda *parts, dim: torch.cat(parts, dim)),
+    "resize_as": _with_weights(_resize_as),
+    "conv2d": _with_weights(F.conv2d, "weight", "bias"),
+    "linear": _with_weights(F.linear, "weight", "bias"),
+    "batch_norm": _with_weights(F.batch_norm, "running_mean", "running_var", "weight", "bias"),
+    "group_norm": _with_weights(
+        lambda x, weight, bias, num_groups, eps: F.group_norm(x, num_groups, weight, bias, eps), "weight", "bias"
+    ),
+    "max_pool2d": _with_weights(F.max_pool2d),
+    "avg_pool2d": _with_weights(F.avg_pool2d),
+    "adaptive_avg_pool2d": _with_weights(F.adaptive_avg_pool2d),
+    "flatten": _with_weights(torch.flatten),
+    **{f"{name}": _method(name) for name in ("permute", "unflatten")},
+}
+
+
+def to_bytes(program: Program, description: Mapping[str, Any]) -> bytes:
+    """Return the content of a file: safetensors, whose metadata have the graph, a description and their checksum."""
+    graph = json.dumps({"operations": program.operations, "outputs": program.outputs})
+    tensors = {name: value.contiguous().clone() for name, value in program.tensors.items()}
+    text = json.dumps(dict(description))
+    metadata = {"format": FORMAT, "version": str(VERSION), "graph": graph, "description": text}
+    return save(tensors, metadata | {"sha256": _checksum(graph, text, tensors)})
+
+
+def from_bytes(content: bytes, source: str) -> tuple[Program, dict[str, Any]]:
+    """Return the program and the description in the content of a file.
+
+    Args:
+        content: by `to_bytes`.
+        source: its name, for messages.
+
+    Raises:
+        ValueError: damaged, none of this project, or of another version.
+    """
+    try:
+        length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+        tensors = load(content)
+    except (SafetensorError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{source}: damaged, or no file of the event-driven engine ({error})") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{source}: no file of the event-driven engine (export --format events writes one)")
+    if metadata.get("version") != str(VERSION):
+        raise ValueError(
+            f"{source}: version {metadata.get('version')} of the format (this package reads version {VERSION}); "
+            "export the run again"
+        )
+    graph, text = metadata.get("graph", ""), metadata.get("description", "")
+    if metadata.get("sha256") != _checksum(graph, text, tensors):
+        raise ValueError(f"{source}: damaged, its checksum is not that of its content")
+    parts = json.loads(graph)
+    return Program(parts["operations"], parts["outputs"], tensors), json.loads(text)
+
+
+def _checksum(graph: str, description: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(graph.encode() + b"\0" + description.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,416 @@
+// Event-driven layers: weights of the inputs that fired are added up, and the sums compared, in integers.
+//
+// No dependency but the C++ library. The same kernels are compiled for vectors of 64 bytes (AVX-512), of 32 (AVX2) and,
+// portably, of 16, which are SSE2 or NEON; all give the same bits. Signed sums wrap (-fwrapv), and floating point is not
+// contracted (-ffp-contract=off), so that real values are those of separate multiplications and additions.
+#include "kernels.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <cstring>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#ifndef _WIN32
+#include <unistd.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define EVENTS_X86 1
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// What fired in one pixel of one group: a part of the lists.
+struct Pixel {
+    int64_t start;
+    int32_t listed, active;
+    bool complement;  // more than half fired: the list has those that did not
+};
+
+// A layer, prepared for its kernels.
+struct Layer {
+    const EventConv *conv;
+    const int8_t *weights;   // [group][block][tap][input][64 * words]
+    const int32_t *totals;   // [group][block][tap][64 * words]: sums over all inputs
+    const Pixel *pixels;     // [group][image][y][x]
+    const uint32_t *lists;   // rows, as offsets in bytes within a tap
+    int64_t words, blocks, taps, tap_bytes, parts;
+    bool depthwise;
+};
+
+// A worker's lists of the rows of one neuron.
+struct Neuron {
+    uint32_t *flat, *silent;
+    int64_t *complements;
+    int32_t *wide;
+    const uint32_t *rows;
+    int64_t num_rows, num_silent, num_complements, num_active;
+};
+
+// The kernels of one width.
+struct Kernels {
+    int width, max_words;
+    void (*work)(const Layer &, int64_t, int64_t, Neuron &);
+    void (*threshold)(const float *, int64_t, int64_t, int64_t, const float *, const float *, uint64_t *);
+    int64_t (*place_of)(int64_t);
+    int8_t (*stored)(int64_t, int8_t);
+};
+
+inline int64_t words_of(int64_t channels) { return (channels + 63) / 64; }
+
+#define NAME portable
+#define WIDTH 16
+#define MAX_WORDS 1
+#include "kernels.inc"
+#undef NAME
+#undef WIDTH
+#undef MAX_WORDS
+
+#ifdef EVENTS_X86
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,bmi,bmi2,popcnt,lzcnt")
+#endif
+#define NAME avx2
+#define WIDTH 32
+#define MAX_WORDS 2
+#include "kernels.inc"
+#undef NAME
+#undef WIDTH
+#undef MAX_WORDS
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512")
+#endif
+#define NAME avx512
+#define WIDTH 64
+#define MAX_WORDS 4
+#include "kernels.inc"
+#undef NAME
+#undef WIDTH
+#undef MAX_WORDS
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+const Kernels *find_kernels(int level) {
+#ifdef EVENTS_X86
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512dq");
+    if (has_avx512 && (level == 2 || level < 0)) return &avx512::kernels;
+    if (has_avx2 && (level == 1 || level < 0)) return &avx2::kernels;
+#endif
+    return level <= 0 ? &portable::kernels : nullptr;
+}
+
+std::atomic<const Kernels *> chosen{nullptr};
+
+const Kernels &kernels() {
+    const Kernels *found = chosen.load();
+    if (!found) chosen.store(found = find_kernels(-1));
+    return *found;
+}
+
+inline void pause() {
+#ifdef EVENTS_X86
+    _mm_pause();
+#endif
+}
+
+// Threads that wait for work: `run` calls work(item, thread) for every item, in any order.
+class Pool {
+  public:
+    template <typename Work> void run(int64_t items, int64_t threads, const Work &work) {
+        std::unique_lock<std::mutex> own(busy_, std::try_to_lock);
+        if (threads > items) threads = items;
+        if (threads < 2 || !own.owns_lock()) {  // one is enough, or another thread of the program has the workers
+            for (int64_t i = 0; i < items; ++i) work(i, 0);
+            return;
+        }
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            while ((int64_t)workers_.size() < threads - 1) {
+                const int64_t number = (int64_t)workers_.size() + 1;
+                workers_.emplace_back([this, number, seen = generation_.load()] { serve(number, seen); });
+            }
+            work_ = &work;
+            call_ = [](const void *w, int64_t i, int64_t thread) { (*static_cast<const Work *>(w))(i, thread); };
+            items_ = items;
+            helpers_ = threads - 1;
+            next_.store(0);
+            working_.store(threads - 1);
+            generation_.fetch_add(1);
+        }
+        wake_.notify_all();
+        for (int64_t i; (i = next_.fetch_add(1)) < items;) work(i, 0);
+        for (int spin = 0; spin < kSpins && working_.load() > 0; ++spin) pause();
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, [&] { return working_.load() == 0; });
+    }
+
+    ~Pool() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stop_ = true;
+            generation_.fetch_add(1);
+        }
+        wake_.notify_all();
+        for (std::thread &worker : workers_) worker.join();
+    }
+
+  private:
+    static constexpr int kSpins = 2000;  // some ten microseconds: layers follow each other closely
+
+    void serve(int64_t number, int64_t seen) {
+        while (true) {
+            for (int spin = 0; spin < kSpins && generation_.load() == seen; ++spin) pause();
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return generation_.load() != seen; });
+                seen = generation_.load();
+                if (stop_) return;
+                if (number > helpers_) continue;
+            }
+            for (int64_t i; (i = next_.fetch_add(1)) < items_;) call_(work_, i, number);
+            if (working_.fetch_sub(1) == 1) {
+                std::lock_guard<std::mutex> lock(mutex_);
+                done_.notify_all();
+            }
+        }
+    }
+
+    std::mutex busy_, mutex_;
+    std::condition_variable wake_, done_;
+    std::vector<std::thread> workers_;
+    std::atomic<int64_t> next_{0}, working_{0}, generation_{0};
+    int64_t items_ = 0, helpers_ = 0;
+    const void *work_ = nullptr;
+    void (*call_)(const void *, int64_t, int64_t) = nullptr;
+    bool stop_ = false;
+};
+
+// The pool of this process: a forked one has none of its parent's threads, and begins with a new pool.
+Pool &pool() {
+    static std::mutex mutex;
+    static Pool *found = nullptr;
+    static long owner = 0;
+#ifndef _WIN32
+    const long process = (long)getpid();
+#else
+    const long process = 1;
+#endif
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!found || owner != process) {
+        found = new Pool;
+        owner = process;
+    }
+    return *found;
+}
+
+bool is_depthwise(const EventConv &c) { return c.groups > 1 && c.groups == c.channels && c.groups == c.out_channels; }
+
+// Sizes of the packed weights: what `Layer` has, without pointers.
+Layer layout_of(const EventConv &c) {
+    Layer layer = {};
+    layer.conv = &c;
+    layer.taps = c.kernel_h * c.kernel_w;
+    layer.depthwise = is_depthwise(c);
+    const int64_t total = words_of(layer.depthwise ? c.out_channels : c.out_channels / c.groups);
+    layer.words = 1;
+    if (c.groups == 1)
+        while (layer.words * 2 <= kernels().max_words && total % (layer.words * 2) == 0) layer.words *= 2;
+    layer.blocks = total / layer.words;
+    layer.tap_bytes = layer.depthwise ? 64 : c.channels / c.groups * layer.words * 64;
+    return layer;
+}
+
+int64_t weight_bytes(const EventConv &c, const Layer &layer) {
+    return (layer.depthwise ? 1 : c.groups) * layer.blocks * layer.taps * layer.tap_bytes;
+}
+
+// Lists what fired in each pixel of a row, or what did not where that is less; returns the end of the lists.
+void list_row(const EventConv &c, const Layer &layer, int64_t row, int64_t group, Pixel *pixels, uint32_t *lists) {
+    const int64_t words = words_of(c.channels), each = c.channels / c.groups, first = group * each;
+    const uint32_t stride = (uint32_t)(layer.words * 64);
+    int64_t end = row * c.width * (each / 2 + 1);
+    for (int64_t x = 0; x < c.width; ++x) {
+        const uint64_t *bits = c.input + (row * c.width + x) * words;
+        auto word = [&](int64_t w) {  // of the group's bits alone
+            uint64_t value = bits[w];
+            if (w * 64 < first) value &= ~0ull << (first - w * 64);
+            if ((w + 1) * 64 > first + each) value &= ~0ull >> ((w + 1) * 64 - first - each);
+            return value;
+        };
+        const int64_t low = first / 64, high = (first + each + 63) / 64;
+        int64_t active = 0;
+        for (int64_t w = low; w < high; ++w) active += __builtin_popcountll(word(w));
+        Pixel &pixel = pixels[row * c.width + x];
+        pixel.active = (int32_t)active;
+        pixel.complement = 2 * active > each;
+        pixel.start = end;
+        for (int64_t w = low; w < high; ++w) {
+            uint64_t value = word(w);
+            if (pixel.complement) {
+                uint64_t valid = ~0ull;
+                if (w * 64 < first) valid &= ~0ull << (first - w * 64);
+                if ((w + 1) * 64 > first + each) valid &= ~0ull >> ((w + 1) * 64 - first - each);
+                value = ~value & valid;
+            }
+            const int64_t base = w * 64 - first;
+            for (; value; value &= value - 1) lists[end++] = (uint32_t)(base + __builtin_ctzll(value)) * stride;
+        }
+        pixel.listed = (int32_t)(end - pixel.start);
+    }
+}
+
+constexpr int64_t kRoom = 16;  // copies of lists go beyond their ends by less than a vector
+
+void convolve(const EventConv &c) {
+    Layer layer = layout_of(c);
+    const int64_t groups = layer.depthwise ? 1 : c.groups, each = c.channels / groups;
+    const int64_t rows = c.images * c.out_height, in_rows = c.images * c.height;
+    layer.weights = static_cast<const int8_t *>(c.packed);
+    layer.totals = reinterpret_cast<const int32_t *>(layer.weights + weight_bytes(c, layer));
+    thread_local std::vector<Pixel> pixels;
+    thread_local std::vector<uint32_t> lists, flat;
+    thread_local std::vector<int64_t> complements;
+    thread_local std::vector<int32_t> wide;
+    const int64_t per_group = in_rows * c.width * (each / 2 + 1) + kRoom, most = layer.taps * each + 2 * kRoom;
+    const int64_t threads = c.threads < 1 ? 1 : c.threads, padded = words_of(c.out_channels) * 64;
+    if (!layer.depthwise) {
+        if ((int64_t)pixels.size() < groups * in_rows * c.width) pixels.resize(groups * in_rows * c.width);
+        if ((int64_t)lists.size() < groups * per_group) lists.resize(groups * per_group);
+        if ((int64_t)flat.size() < 2 * threads * most) flat.resize(2 * threads * most);
+        if ((int64_t)complements.size() < threads * layer.taps) complements.resize(threads * layer.taps);
+        if ((int64_t)wide.size() < threads * padded) wide.resize(threads * padded);
+        Pixel *all_pixels = pixels.data();
+        uint32_t *all_lists = lists.data();
+        pool().run(groups * in_rows, threads, [&, all_pixels, all_lists](int64_t item, int64_t) {
+            const int64_t group = item / in_rows;
+            Pixel *own = all_pixels + group * in_rows * c.width;
+            list_row(c, layer, item % in_rows, group, own, all_lists + group * per_group);
+            for (int64_t x = 0; x < c.width; ++x) own[item % in_rows * c.width + x].start += group * per_group;
+        });
+        layer.pixels = all_pixels;
+        layer.lists = all_lists;
+    }
+    layer.parts = 1;
+    if (groups == 1 && !layer.depthwise)
+        while (layer.parts < layer.blocks && rows * layer.parts < 2 * threads && threads > 1) ++layer.parts;
+    uint32_t *all_flat = flat.data();
+    int64_t *all_complements = complements.data();
+    int32_t *all_wide = wide.data();
+    const Kernels &used = kernels();
+    pool().run(rows * layer.parts, threads, [&, all_flat, all_complements, all_wide](int64_t item, int64_t thread) {
+        Neuron neuron = {};
+        if (!layer.depthwise) {
+            neuron.flat = all_flat + 2 * thread * most;
+            neuron.silent = neuron.flat + most;
+            neuron.complements = all_complements + thread * layer.taps;
+            neuron.wide = all_wide + thread * padded;
+        }
+        used.work(layer, item / layer.parts, item % layer.parts, neuron);
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+int events_version(void) { return 1; }
+
+int events_use(int level) {
+    const Kernels *found = find_kernels(level);
+    if (!found) return -1;
+    chosen.store(found);
+    return found->width == 64 ? 2 : found->width == 32 ? 1 : 0;
+}
+
+int64_t events_packed_bytes(const EventConv *c) {
+    const Layer layer = layout_of(*c);
+    const int64_t blocks = (layer.depthwise ? 1 : c->groups) * layer.blocks;
+    return weight_bytes(*c, layer) + blocks * layer.taps * layer.words * 64 * (int64_t)sizeof(int32_t);
+}
+
+void events_pack(const EventConv *c, const int8_t *weight, void *packed) {
+    const Layer layer = layout_of(*c);
+    const Kernels &used = kernels();
+    int8_t *rows = static_cast<int8_t *>(packed);
+    const int64_t each = c->channels / c->groups, outs = c->out_channels / c->groups, block = layer.words * 64;
+    if (layer.depthwise) {
+        std::memset(packed, 0, (size_t)events_packed_bytes(c));
+        for (int64_t o = 0; o < c->out_channels; ++o)
+            for (int64_t tap = 0; tap < layer.taps; ++tap)
+                rows[(o / 64 * layer.taps + tap) * 64 + o % 64] = weight[o * layer.taps + tap];
+        return;
+    }
+    int32_t *totals = reinterpret_cast<int32_t *>(rows + weight_bytes(*c, layer));
+    for (int64_t group = 0; group < c->groups; ++group)
+        for (int64_t b = 0; b < layer.blocks; ++b)
+            for (int64_t tap = 0; tap < layer.taps; ++tap) {
+                int8_t *into = rows + ((group * layer.blocks + b) * layer.taps + tap) * layer.tap_bytes;
+                int32_t *total = totals + ((group * layer.blocks + b) * layer.taps + tap) * block;
+                for (int64_t o = 0; o < block; ++o) {
+                    const int64_t channel = b * block + o, place = used.place_of(o);
+                    total[o] = 0;
+                    for (int64_t i = 0; i < each; ++i) {
+                        const int8_t w =
+                            channel < outs ? weight[((group * outs + channel) * each + i) * layer.taps + tap] : 0;
+                        total[o] += w;
+                        into[i * block + place] = used.stored(o, w);
+                    }
+                }
+            }
+}
+
+int events_conv(const EventConv *layer) {
+    try {
+        convolve(*layer);
+    } catch (const std::exception &) {
+        return 1;
+    }
+    return 0;
+}
+
+void events_threshold(const float *x, int64_t pixels, int64_t channels, const float *level, const float *sign,
+                      uint64_t *spikes, int64_t threads) {
+    const int64_t parts = pixels < 64 ? 1 : 4 * (threads < 1 ? 1 : threads);
+    const Kernels &used = kernels();
+    pool().run(parts, threads, [&](int64_t part, int64_t) {
+        used.threshold(x, pixels * part / parts, pixels * (part + 1) / parts, channels, level, sign, spikes);
+    });
+}
+
+void events_pool(const uint64_t *x, int64_t images, int64_t height, int64_t width, int64_t words, int64_t out_height,
+                 int64_t out_width, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
+                 int64_t pad_h, int64_t pad_w, const uint64_t *inverted, uint64_t *out) {
+    for (int64_t pixel = 0; pixel < images * out_height * out_width; ++pixel) {
+        const int64_t image = pixel / (out_height * out_width);
+        const int64_t oy = pixel / out_width % out_height, ox = pixel % out_width;
+        const int64_t top = oy * stride_h - pad_h, left = ox * stride_w - pad_w;
+        for (int64_t w = 0; w < words; ++w) {
+            uint64_t bits = 0;
+            for (int64_t y = top < 0 ? 0 : top; y < top + kernel_h && y < height; ++y)
+                for (int64_t col = left < 0 ? 0 : left; col < left + kernel_w && col < width; ++col)
+                    bits |= x[((image * height + y) * width + col) * words + w];
+            out[pixel * words + w] = inverted ? bits ^ inverted[w] : bits;
+        }
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,60 @@
+// Event-driven layers on an ordinary CPU: the C interface of the library, see kernels.cpp.
+//
+// Spikes are bits: a map of N images is uint64_t [N][height][width][words], words = ceil(channels / 64), bit c % 64 of
+// word c / 64 being channel c; bits beyond the channels are 0. Real maps are float [N][height][width][channels].
+#pragma once
+#include <cstdint>
+
+#define EVENTS_MAX_OUTPUTS 8
+
+extern "C" {
+
+// A convolution over bits, or a linear layer as one of 1x1 over a map of 1x1, and what is made of its sums.
+struct EventConv {
+    int64_t images, height, width, channels;      // of the input
+    int64_t out_height, out_width, out_channels;  // of the output
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+    int64_t safe;         // so many weights of a neuron never add up to more than 32766 or less than -32766
+    int64_t threads;
+    const void *packed;   // by events_pack
+    const uint64_t *input;
+    // The sums as spikes: sum >= threshold, turned round where the bit of `inverted` is set.
+    int64_t num_spikes;
+    const int32_t *threshold[EVENTS_MAX_OUTPUTS];   // [padded channels], of padding INT32_MAX
+    const uint64_t *inverted[EVENTS_MAX_OUTPUTS];   // [words], or null
+    uint64_t *spikes[EVENTS_MAX_OUTPUTS];
+    // The sums as real values y = scale * sum + bias (+ residual), where scale is not null; then spikes are those of
+    // sign * y >= level.
+    const float *scale, *bias;                      // [padded channels]
+    const float *residual;                          // as `real`, or null
+    float *real;                                    // or null
+    const float *level[EVENTS_MAX_OUTPUTS];         // [padded channels], of padding infinity
+    const float *sign[EVENTS_MAX_OUTPUTS];          // [padded channels], or null
+};
+
+// Chooses the instructions: 0 portable, 1 AVX2, 2 AVX-512, -1 the best of this processor. Returns what is used now, or
+// -1 if the processor lacks what was asked for. Weights are packed for one choice.
+int events_use(int level);
+
+// Version of this interface.
+int events_version(void);
+
+// Bytes that events_pack writes.
+int64_t events_packed_bytes(const EventConv *layer);
+
+// Arranges int8 weights [out_channels][channels / groups][kernel_h][kernel_w] for events_conv.
+void events_pack(const EventConv *layer, const int8_t *weight, void *packed);
+
+// Computes the layer. Returns 0, or 1 if there is not enough memory.
+int events_conv(const EventConv *layer);
+
+// Spikes where sign * x >= level, x float [pixels][channels]; sign may be null; both padded as in EventConv.
+void events_threshold(const float *x, int64_t pixels, int64_t channels, const float *level, const float *sign,
+                      uint64_t *spikes, int64_t threads);
+
+// Max-pooling of bits, an OR over each window; then bits of `inverted` [words], if it is not null, are turned round.
+void events_pool(const uint64_t *x, int64_t images, int64_t height, int64_t width, int64_t words, int64_t out_height,
+                 int64_t out_width, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
+                 int64_t pad_h, int64_t pad_w, const uint64_t *inverted, uint64_t *out);
+
+}  // extern "C"

@@ -1,0 +1,128 @@
+"""The compiled kernels of the event-driven engine, where the package was built with them, and the choice of what runs.
+
+`kernels.cpp` is an optional extension of the package: pip compiles it where it finds a compiler. It is a plain C
+library, loaded by ctypes. Without it layers are computed by torch, with the same results, slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+VERSION = 1
+MAX_OUTPUTS = 8
+LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}
+VARIABLE = "HOYER_DET_KERNELS"
+
+_int64, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class EventConv(ctypes.Structure):
+    """`struct EventConv` of kernels.h, in its order."""
+
+    _fields_ = (
+        *(
+            (name, _int64)
+            for name in (
+                *("images", "height", "width", "channels", "out_height", "out_width", "out_channels"),
+                *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"),
+                *("groups", "safe", "threads"),
+            )
+        ),
+        ("packed", _pointer),
+        ("input", _pointer),
+        ("num_spikes", _int64),
+        ("threshold", _pointer * MAX_OUTPUTS),
+        ("inverted", _pointer * MAX_OUTPUTS),
+        ("spikes", _pointer * MAX_OUTPUTS),
+        ("scale", _pointer),
+        ("bias", _pointer),
+        ("residual", _pointer),
+        ("real", _pointer),
+        ("level", _pointer * MAX_OUTPUTS),
+        ("sign", _pointer * MAX_OUTPUTS),
+    )
+
+
+def _load() -> ctypes.CDLL | None:
+    folder = Path(__file__).parent
+    for suffix in EXTENSION_SUFFIXES:
+        path = folder / f"_kernels{suffix}"
+        if path.is_file():
+            library = ctypes.CDLL(str(path))
+            if library.events_version() == VERSION:
+                return _typed(library)
+    return None
+
+
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    layer = ctypes.POINTER(EventConv)
+    library.events_use.argtypes = [ctypes.c_int]
+    library.events_packed_bytes.argtypes, library.events_packed_bytes.restype = [layer], _int64
+    library.events_pack.argtypes, library.events_pack.restype = [layer, _pointer, _pointer], None
+    library.events_conv.argtypes = [layer]
+    library.events_threshold.argtypes = [_pointer, _int64, _int64, _pointer, _pointer, _pointer, _int64]
+    library.events_threshold.restype = None
+    library.events_pool.argtypes = [_pointer, *[_int64] * 12, _pointer, _pointer]
+    library.events_pool.restype = None
+    return library
+
+
+LIBRARY = _load()
+_current: str | None = None
+
+
+def available() -> list[str]:
+    """Return the kernels that run here, the fastest first; "torch", the reference, is always the last."""
+    found = [] if LIBRARY is None else [name for name, level in LEVELS.items() if _has(level)]
+    return [*reversed(found), "torch"]
+
+
+def _has(level: int) -> bool:
+    before = LIBRARY.events_use(-1)
+    found = LIBRARY.events_use(level) == level
+    LIBRARY.events_use(LEVELS.get(_current, before))
+    return found
+
+
+def current() -> str:
+    """Return the kernels in use: by the environment variable HOYER_DET_KERNELS, or the fastest that run here.
+
+    Raises:
+        ValueError: the variable names kernels that do not run here.
+    """
+    if _current is None:
+        choose(os.environ.get(VARIABLE) or available()[0])
+    return _current
+
+
+def choose(name: str) -> None:
+    """Use these kernels from now on.
+
+    Args:
+        name: "avx512", "avx2", "portable" or "torch".
+
+    Raises:
+        ValueError: they do not run here.
+    """
+    global _current
+    if name not in available():
+        raise ValueError(f"kernels {name!r} do not run here (allowed: {', '.join(available())})")
+    _current = name
+    if name != "torch":
+        LIBRARY.events_use(LEVELS[name])
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Use these kernels while open; see `choose`. For tests and measurements: layers pack their weights anew."""
+    before = current()
+    choose(name)
+    try:
+        yield
+    finally:
+        choose(before)

@@ -1,0 +1,288 @@
+"""A network of integers as a program for the event-driven engine: a list of operations and their tensors, no code."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..fold import ChannelThreshold, module_of
+from ..integer import IntegerLayer, IntegerReal, IntegerSpikes, QuantisedReal, is_binary, shape_of
+
+Operation = dict[str, Any]
+ARITHMETIC = {operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div"}
+
+
+class Program(NamedTuple):
+    """What the engine computes.
+
+    Attributes:
+        operations: each {"op", "inputs", "outputs", "attributes", "tensors"}; inputs and outputs are names of values,
+            numbers as they are, and tensors {key: name in `tensors`}. The first input of all is "images".
+        outputs: names of the values that the network returns.
+        tensors: by name.
+    """
+
+    operations: list[Operation]
+    outputs: list[str]
+    tensors: dict[str, Tensor]
+
+
+def to_program(network: fx.GraphModule) -> Program:
+    """Return the program of a network by `to_integers` with `exact`.
+
+    Layers over spikes become one operation each, together with the addition to a residual stream and with all
+    comparisons of what they give. Layers with the same weights over the same spikes, as two towers behind one
+    convolution of a pyramid, become one. A max-pool of real values that comparisons alone see becomes one of spikes.
+
+    Raises:
+        ValueError: the network does something that the engine does not know.
+    """
+    return _Writer(network).write()
+
+
+class _Writer:
+    def __init__(self, network: fx.GraphModule) -> None:
+        self.network = network
+        self.operations: list[Operation] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.names: dict[fx.Node, str] = {}
+        self.fused: set[fx.Node] = set()  # computed together with another node
+        self.flattened: dict[fx.Node, tuple[int, ...]] = {}  # bits by their shape before
+
+    def write(self) -> Program:
+        results: list[fx.Node] = []
+        for node in self.network.graph.nodes:
+            if node.op == "output":
+                fx.map_arg(node.args[0], results.append)
+            elif node not in self.fused:
+                self.names.setdefault(node, "images" if node.op == "placeholder" else node.name)
+                kinds = {"call_module": self._module, "call_function": self._function, "call_method": self._method}
+                kinds.get(node.op, self._constant)(node)
+        return Program(self.operations, [self.names[node] for node in results], self.tensors)
+
+    def emit(
+        self,
+        op: str,
+        inputs: list[Any],
+        outputs: list[str],
+        tensors: dict[str, Tensor] | None = None,
+        **attributes: Any,
+    ) -> None:
+        """Add an operation; `inputs` are nodes, names or numbers."""
+        stored = {}
+        for key, value in (tensors or {}).items():
+            stored[key] = f"{outputs[0]}.{key}"
+            self.tensors[stored[key]] = value.detach().contiguous()
+        entering = [self.names[each] if isinstance(each, fx.Node) else each for each in inputs]
+        self.operations.append(
+            {"op": op, "inputs": entering, "outputs": outputs, "attributes": attributes, "tensors": stored}
+        )
+
+    def refuse(self, node: fx.Node, what: Any) -> ValueError:
+        return ValueError(f"{node.target}: the event-driven engine has no {what}")
+
+    def module(self, node: Any) -> nn.Module | None:
+        return module_of(self.network, node)
+
+    def _constant(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            self.emit("constant", [], [node.name], {"value": operator.attrgetter(node.target)(self.network)})
+
+    def _module(self, node: fx.Node) -> None:
+        module, out, x = self.module(node), [node.name], node.args[0]
+        if isinstance(module, IntegerSpikes):
+            self._spikes(node, module)
+        elif isinstance(module, IntegerReal) and not isinstance(module, QuantisedReal):
+            self._real(node, module)
+        elif isinstance(module, ChannelThreshold):
+            self.emit("threshold", [x], out, self._comparisons([node], shape_of(x)[1]))
+        elif isinstance(module, nn.MaxPool2d):
+            self._max_pool(node, module)
+        elif isinstance(module, nn.Flatten) and is_binary(self.network, x):
+            self.flattened[node] = shape_of(x)[1:]
+            self.emit("flatten_bits", [x], out)
+        else:
+            self._analogue(node, module)
+
+    # Layers over spikes
+
+    def _spikes(self, node: fx.Node, layer: IntegerSpikes) -> None:
+        source, tensors = node.args[0], {"weight": self._weight(node, layer)}
+        if layer.pool is not None:
+            inner = f"{node.name}_inner"
+            self._layer([source], layer, [inner], tensors | {"threshold_0": layer.threshold})
+            mask = {"inverted": layer.inverted} if bool(layer.inverted.any()) else {}
+            self.emit("pool_bits", [inner], [node.name], mask, **_pool(layer.pool))
+            return
+        outputs = [node.name]
+        tensors |= {"threshold_0": layer.threshold}
+        for other in self._siblings(node, layer):
+            same = (self.module(other).weight == layer.weight).flatten(1).all(1)
+            level = self.module(other).threshold
+            # -sum >= T is not (sum >= 1 - T)
+            tensors[f"threshold_{len(outputs)}"] = torch.where(same, level, 1 - level)
+            if not bool(same.all()):
+                tensors[f"turned_{len(outputs)}"] = ~same
+            self.names[other] = other.name
+            self.fused.add(other)
+            outputs.append(other.name)
+        self._layer([source], layer, outputs, tensors)
+
+    def _siblings(self, node: fx.Node, layer: IntegerSpikes) -> list[fx.Node]:
+        """Return later layers over the same spikes whose weights are the same, or turned round."""
+        found = []
+        for user in node.args[0].users:
+            other = self.module(user)
+            alike = isinstance(other, IntegerSpikes) and other.pool is None and other.conv == layer.conv
+            if user is node or user in self.fused or user in self.names or not alike:
+                continue
+            if other.weight.shape == layer.weight.shape:
+                pairs = other.weight.flatten(1), layer.weight.flatten(1)
+                if bool(((pairs[0] == pairs[1]).all(1) | (pairs[0] == -pairs[1]).all(1)).all()):
+                    found.append(user)
+        return found
+
+    def _real(self, node: fx.Node, layer: IntegerReal) -> None:
+        if not layer.exact and layer.conv is not None:
+            raise ValueError(f"{node.target}: real values are rounded to 8 bits; to_integers with exact=True")
+        last, inputs, users = node, [node.args[0]], list(node.users)
+        if layer.conv is not None and len(users) == 1 and users[0].target is operator.add:
+            others = [each for each in users[0].args if each is not node]
+            if len(others) == 1 and self._can_be_residual(others[0], node):
+                last = users[0]
+                inputs.append(others[0])
+        comparisons = [user for user in last.users if isinstance(self.module(user), ChannelThreshold)]
+        keeps_real = len(comparisons) < len(last.users)
+        outputs = [last.name] * keeps_real + [each.name for each in comparisons]
+        tensors = {"weight": self._weight(node, layer), "scale": layer.scale, "bias": layer.bias}
+        tensors |= self._comparisons(comparisons, layer.out_channels)
+        for each in (last, *comparisons):
+            self.names[each] = each.name
+            self.fused.add(each)
+        self._layer(inputs, layer, outputs, tensors, keeps_real=keeps_real)
+
+    def _can_be_residual(self, other: Any, node: fx.Node) -> bool:
+        """Return whether another summand is a real map of the same shape, and computed by now."""
+        if not isinstance(other, fx.Node) or other not in self.names or is_binary(self.network, other):
+            return False
+        return shape_of(other) == shape_of(node)
+
+    def _layer(
+        self,
+        inputs: list[fx.Node],
+        layer: IntegerLayer,
+        outputs: list[str],
+        tensors: dict[str, Tensor],
+        *,
+        keeps_real: bool = False,
+    ) -> None:
+        self.emit("layer", inputs, outputs, tensors, conv=layer.conv, keeps_real=keeps_real)
+
+    def _comparisons(self, nodes: list[fx.Node], channels: int) -> dict[str, Tensor]:
+        tensors = {}
+        for index, node in enumerate(nodes):
+            layer = self.module(node)
+            tensors[f"level_{index}"] = layer.threshold.expand(channels).float()
+            if layer.has_falling:
+                tensors[f"turned_{index}"] = (layer.sign < 0).expand(channels)
+        return tensors
+
+    def _weight(self, node: fx.Node, layer: IntegerLayer) -> Tensor:
+        """Return a layer's weights; those over flattened bits in the order of H, W and channels with their padding."""
+        shape = self.flattened.get(node.args[0])
+        if shape is None or len(shape) == 1:
+            return layer.weight
+        channels, height, width = shape
+        weight = layer.weight.reshape(-1, channels, height, width).permute(0, 2, 3, 1)
+        return F.pad(weight, (0, -channels % 64)).flatten(1)
+
+    # What sees real values
+
+    def _max_pool(self, node: fx.Node, pool: nn.MaxPool2d) -> None:
+        x, users = node.args[0], list(node.users)
+        if is_binary(self.network, x):
+            self.emit("pool_bits", [x], [node.name], **_pool(pool))
+        elif users and all(self._rises(user) for user in users):
+            for user in users:
+                self.emit("threshold", [x], [f"{user.name}_inner"], self._comparisons([user], shape_of(x)[1]))
+                self.emit("pool_bits", [f"{user.name}_inner"], [user.name], **_pool(pool))
+                self.names[user] = user.name
+                self.fused.add(user)
+        else:
+            self.emit("max_pool2d", [x], [node.name], **_pool(pool))
+
+    def _rises(self, node: fx.Node) -> bool:
+        layer = self.module(node)
+        return isinstance(layer, ChannelThreshold) and not layer.has_falling
+
+    def _analogue(self, node: fx.Node, module: nn.Module | None) -> None:
+        x, out = node.args[0], [node.name]
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            tensors = {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
+            if isinstance(module, nn.Linear):
+                self.emit("linear", [x], out, tensors)
+            elif isinstance(module.padding, str) or module.padding_mode != "zeros":
+                raise self.refuse(node, f"convolution {module}")
+            else:
+                keys = ("stride", "padding", "dilation", "groups")
+                self.emit("conv2d", [x], out, tensors, **{key: getattr(module, key) for key in keys})
+        elif isinstance(module, nn.BatchNorm2d):
+            keys = ("running_mean", "running_var", "weight", "bias")
+            self.emit("batch_norm", [x], out, {key: getattr(module, key) for key in keys}, eps=module.eps)
+        elif isinstance(module, nn.GroupNorm):
+            tensors = {"weight": module.weight, "bias": module.bias}
+            self.emit("group_norm", [x], out, tensors, num_groups=module.num_groups, eps=module.eps)
+        elif isinstance(module, nn.ReLU):
+            self.emit("relu", [x], out)
+        elif isinstance(module, nn.AvgPool2d):
+            keys = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+            self.emit("avg_pool2d", [x], out, **{key: getattr(module, key) for key in keys})
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            self.emit("adaptive_avg_pool2d", [x], out, output_size=module.output_size)
+        elif isinstance(module, nn.Flatten):
+            self.emit("flatten", [x], out, start_dim=module.start_dim)
+        else:
+            raise self.refuse(node, f"layer {module}")
+
+    def _function(self, node: fx.Node) -> None:
+        out, arguments = [node.name], list(node.args)
+        if node.target in ARITHMETIC:
+            self.emit(ARITHMETIC[node.target], arguments, out)
+        elif node.target in (F.relu, torch.relu):
+            self.emit("relu", arguments[:1], out)
+        elif node.target is torch.cat:
+            self.emit("cat", list(arguments[0]), out, dim=node.kwargs.get("dim", (*arguments, 0)[1]))
+        elif node.target is F.interpolate and node.kwargs.get("mode") == "nearest":
+            self.emit("resize_as", [arguments[0], self._size_of(node)], out)
+        elif node.target not in (builtins.getattr, operator.getitem):
+            raise self.refuse(node, f"function {node.target}")
+
+    def _size_of(self, node: fx.Node) -> fx.Node:
+        """Return the map whose height and width an interpolation takes."""
+        part = node.kwargs["size"]
+        if isinstance(part, fx.Node) and part.args[1:] == (slice(-2, None, None),):
+            shape = part.args[0]
+            if shape.target is builtins.getattr and shape.args[1] == "shape":
+                return shape.args[0]
+        raise self.refuse(node, "interpolation to a size that is not another map's")
+
+    def _method(self, node: fx.Node) -> None:
+        (x, *arguments), name = node.args, str(node.target)
+        if name == "flatten" and len(arguments) == 1:
+            self.emit(name, [x], [node.name], start_dim=arguments[0])
+        elif name in ("permute", "unflatten"):
+            self.emit(name, [x], [node.name], arguments=arguments)
+        else:
+            raise self.refuse(node, f"method {name}")
+
+
+def _pool(pool: nn.MaxPool2d) -> dict[str, Any]:
+    keys: tuple[str, ...] = ("kernel_size", "stride", "padding", "dilation")
+    values = {key: getattr(pool, key) for key in keys}
+    pairs = {key: [value] * 2 if isinstance(value, int) else list(value) for key, value in values.items()}
+    return pairs | {"ceil_mode": pool.ceil_mode}
