@@ -1,6 +1,6 @@
 """Write a saved run as a file: ONNX (floating point or integers), torch.export, NIR, or for the event-driven engine.
 
-Beside the file lies NAME.json, which says what it takes and gives, and how well it agreed with PyTorch, which is checked
+Beside the file lies NAME.json, which says what it takes and gives, and how well it agreed with PyTorch: it is checked
 before anything is written.
 """
 
