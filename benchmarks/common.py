@@ -4,7 +4,7 @@ A log is one JSON object: `command`, `versions`, `machine`, `load` (averages of 
 whole run such as `device`, and `rows`, a list with one object per measurement. A row's keys are plain words and its
 values numbers and strings, apart from `each_...`, the single measurements behind a median:
 
-    spike_layer  shape, way, seconds, cpu_seconds
+    spike_layer  shape, way, seconds, cpu_seconds; `peers` has the versions of other packages, or why one is left out
     training     network, batch, side, width, precision, way, seconds, cpu_seconds, peak_bytes, first_step_seconds
     inference    network, form, batch, threads, milliseconds, images_per_second, times_twin_onnx_float, activity
     evaluation   backend, detecting_seconds, counting_seconds, voc_seconds, writing_seconds, peak_bytes, AP
