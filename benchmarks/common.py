@@ -7,11 +7,16 @@ values numbers and strings, apart from `each_...`, the single measurements behin
     spike_layer  shape, way, seconds, cpu_seconds; `peers` has the versions of other packages, or why one is left out
     training     network, batch, side, width, precision, way, seconds, cpu_seconds, peak_bytes, first_step_seconds
     inference    network, form, batch, threads, milliseconds, images_per_second, times_twin_onnx_float, activity
-    evaluation   backend, detecting_seconds, counting_seconds, voc_seconds, writing_seconds, peak_bytes, AP
+    evaluation   backend, detecting_seconds, counting_seconds, voc_seconds, writing_seconds, cpu_seconds (of the first
+                 two), peak_bytes, before_bytes, AP
     events       events, window, seconds, peak_bytes, before_bytes
-    scaling      series, value, network, batch, side, width, spike_layers, way, seconds, cpu_seconds, peak_bytes
+    scaling      series, value, way, seconds, cpu_seconds, peak_bytes; of training steps also network, batch, side,
+                 width, spike_layers; of `processes` all_reduces and reduced_bytes per step, beside the gradients'
+    predict      case, network, images, images_per_second, part, cpu_milliseconds (per image)
     arithmetic   pass, way, seconds, cpu_seconds, peak_bytes
 
+`scaling` has `slopes`, too: series, way, and the exponents `time` (of cpu_seconds) and `memory` of fitted powers of the
+value; and `networks`: what several processes exchange of each. `predict` has `before`, the rows of an earlier version.
 `ratios`, where a log has them, is such a list, too: what the row belongs to, `ours`, `other` and the quotients `time`,
 `cpu_time` and, in training, `memory` of their two rows.
 """
