@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from common import add_log_option, print_table, run_benchmark, write_log
 
-from detection.evaluation import CocoEvaluator, precision_recall
+from detection.evaluation import CocoEvaluator, import_backend, precision_recall
 
 SIDE = 640  # pixels of an image
 NOISE = 0.05  # of a found box's corners, in sides of the box
@@ -53,6 +53,7 @@ def main() -> None:
 
 def measure(backend: str, size: dict[str, int]) -> dict[str, Any]:
     """Return the seconds of each part of an evaluation, and the most memory that this process had, then and before."""
+    import_backend(backend)
     before = most_bytes()
     truth, predictions = draw(size, np.random.default_rng(0))
     category_ids = [category["id"] for category in truth["categories"]]

@@ -19,7 +19,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
+import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +122,7 @@ def measure(series: str, point: dict[str, Any], rounds: int, device: torch.devic
 def measure_evaluation(series: str, point: dict[str, int]) -> list[dict[str, Any]]:
     """A row for each counting package, each in a process of its own, whose memory beyond the libraries is counted."""
     context, rows = multiprocessing.get_context("forkserver"), []
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the server, which imports everything once
     context.set_forkserver_preload(["evaluation"])
     for package in PACKAGES:
         with context.Pool(1) as pool:
@@ -272,9 +275,9 @@ def main() -> None:
     for name, points in EVALUATIONS.items():
         for point in points[: options.points]:
             rows += measure_evaluation(name, point)
-    print(f"evaluation: {time.monotonic() - started:.0f} s")
+    print(f"evaluation: {time.monotonic() - started:.0f} s", flush=True)
     rows += measure_processes(options.rounds)
-    print(f"processes: {time.monotonic() - started:.0f} s")
+    print(f"processes: {time.monotonic() - started:.0f} s", flush=True)
     for name, changes in STEPS.items():
         for change in changes[: options.points]:
             rows += measure(name, BASE | change, options.rounds, device)
