@@ -65,7 +65,12 @@ NETWORKS = {
 GPUS = (8, 64, 512)
 SPEED = 1000  # of one, in units of the measured machine's
 BATCHES = {"vgg16": 1024, "resnet18": 128, "resnet50": 64, "retinanet_resnet18": 16}  # images of one
-BANDWIDTH, LATENCY = 12.5e9, 10e-6  # bytes per second between two of them, seconds of a message
+MACHINE = 8  # of them in one machine
+INSIDE, BETWEEN, LATENCY = (
+    200e9,
+    25e9,
+    10e-6,
+)  # bytes per second of one, in a machine and out of it; seconds of a message
 BUCKET = 25 * 2**20  # bytes of gradients that torch sends together
 BACKWARD = 2 / 3  # of a step
 
@@ -455,7 +460,8 @@ def layer_tables(log: dict[str, Any]) -> str:
 def predict_table(log: dict[str, Any]) -> str:
     """Return the parts of a prediction's time for each case, of this version and of an earlier one."""
     versions = {"before": log["before"], "now": log["rows"]}
-    parts = list(dict.fromkeys(row["part"] for row in log["rows"]))
+    parts = dict.fromkeys(row["part"] for row in log["rows"])
+    parts = sorted(parts, key=lambda part: part == "everything else")  # which comes last
     rows = []
     for case in dict.fromkeys(row["case"] for row in log["rows"]):
         for version, found in versions.items():
@@ -493,7 +499,12 @@ def processes_table(measured: Sequence[dict[str, Any]]) -> str:
 
 def all_reduce(size: float, number: int) -> float:
     """Return seconds in which `number` GPUs add up `size` bytes: a ring for the bytes, a tree for the latency."""
-    return 2 * (number - 1) / number * size / BANDWIDTH + 2 * math.ceil(math.log2(number)) * LATENCY
+    return 2 * (number - 1) / number * size / bandwidth(number) + 2 * math.ceil(math.log2(number)) * LATENCY
+
+
+def bandwidth(number: int) -> float:
+    """Return bytes per second of the slowest link among `number` GPUs."""
+    return INSIDE if number <= MACHINE else BETWEEN
 
 
 def step_among(alone: float, network: dict[str, Any], number: int) -> tuple[float, float, float]:
@@ -513,7 +524,7 @@ def step_among(alone: float, network: dict[str, Any], number: int) -> tuple[floa
     gradients = alone + max(sending[-1], sum(sending) - hidden)
     moments = gradients + network["spike_layers"] * all_reduce(12, number)  # sums of c and of c^2, and the neurons
     size = 8 * network["batch_norm_channels"] / network["batch_norms"]  # two moments of a layer, in the mean
-    gather = (number - 1) * size / BANDWIDTH + math.ceil(math.log2(number)) * LATENCY
+    gather = (number - 1) * size / bandwidth(number) + math.ceil(math.log2(number)) * LATENCY
     return gradients, moments, moments + network["batch_norms"] * (gather + all_reduce(size, number))
 
 
@@ -530,28 +541,29 @@ def projection(folder: Path) -> str:
         size = f"{network['gradient_bytes'] / 1e6:.0f} MB"
         rows.append([NETWORKS[name], f"{BATCHES[name]}", f"{1e3 * alone:.1f} ms", size, layers, *shares])
     header = ["network", "images per GPU", "step alone", "gradients", "spike layers, BatchNorms"]
+    header += [f"{number} GPUs" for number in GPUS]
     machine = f"{training['machine']['cores']} cores of {training['machine']['cpu']}"
     return (
         f"Measured: seconds per image of a compiled step on {machine}; bytes and layers. Assumed, not measured: a GPU "
-        f"{SPEED} times as fast as these cores, {BANDWIDTH / 1e9:g} GB/s and {1e6 * LATENCY:g} microseconds between "
-        f"any two of them, {BUCKET / 2**20:g} MiB per bucket, and that the backward pass is {BACKWARD:.2f} of a "
-        f"step.\n\n{markdown([*header, *(f'{number} GPUs' for number in GPUS)], rows)}"
+        f"{SPEED} times as fast as these cores; {INSIDE / 1e9:g} GB/s between the {MACHINE} of a machine, "
+        f"{BETWEEN / 1e9:g} GB/s for each of more; {1e6 * LATENCY:g} microseconds of latency; "
+        f"{BUCKET / 2**20:g} MiB per bucket; a backward pass of {BACKWARD:.2f} of a step.\n\n{markdown(header, rows)}"
     )
 
 
 def scaling_table(measured: Sequence[dict[str, Any]]) -> str:
-    """Return time and memory of both kinds of Hoyer network in units of the twin's, for each size."""
+    """Return processor time and memory of both kinds of Hoyer network in units of the twin's, for each size."""
     rows = []
     for series, value in dict.fromkeys((row["series"], row["value"]) for row in measured if row["way"] == "twin"):
         ways = {row["way"]: row for row in measured if (row["series"], row["value"]) == (series, value)}
         quotients = [
             f"{ways[way][key] / ways['twin'][key]:.2f}" if way in ways else ""
             for way in ("hoyer", "hoyer low memory")
-            for key in ("seconds", "peak_bytes")
+            for key in ("cpu_seconds", "peak_bytes")
         ]
-        size = f"{ways['twin']['seconds']:.3f} s, {ways['twin']['peak_bytes'] / 2**20:.0f} MiB"
+        size = f"{ways['twin']['cpu_seconds']:.3f} s, {ways['twin']['peak_bytes'] / 2**20:.0f} MiB"
         rows.append([f"{series} {value:g}", size, *quotients])
-    header = ["", "twin", "Hoyer, time / twin's", "memory", "low memory, time", "memory"]
+    header = ["", "twin, processor time", "Hoyer, time / twin's", "memory", "low memory, time", "memory"]
     return markdown(header, rows)
 
 

@@ -109,18 +109,19 @@ def test_other_packages_neurons_fire_where_their_potential_passes_1(script):
 
 
 def test_the_projection_is_the_formula_of_the_page(script):
-    """By hand: 100 MiB in 4 buckets, a step of 0.1 s, 2 GPUs, 12.5 GB/s, 10 microseconds."""
+    """By hand: 100 MiB in 4 buckets, a step of 0.1 s, 2 GPUs, 200 GB/s, 10 microseconds."""
     names = script("results/tables")
-    assert names["all_reduce"](12.5e9, 2) == pytest.approx(1 + 20e-6)
+    assert names["all_reduce"](200e9, 2) == pytest.approx(1 + 20e-6)
+    assert names["all_reduce"](25e9, 16) == pytest.approx(2 * 15 / 16 + 80e-6)
     assert names["all_reduce"](0, 512) == pytest.approx(18 * 10e-6)
     network = {"gradient_bytes": 100 * MIB, "spike_layers": 10, "batch_norms": 5, "batch_norm_channels": 500}
     gradients, moments, norms = names["step_among"](0.1, network, 2)
-    bucket = 25 * MIB / 12.5e9 + 20e-6  # hidden but for the last one: 4 of them take 8.5 ms, the backward pass 67
+    bucket = 25 * MIB / 200e9 + 20e-6  # hidden but for the last one: 4 of them take 0.6 ms, the backward pass 67
     assert gradients == pytest.approx(0.1 + bucket)
-    assert moments - gradients == pytest.approx(10 * (12 / 12.5e9 + 20e-6))
-    assert norms - moments == pytest.approx(5 * (800 / 12.5e9 + 10e-6 + 800 / 12.5e9 + 20e-6))
-    short = names["step_among"](0.001, network, 2)[0]  # a step of 1 ms hides half a millisecond
-    assert short == pytest.approx(0.001 + 4 * bucket - 2 / 3 * 0.001 * 3 / 4)
+    assert moments - gradients == pytest.approx(10 * (12 / 200e9 + 20e-6))
+    assert norms - moments == pytest.approx(5 * (800 / 200e9 + 10e-6 + 800 / 200e9 + 20e-6))
+    short = names["step_among"](0.0004, network, 2)[0]  # a step of 0.4 ms hides half of that
+    assert short == pytest.approx(0.0004 + 4 * bucket - 2 / 3 * 0.0004 * 3 / 4)
 
 
 def test_tables_of_predictions_and_of_growth_are_those_of_the_logs(script):
