@@ -216,7 +216,10 @@ def write_log(path: Path, result: Mapping[str, Any]) -> None:
 def plot_bars(path: Path, panels: Mapping[str, Mapping[str, float]], *, columns: int = 2) -> None:
     """Write a PNG with a panel of horizontal bars per title, the value at each."""
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 2.6 * rows), squeeze=False, layout="constrained")
+    height = max(2.6, 0.8 + 0.22 * max(map(len, panels.values())))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(6 * columns, height * rows), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (title, values) in zip(axes.flat, panels.items(), strict=False):

@@ -169,8 +169,10 @@ def tell(rows: list[dict[str, Any]], before: list[dict[str, Any]]) -> dict[str, 
         lines = [[part, f"{value:.1f}", f"{once[part]:.1f}" if part in once else ""] for part, value in here.items()]
         lines.append(["all", f"{sum(here.values()):.1f}", f"{sum(once.values()):.1f}" if once else ""])
         print_table(f"{case}, ms of processor time per image", ["part", "now", "before"], lines)
-        panels |= {f"{case}, before, ms": once} if once else {}
-        panels |= {f"{case}, now, ms": here}
+        bars = panels[f"{case}, ms of processor time per image"] = {}
+        for part, value in here.items():
+            bars |= {f"{part}, before": once[part]} if part in once else {}
+            bars |= {part: value}
     return panels
 
 

@@ -233,6 +233,7 @@ def plot(path: Path, rows: list[dict[str, Any]], slopes: list[dict[str, Any]]) -
         return
     figure, axes = plt.subplots(2, len(series), figsize=(3.4 * len(series), 6.4), squeeze=False, layout="constrained")
     power = {(each["series"], each["way"]): each for each in slopes}
+    colours = {way: f"C{index}" for index, way in enumerate((*WAYS, *PACKAGES))}
     for (name, way), line in lines_of(rows).items():
         if (name, way) not in power:
             continue
@@ -241,7 +242,7 @@ def plot(path: Path, rows: list[dict[str, Any]], slopes: list[dict[str, Any]]) -
             axes[:, column], ("cpu_seconds", "peak_bytes"), ("time", "memory"), (1, 2**20), strict=True
         ):
             y = [row[key] / unit for row in line]
-            axis.loglog(x, y, marker="o", label=f"{way}, exponent {power[name, way][kind]:.2f}")
+            axis.loglog(x, y, marker="o", color=colours[way], label=f"{way}, exponent {power[name, way][kind]:.2f}")
             axis.set_xticks(x, [f"{value:g}" for value in x], minor=False)
             axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3, which="both")
