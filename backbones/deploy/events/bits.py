@@ -44,7 +44,7 @@ class Bits(NamedTuple):
 
     def flatten(self) -> Bits:
         """Return the whole of each image as the channels of one pixel, its padding included: H, W, then C."""
-        flat = self.words.reshape(len(self.words), 1, 1, -1)
+        flat = self.words.flatten(1)[:, None, None]
         return Bits(flat, flat.shape[3] * 64)
 
     @property
@@ -227,7 +227,7 @@ class EventLayer:
         if self.scale is None:
             return None, [Bits.pack(each.of_sums(sums)) for each in self.spikes]
         y = sums * self.scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
-        y = y if residual is None else residual + y
+        y = (y if residual is None else residual + y).contiguous(memory_format=torch.channels_last)
         return y if self.keeps_real else None, [Bits.pack(each.of_real(y)) for each in self.spikes]
 
     def _prepared(self) -> tuple[library.EventConv, list[Tensor]]:
