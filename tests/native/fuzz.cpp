@@ -1,0 +1,265 @@
+// Random layers, comparisons and pools by the event-driven kernels and by plain loops, for a sanitizer to watch.
+//
+// fuzz SECONDS SEED: every instruction set of this processor, 1 to 3 threads in each of two callers. Buffers end where
+// the interface says that they end. Exit status 1 and the case, if one differs.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+typedef std::vector<uint64_t> Words;
+
+struct Random {
+    std::mt19937_64 engine;
+    int64_t upto(int64_t least, int64_t most) {
+        return least + (int64_t)(engine() % (uint64_t)(most - least + 1));
+    }
+    float real() { return (float)upto(-1000, 1000) / 256; }
+    bool one_of(int number) { return upto(1, number) == 1; }
+};
+
+int64_t words_of(int64_t channels) { return (channels + 63) / 64; }
+
+bool bit(const Words &map, int64_t pixel, int64_t channels, int64_t c) {
+    return map[pixel * words_of(channels) + c / 64] >> (c % 64) & 1;
+}
+
+Words random_map(Random &random, int64_t pixels, int64_t channels) {
+    const int64_t densities[] = {0, 3, 15, 50, 51, 85, 100}, density = densities[random.upto(0, 6)];
+    Words map(pixels * words_of(channels));
+    for (int64_t p = 0; p < pixels; ++p)
+        for (int64_t c = 0; c < channels; ++c)
+            if (random.upto(0, 99) < density) map[p * words_of(channels) + c / 64] |= 1ull << (c % 64);
+    return map;
+}
+
+void fail(const char *what, const EventConv &c, int64_t place) {
+    std::fprintf(stderr, "%s differ at %lld: images %lld of %lldx%lldx%lld, to %lld channels, kernel %lldx%lld, groups "
+                 "%lld, threads %lld\n", what, (long long)place, (long long)c.images, (long long)c.channels,
+                 (long long)c.height, (long long)c.width, (long long)c.out_channels, (long long)c.kernel_h,
+                 (long long)c.kernel_w, (long long)c.groups, (long long)c.threads);
+    std::exit(1);
+}
+
+void choose_channels(Random &random, EventConv &c) {
+    const int64_t kind = random.upto(0, 4);
+    c.groups = 1;
+    c.channels = random.upto(1, 150), c.out_channels = random.upto(1, 300);
+    if (kind == 0) {  // grouped
+        c.groups = random.upto(2, 4);
+        c.channels = c.groups * random.upto(1, 40), c.out_channels = c.groups * random.upto(1, 70);
+    } else if (kind == 1) {  // depthwise
+        c.groups = c.channels, c.out_channels = c.channels * random.upto(1, 2);
+    } else if (kind == 2) {  // so many that 16 bits do not hold the sums
+        c.channels = random.upto(250, 1500), c.out_channels = random.upto(1, 40);
+    }
+}
+
+void choose_geometry(Random &random, EventConv &c) {
+    c = {};
+    choose_channels(random, c);
+    int64_t *in[] = {&c.height, &c.width}, *out[] = {&c.out_height, &c.out_width};
+    int64_t *kernel[] = {&c.kernel_h, &c.kernel_w}, *stride[] = {&c.stride_h, &c.stride_w};
+    int64_t *pad[] = {&c.pad_h, &c.pad_w}, *dilation[] = {&c.dilation_h, &c.dilation_w};
+    for (int i = 0; i < 2; ++i) {
+        *kernel[i] = c.channels > 200 || random.one_of(2) ? random.upto(0, 1) * 2 + 1 : random.upto(1, 7);
+        *stride[i] = random.upto(1, 2), *dilation[i] = random.upto(1, 2), *pad[i] = random.upto(0, *kernel[i] / 2 + 2);
+        const int64_t reach = *dilation[i] * (*kernel[i] - 1) + 1 - 2 * *pad[i];
+        *in[i] = std::max(random.upto(1, 5), reach);
+        *out[i] = (*in[i] - reach) / *stride[i] + 1;
+    }
+    c.images = random.upto(1, 2);
+    c.threads = random.upto(1, 3);
+}
+
+std::vector<int8_t> choose_weights(Random &random, EventConv &c) {
+    const int64_t each = c.channels / c.groups * c.kernel_h * c.kernel_w, kind = random.upto(0, 3);
+    std::vector<int8_t> weight(c.out_channels * each);
+    for (size_t i = 0; i < weight.size(); ++i)
+        weight[i] = (int8_t)(kind == 0 ? 127 : kind == 1 ? -127 : kind == 2 ? 127 - 254 * (int)(i % 2)
+                                                                            : random.upto(-127, 127));
+    c.safe = each;
+    for (int64_t o = 0; o < c.out_channels; ++o) {
+        std::vector<int> sizes;
+        for (int64_t i = 0; i < each; ++i) sizes.push_back(std::abs(weight[o * each + i]));
+        std::sort(sizes.rbegin(), sizes.rend());
+        int64_t number = 0;
+        for (int total = 0; number < each && (total += sizes[number]) <= 32766;) ++number;
+        c.safe = std::max<int64_t>(1, std::min(c.safe, number));
+    }
+    return weight;
+}
+
+std::vector<int64_t> sums_of(const EventConv &c, const Words &map, const std::vector<int8_t> &weight) {
+    std::vector<int64_t> sums(c.images * c.out_height * c.out_width * c.out_channels);
+    const int64_t each = c.channels / c.groups, outs = c.out_channels / c.groups;
+    for (int64_t place = 0; place < (int64_t)sums.size(); ++place) {
+        const int64_t o = place % c.out_channels, pixel = place / c.out_channels;
+        const int64_t ox = pixel % c.out_width, oy = pixel / c.out_width % c.out_height;
+        const int64_t image = pixel / c.out_width / c.out_height;
+        for (int64_t ky = 0; ky < c.kernel_h; ++ky)
+            for (int64_t kx = 0; kx < c.kernel_w; ++kx) {
+                const int64_t y = oy * c.stride_h - c.pad_h + ky * c.dilation_h;
+                const int64_t x = ox * c.stride_w - c.pad_w + kx * c.dilation_w;
+                if (y < 0 || y >= c.height || x < 0 || x >= c.width) continue;
+                for (int64_t i = 0; i < each; ++i)
+                    if (bit(map, (image * c.height + y) * c.width + x, c.channels, o / outs * each + i))
+                        sums[place] += weight[((o * each + i) * c.kernel_h + ky) * c.kernel_w + kx];
+            }
+    }
+    return sums;
+}
+
+// Compares bits with expected(place) for each of pixels * channels places, and those beyond the channels with 0.
+template <typename Expected>
+void compare(const char *what, const EventConv &c, const Words &found, int64_t channels, const Expected &expected) {
+    const int64_t padded = words_of(channels) * 64;
+    for (int64_t p = 0; p < (int64_t)found.size() * 64 / padded; ++p)
+        for (int64_t o = 0; o < padded; ++o)
+            if (bit(found, p, channels, o) != (o < channels && expected(p * channels + o)))
+                fail(what, c, p * channels + o);
+}
+
+void check_layer(Random &random) {
+    EventConv c;
+    choose_geometry(random, c);
+    const std::vector<int8_t> weight = choose_weights(random, c);
+    const Words map = random_map(random, c.images * c.height * c.width, c.channels);
+    const std::vector<int64_t> sums = sums_of(c, map, weight);
+    const int64_t words = words_of(c.out_channels), padded = words * 64, pixels = sums.size() / c.out_channels;
+    std::vector<int8_t> packed(events_packed_bytes(&c));
+    events_pack(&c, weight.data(), packed.data());
+    c.packed = packed.data(), c.input = map.data();
+    const bool real = random.one_of(2);
+    std::vector<float> scale(padded), bias(padded), residual(sums.size()), y(sums.size()), given(sums.size());
+    for (int64_t o = 0; o < c.out_channels; ++o) scale[o] = random.real() / 16, bias[o] = random.real();
+    const bool with_residual = random.one_of(2), keeps = random.one_of(2);
+    for (size_t i = 0; real && i < y.size(); ++i) {
+        residual[i] = random.real();
+        const float product = (float)sums[i] * scale[i % c.out_channels];
+        y[i] = product + bias[i % c.out_channels];
+        if (with_residual) y[i] = residual[i] + y[i];
+    }
+    if (real) {
+        c.scale = scale.data(), c.bias = bias.data();
+        c.residual = with_residual ? residual.data() : nullptr, c.real = keeps ? given.data() : nullptr;
+    }
+    c.num_spikes = random.upto(real && keeps ? 0 : 1, 3);
+    std::vector<std::vector<int32_t>> thresholds(c.num_spikes, std::vector<int32_t>(padded, INT32_MAX));
+    std::vector<std::vector<float>> levels(c.num_spikes, std::vector<float>(padded, INFINITY));
+    std::vector<std::vector<float>> signs(c.num_spikes, std::vector<float>(padded, 1.0f));
+    std::vector<Words> inverted(c.num_spikes, Words(words)), spikes(c.num_spikes, Words(pixels * words, ~0ull));
+    const int32_t extremes[] = {INT32_MIN, -32769, -32768, -32767, 32766, 32767, 32768, INT32_MAX};
+    for (int64_t k = 0; k < c.num_spikes; ++k) {
+        const bool turned = random.one_of(2);
+        for (int64_t o = 0; o < c.out_channels; ++o) {
+            const int64_t place = random.upto(0, pixels - 1) * c.out_channels + o;
+            const bool turn = turned && random.one_of(2), extreme = random.one_of(4);
+            thresholds[k][o] = extreme ? extremes[random.upto(0, 7)] : (int32_t)(sums[place] + random.upto(0, 1));
+            signs[k][o] = turn ? -1.0f : 1.0f;
+            levels[k][o] = extreme ? (turn ? -INFINITY : INFINITY) : signs[k][o] * y[place];
+            inverted[k][o / 64] |= (uint64_t)turn << (o % 64);
+        }
+        c.spikes[k] = spikes[k].data(), c.threshold[k] = thresholds[k].data(), c.level[k] = levels[k].data();
+        if (turned) c.inverted[k] = inverted[k].data(), c.sign[k] = signs[k].data();
+    }
+    if (events_conv(&c)) fail("memory", c, 0);
+    if (real && keeps && std::memcmp(given.data(), y.data(), y.size() * sizeof(float))) fail("real values", c, 0);
+    for (int64_t k = 0; k < c.num_spikes; ++k)
+        compare("spikes", c, spikes[k], c.out_channels, [&](int64_t place) {
+            const int64_t o = place % c.out_channels;
+            if (real) return signs[k][o] * y[place] >= levels[k][o];
+            return (sums[place] >= thresholds[k][o]) != (bool)(inverted[k][o / 64] >> (o % 64) & 1);
+        });
+}
+
+void check_threshold(Random &random) {
+    EventConv c = {};
+    c.channels = random.upto(1, 200), c.images = random.upto(1, 150), c.threads = random.upto(1, 3);
+    const int64_t padded = words_of(c.channels) * 64;
+    std::vector<float> x(c.images * c.channels), level(padded, INFINITY), sign(padded, 1.0f);
+    for (float &value : x) value = random.real();
+    for (int64_t i = 0; i < c.channels; ++i) level[i] = random.real(), sign[i] = random.one_of(3) ? -1.0f : 1.0f;
+    const bool signed_ = random.one_of(2);
+    Words spikes(c.images * padded / 64, ~0ull);
+    events_threshold(x.data(), c.images, c.channels, level.data(), signed_ ? sign.data() : nullptr, spikes.data(),
+                     c.threads);
+    compare("comparisons", c, spikes, c.channels, [&](int64_t place) {
+        const int64_t i = place % c.channels;
+        return (signed_ ? sign[i] : 1.0f) * x[place] >= level[i];
+    });
+}
+
+void check_pool(Random &random) {
+    EventConv c;
+    choose_geometry(random, c);
+    const int64_t words = words_of(c.channels), out_height = random.upto(1, c.out_height + 1);
+    const int64_t out_width = random.upto(1, c.out_width + 1), pixels = c.images * out_height * out_width;
+    const Words map = random_map(random, c.images * c.height * c.width, c.channels), mask = random_map(random, 1, c.channels);
+    const bool masked = random.one_of(2);
+    Words out(pixels * words, ~0ull);
+    events_pool(map.data(), c.images, c.height, c.width, words, out_height, out_width, c.kernel_h, c.kernel_w,
+                c.stride_h, c.stride_w, c.pad_h, c.pad_w, masked ? mask.data() : nullptr, out.data());
+    compare("pools", c, out, c.channels, [&](int64_t place) {
+        const int64_t channel = place % c.channels, pixel = place / c.channels, ox = pixel % out_width;
+        const int64_t oy = pixel / out_width % out_height, image = pixel / out_width / out_height;
+        bool found = false;
+        for (int64_t y = oy * c.stride_h - c.pad_h; y < oy * c.stride_h - c.pad_h + c.kernel_h; ++y)
+            for (int64_t x = ox * c.stride_w - c.pad_w; x < ox * c.stride_w - c.pad_w + c.kernel_w; ++x)
+                if (y >= 0 && y < c.height && x >= 0 && x < c.width)
+                    found |= bit(map, (image * c.height + y) * c.width + x, c.channels, channel);
+        return found != (masked && bit(mask, 0, c.channels, channel));
+    });
+}
+
+// So large a layer that threads do overlap, on one core too: as one thread computes it.
+void check_threads(Random &random) {
+    EventConv c = {};
+    c.images = 1, c.height = c.width = c.out_height = c.out_width = 12, c.channels = 128, c.out_channels = 1024;
+    c.kernel_h = c.kernel_w = 3, c.stride_h = c.stride_w = c.pad_h = c.pad_w = c.dilation_h = c.dilation_w = 1;
+    c.groups = 1, c.safe = 258;
+    std::vector<int8_t> weight(c.out_channels * c.channels * 9);
+    for (size_t i = 0; i < weight.size(); ++i) weight[i] = (int8_t)(i * i % 255 - 127);
+    const Words map = random_map(random, 144, c.channels);
+    std::vector<int8_t> packed(events_packed_bytes(&c));
+    events_pack(&c, weight.data(), packed.data());
+    const std::vector<int32_t> threshold(c.out_channels, 100);
+    Words spikes[2] = {Words(144 * 16), Words(144 * 16)};
+    c.packed = packed.data(), c.input = map.data(), c.num_spikes = 1, c.threshold[0] = threshold.data();
+    for (int i = 0; i < 2; ++i) {
+        c.threads = 1 + i * random.upto(1, 2), c.spikes[0] = spikes[i].data();
+        if (events_conv(&c)) fail("memory", c, 0);
+    }
+    if (spikes[0] != spikes[1]) fail("threads", c, 0);
+}
+
+}  // namespace
+
+int main(int, char **argv) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds((int64_t)(1000 * std::atof(argv[1])));
+    Random random{std::mt19937_64(std::atoi(argv[2]))};
+    int64_t rounds = 0, levels = 0;
+    do {
+        const int level = (int)(rounds % 3);
+        if (events_use(level) != level) continue;
+        levels |= 1 << level;
+        std::vector<std::thread> callers;
+        for (int number = 0; number < 2; ++number)
+            callers.emplace_back([seed = random.engine()] {
+                Random own{std::mt19937_64(seed)};
+                check_threads(own);
+                for (int i = 0; i < 3; ++i) check_layer(own), check_threshold(own), check_pool(own);
+            });
+        for (std::thread &caller : callers) caller.join();
+    } while (++rounds < 3 || std::chrono::steady_clock::now() < end);
+    std::printf("%lld layers, instruction sets %lld\n", (long long)(6 * rounds), (long long)levels);
+}
