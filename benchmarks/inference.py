@@ -189,7 +189,7 @@ def settle(network: nn.Module, size: tuple[int, int]) -> None:
     for layer in layers.values():
         layer.eval()
     with hook_layers(layers, before=set_threshold):
-        network(torch.rand(8, 3, *size, generator=torch.Generator().manual_seed(2)))
+        network(torch.rand(32 if size[0] == 32 else 8, 3, *size, generator=torch.Generator().manual_seed(2)))
 
 
 def session(content: bytes, threads: int) -> Run:

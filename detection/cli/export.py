@@ -1,6 +1,7 @@
-"""Write a saved run as a file: ONNX (floating point or integers), torch.export, NIR or the event-driven engine's, checked.
+"""Write a saved run as a file: ONNX (floating point or integers), torch.export, NIR, or for the event-driven engine.
 
-Beside the file lies NAME.json, which says what it takes and gives, and how well it agreed with PyTorch.
+Beside the file lies NAME.json, which says what it takes and gives, and how well it agreed with PyTorch: it is checked
+before anything is written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Predict with a saved run or an exported file: draw boxes into images, films and recordings of events, and write COCO results.
+"""Predict with a saved run or an exported file: draw into images, films and recordings of events, write COCO results.
 
 Writes into a new folder, predictions/RUN or, if that is taken, predictions/RUN2, RUN3, ...:
   predictions.json  a detector's boxes, a list of COCO results; a classifier's image_id and class probabilities

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from backbones import Backbone, fold, spike_layers, to_integers
-from backbones.deploy.fold import require_float
 from backbones.deploy.events import Engine, from_bytes, to_bytes, to_program
+from backbones.deploy.fold import require_float
 from backbones.deploy.integer import fix_size
 from detection.exporters.boxes import OUTPUTS, add_boxes, check_boxes
 from detection.exporters.common import ParityError, difference_of, import_extra, leaves

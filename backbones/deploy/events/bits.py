@@ -1,4 +1,4 @@
-"""Spike maps as bits, and what the engine does with them: by the compiled kernels, or by torch with the same results."""
+"""Spike maps as bits, and what the engine does with them, by the compiled kernels or by torch with the same results."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class EventLayer:
         """
         if library.current() == "torch":
             return self._reference(x, residual)
-        call, kept = self._prepared()
+        call, _ = self._prepared()
         number, height, width, _ = x.words.shape
         out_channels, out_size = len(self.weight), self.window.out_size((height, width))
         call.images, call.height, call.width, call.threads = number, height, width, torch.get_num_threads()

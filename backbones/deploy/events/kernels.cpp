@@ -34,18 +34,18 @@ struct Pixel {
 // A layer, prepared for its kernels.
 struct Layer {
     const EventConv *conv;
-    const int8_t *weights;   // [group][block][tap][input][64 * words]
-    const int32_t *totals;   // [group][block][tap][64 * words]: sums over all inputs
+    const int8_t *weights;   // [group][block][kx][ky][input][64 * words]
+    const int32_t *totals;   // [group][block][kx][ky][64 * words]: sums over all inputs
     const Pixel *pixels;     // [group][image][y][x]
     const uint32_t *lists;   // rows, as offsets in bytes within a tap
     int64_t words, blocks, taps, tap_bytes, parts;
-    bool depthwise;
+    bool depthwise, inside, far;  // inside: no window reaches over the border; far: the weights are large
 };
 
 // A worker's lists of the rows of one neuron.
 struct Neuron {
-    uint32_t *flat, *silent;
-    int64_t *complements;
+    uint32_t *flat, *silent, *columns;
+    int64_t *complements, *column;
     int32_t *wide;
     const uint32_t *rows;
     int64_t num_rows, num_silent, num_complements, num_active;
@@ -61,6 +61,9 @@ struct Kernels {
 };
 
 inline int64_t words_of(int64_t channels) { return (channels + 63) / 64; }
+
+constexpr int64_t kNear = 500 << 10;  // bytes of weights that stay in the second cache
+constexpr int64_t kAhead = 24;         // rows between the request for one and its use
 
 #define NAME portable
 #define WIDTH 16
@@ -235,6 +238,8 @@ Layer layout_of(const EventConv &c) {
     if (c.groups == 1)
         while (layer.words * 2 <= kernels().max_words && total % (layer.words * 2) == 0) layer.words *= 2;
     layer.blocks = total / layer.words;
+    layer.far = layer.taps * c.channels * total * 64 > kNear;
+    layer.inside = c.pad_h == 0 && c.pad_w == 0;
     layer.tap_bytes = layer.depthwise ? 64 : c.channels / c.groups * layer.words * 64;
     return layer;
 }
@@ -291,12 +296,14 @@ void convolve(const EventConv &c) {
     thread_local std::vector<int64_t> complements;
     thread_local std::vector<int32_t> wide;
     const int64_t per_group = in_rows * c.width * (each / 2 + 1) + kRoom, most = layer.taps * each + 2 * kRoom;
+    const int64_t columns = c.width * c.kernel_h * (each / 2 + 1) + 2 * kRoom, per_thread = 2 * most + columns;
+    const int64_t places = layer.taps + c.width + 1;
     const int64_t threads = c.threads < 1 ? 1 : c.threads, padded = words_of(c.out_channels) * 64;
     if (!layer.depthwise) {
         if ((int64_t)pixels.size() < groups * in_rows * c.width) pixels.resize(groups * in_rows * c.width);
         if ((int64_t)lists.size() < groups * per_group) lists.resize(groups * per_group);
-        if ((int64_t)flat.size() < 2 * threads * most) flat.resize(2 * threads * most);
-        if ((int64_t)complements.size() < threads * layer.taps) complements.resize(threads * layer.taps);
+        if ((int64_t)flat.size() < threads * per_thread) flat.resize(threads * per_thread);
+        if ((int64_t)complements.size() < threads * places) complements.resize(threads * places);
         if ((int64_t)wide.size() < threads * padded) wide.resize(threads * padded);
         Pixel *all_pixels = pixels.data();
         uint32_t *all_lists = lists.data();
@@ -310,8 +317,10 @@ void convolve(const EventConv &c) {
         layer.lists = all_lists;
     }
     layer.parts = 1;
-    if (groups == 1 && !layer.depthwise)
+    if (groups == 1 && !layer.depthwise) {
+        if (layer.far && layer.taps > 1) layer.parts = layer.blocks;  // one block's weights after the other's
         while (layer.parts < layer.blocks && rows * layer.parts < 2 * threads && threads > 1) ++layer.parts;
+    }
     uint32_t *all_flat = flat.data();
     int64_t *all_complements = complements.data();
     int32_t *all_wide = wide.data();
@@ -319,12 +328,14 @@ void convolve(const EventConv &c) {
     pool().run(rows * layer.parts, threads, [&, all_flat, all_complements, all_wide](int64_t item, int64_t thread) {
         Neuron neuron = {};
         if (!layer.depthwise) {
-            neuron.flat = all_flat + 2 * thread * most;
+            neuron.flat = all_flat + thread * per_thread;
             neuron.silent = neuron.flat + most;
-            neuron.complements = all_complements + thread * layer.taps;
+            neuron.columns = neuron.silent + most;
+            neuron.complements = all_complements + thread * places;
+            neuron.column = neuron.complements + layer.taps;
             neuron.wide = all_wide + thread * padded;
         }
-        used.work(layer, item / layer.parts, item % layer.parts, neuron);
+        used.work(layer, item % rows, item / rows, neuron);
     });
 }
 
@@ -363,8 +374,9 @@ void events_pack(const EventConv *c, const int8_t *weight, void *packed) {
     for (int64_t group = 0; group < c->groups; ++group)
         for (int64_t b = 0; b < layer.blocks; ++b)
             for (int64_t tap = 0; tap < layer.taps; ++tap) {
-                int8_t *into = rows + ((group * layer.blocks + b) * layer.taps + tap) * layer.tap_bytes;
-                int32_t *total = totals + ((group * layer.blocks + b) * layer.taps + tap) * block;
+                const int64_t turned = tap % c->kernel_w * c->kernel_h + tap / c->kernel_w;
+                int8_t *into = rows + ((group * layer.blocks + b) * layer.taps + turned) * layer.tap_bytes;
+                int32_t *total = totals + ((group * layer.blocks + b) * layer.taps + turned) * block;
                 for (int64_t o = 0; o < block; ++o) {
                     const int64_t channel = b * block + o, place = used.place_of(o);
                     total[o] = 0;
