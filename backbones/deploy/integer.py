@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from .fold import ChannelThreshold, add_module, channels_first, clean_up, module_of
+from .fold import ChannelThreshold, add_module, channels_first, clean_up, module_of, norm_affine
 
 LIMIT, ANALOGUE_LIMIT = 127, 64  # of a weight's absolute value, over spikes and over 8 bits
 EXACT = 2**24  # float32 holds every integer up to here, so convolutions in float32 add up integers exactly
+FIXED_POINT = 4095  # largest absolute value of a `FixedPointConv`'s input
 WINDOW, STEPS = 0.25, 12  # of the search for a threshold: its half in standard deviations, its halvings
 
 
@@ -227,6 +228,74 @@ class QuantisedReal(IntegerReal):
         super().calibrate(x, mean, largest)
 
 
+class FixedPointConv(nn.Module):
+    """A convolution over real values, an image's, in fixed point: exact sums of products of 16-bit integers.
+
+        y = scale * sum of W * clip(round(x / step), -4095, 4095) + bias,   W in -2047..2047, sums below 2^31
+
+    twelve bits and a sign of the input and eleven of the weights, so that hardly a spike differs from the real one's.
+
+    Args:
+        layer: a convolution padded by zeros, without groups or dilation.
+
+    Shape: as the layer's.
+
+    Attributes:
+        weight: int16, shape of the layer's.
+        step: float32 (), of the input.
+        scale, bias: float32 (C,).
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        weight = layer.weight.detach().double()
+        limit = min(2047, (2**31 - 1) // (FIXED_POINT * weight[0].numel()))
+        size = weight.abs().flatten(1).amax(1) / limit
+        size = torch.where(size > 0, size, 1.0)
+        self.stride, self.padding = layer.stride, layer.padding
+        self.register_buffer("weight", (weight / size.view(-1, 1, 1, 1)).round().to(torch.int16))
+        self.register_buffer("weight_scale", size)
+        self.register_buffer("step", torch.ones(()))
+        self.register_buffer("scale", size.float())
+        bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float()
+        self.register_buffer("bias", bias.clone())
+
+    @staticmethod
+    def suits(layer: nn.Module | None) -> bool:
+        """Return whether a layer is a convolution that can be one."""
+        plain = type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return plain and layer.groups == 1 and layer.dilation == (1, 1) and layer.weight[0].numel() <= 2**13
+
+    def calibrate(self, x: Tensor) -> None:
+        """Set the range of the input, with a quarter to spare beyond that of `x`."""
+        largest = 1.25 * x.abs().max()
+        self.step.copy_(torch.where(largest > 0, largest, 1.0) / FIXED_POINT)
+        self.scale.copy_(self.weight_scale * self.step.double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        level = (x / self.step).clamp(-FIXED_POINT, FIXED_POINT).round()
+        acc = F.conv2d(level.double(), self.weight.double(), stride=self.stride, padding=self.padding)
+        return acc.float() * self.scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+    def extra_repr(self) -> str:
+        return f"{'x'.join(map(str, self.weight.shape))}, stride={self.stride}, padding={self.padding}"
+
+
+class ChannelAffine(nn.Module):
+    """scale * x + shift per channel, two roundings: a BatchNorm that nothing could take in.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        for name, value in zip(("scale", "shift"), norm_affine(norm), strict=True):
+            self.register_buffer(name, value.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)
+
+
 def fix_size(folded: fx.GraphModule, example: Tensor) -> fx.GraphModule:
     """The same network for images of one size: adaptive pools to more than one cell become plain ones, or nothing.
 
@@ -289,7 +358,8 @@ def to_integers(
         images: (N, 3, H, W) as the network takes them, N of 16 or more for a good estimate.
         keep: layers with one of these in their module names stay in floating point.
         analogue: 8 bits for convolutions over real values, too, but the first of the network.
-        exact: real values that leave a convolution over spikes are not rounded to 8 bits.
+        exact: for the event-driven engine: real values that leave a convolution over spikes are not rounded to 8 bits,
+            and the first convolution of the network is a `FixedPointConv`.
 
     Raises:
         ValueError: `folded` is no graph, or no layer sees spikes.
@@ -330,6 +400,8 @@ def to_integers(
     for node in convs[1:] if analogue else []:
         if may_change(node, nn.Conv2d) and not is_binary(integers, node.args[0]):
             node.target = add(QuantisedReal(module_of(integers, node)), f"{node.target}_integer", node)
+    if exact:
+        _fix_points(integers, calibrations)
     if not calibrations:
         raise ValueError("no layer sees spikes: there is nothing to add up in integers")
     clean_up(integers)
@@ -337,6 +409,20 @@ def to_integers(
     with torch.no_grad():
         ShapeProp(integers).propagate(images[:1])
     return integers
+
+
+def _fix_points(integers: fx.GraphModule, calibrations: dict[str, tuple[Tensor, ...]]) -> None:
+    """Replace the first convolution, and BatchNorms that are left, by modules that compute the same anywhere."""
+    first = next(
+        (n for n in integers.graph.nodes if isinstance(module_of(integers, n), (nn.Conv2d, IntegerLayer))), None
+    )
+    for node in list(integers.graph.nodes):
+        module = module_of(integers, node)
+        if node is first and FixedPointConv.suits(module):
+            node.target = add_module(integers, f"{node.target}_fixed_point", FixedPointConv(module))
+            calibrations[node.target] = ()
+        elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            node.target = add_module(integers, f"{node.target}_affine", ChannelAffine(module))
 
 
 class _Statistics(fx.Interpreter):

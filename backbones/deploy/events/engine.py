@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .bits import Bits, Comparison, EventLayer, Window, layer_options, max_pool, threshold
 from .program import Operation, Program
+from .stem import Affine, EventStem
 
 FORMAT = "hoyer-det events"
 VERSION = 1
@@ -64,7 +65,7 @@ class Engine:
             images: on the CPU.
             observe: called with each operation and what enters it.
         """
-        values: dict[str, Value] = {"images": images.contiguous(memory_format=torch.channels_last)}
+        values: dict[str, Value] = {"images": images.contiguous()}
         for index, (inputs, outputs, run) in enumerate(self.steps):
             entering = [values[name] if isinstance(name, str) else name for name in inputs]
             if observe is not None:
@@ -107,6 +108,31 @@ def _layer(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[.
         return [y.flatten(1) if flat else y, *spikes]
 
     return run
+
+
+def _stem(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
+    pool, more = attributes["pool"], tensors.get("more_scale")
+    stem = EventStem(
+        tensors["weight"],
+        Window(tuple(tensors["weight"].shape[2:]), tuple(attributes["stride"]), tuple(attributes["padding"])),
+        tensors["step"].item(),
+        Affine(tensors["scale"], tensors["bias"]),
+        pool=None if pool is None else _window(pool),
+        ceil=pool is not None and pool["ceil_mode"],
+        spikes=_comparisons(tensors, "level"),
+        more=None if more is None else Affine(more, tensors["more_bias"]),
+        keeps_real=attributes["keeps_real"],
+    )
+
+    def run(x: Tensor) -> list[Value]:
+        y, spikes = stem(x)
+        return [*spikes] if y is None else [y, *spikes]
+
+    return run
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
 
 
 def _threshold(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
@@ -155,6 +181,8 @@ def _resize_as(x: Tensor, like: Tensor) -> Tensor:
 
 PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Callable[..., Sequence[Value]]]] = {
     "layer": _layer,
+    "stem": _stem,
+    "affine": _with_weights(_affine, "scale", "shift"),
     "threshold": _threshold,
     "pool_bits": _pool_bits,
     "flatten_bits": lambda attributes, tensors: lambda x: [x.flatten()],

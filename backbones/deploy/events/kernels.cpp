@@ -5,6 +5,7 @@
 // contracted (-ffp-contract=off), so that real values are those of separate multiplications and additions.
 #include "kernels.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
@@ -51,6 +52,13 @@ struct Neuron {
     int64_t num_rows, num_silent, num_complements, num_active;
 };
 
+// A stem, prepared for its kernels.
+struct Stem {
+    const EventStem *conv;
+    const int16_t *weights;  // [ky][pair][padded channels][2]
+    int64_t padded, pairs, row_length;
+};
+
 // The kernels of one width.
 struct Kernels {
     int width, max_words;
@@ -58,6 +66,8 @@ struct Kernels {
     void (*threshold)(const float *, int64_t, int64_t, int64_t, const float *, const float *, uint64_t *);
     int64_t (*place_of)(int64_t);
     int8_t (*stored)(int64_t, int8_t);
+    void (*quantise_row)(const EventStem &, int64_t, int64_t, int16_t *);
+    void (*stem_rows)(const Stem &, int64_t, const int16_t *, int64_t, int64_t, float *);
 };
 
 inline int64_t words_of(int64_t channels) { return (channels + 63) / 64; }
@@ -339,6 +349,48 @@ void convolve(const EventConv &c) {
     });
 }
 
+Stem layout_of(const EventStem &c) {
+    Stem stem = {};
+    stem.conv = &c;
+    stem.weights = static_cast<const int16_t *>(c.packed);
+    stem.padded = words_of(c.out_channels) * 64;
+    stem.pairs = (c.kernel_w * c.channels + 1) / 2;
+    stem.row_length = (c.width + 2 * c.pad_w) * c.channels + 2;  // the last pair may have one behind the row
+    return stem;
+}
+
+void run_stem(const EventStem &c) {
+    const Stem stem = layout_of(c);
+    const Kernels &used = kernels();
+    const int64_t rows = c.height + 2 * c.pad_h, image_size = rows * stem.row_length;
+    const int64_t threads = c.threads < 1 ? 1 : c.threads, room = (c.pool_h * c.out_width + 1) * stem.padded;
+    thread_local std::vector<int16_t> quantised;
+    thread_local std::vector<float> rings;
+    quantised.assign((size_t)(c.images * image_size), 0);
+    if ((int64_t)rings.size() < threads * room) rings.resize(threads * room);
+    int16_t *all = quantised.data();
+    float *all_rings = rings.data();
+    pool().run(c.images * c.height, threads, [&, all](int64_t item, int64_t) {
+        const int64_t image = item / c.height, y = item % c.height;
+        used.quantise_row(c, image, y, all + image * image_size + (y + c.pad_h) * stem.row_length);
+    });
+    const int64_t parts = threads == 1 ? 1 : std::min(c.pooled_height, 2 * threads);
+    pool().run(c.images * parts, threads, [&, all, all_rings](int64_t item, int64_t thread) {
+        const int64_t image = item / parts, part = item % parts;
+        const int64_t first = c.pooled_height * part / parts, last = c.pooled_height * (part + 1) / parts;
+        used.stem_rows(stem, image, all + image * image_size, first, last, all_rings + thread * room);
+    });
+}
+
+template <typename Work> int guarded(const Work &work) {
+    try {
+        work();
+    } catch (const std::exception &) {
+        return 1;
+    }
+    return 0;
+}
+
 }  // namespace
 
 extern "C" {
@@ -391,12 +443,30 @@ void events_pack(const EventConv *c, const int8_t *weight, void *packed) {
 }
 
 int events_conv(const EventConv *layer) {
-    try {
-        convolve(*layer);
-    } catch (const std::exception &) {
-        return 1;
-    }
-    return 0;
+    return guarded([&] { convolve(*layer); });
+}
+
+int64_t events_packed_stem_bytes(const EventStem *c) {
+    const Stem stem = layout_of(*c);
+    return c->kernel_h * stem.pairs * stem.padded * 2 * (int64_t)sizeof(int16_t);
+}
+
+void events_pack_stem(const EventStem *c, const int16_t *weight, void *packed) {
+    const Stem stem = layout_of(*c);
+    int16_t *into = static_cast<int16_t *>(packed);
+    std::memset(packed, 0, (size_t)events_packed_stem_bytes(c));
+    for (int64_t o = 0; o < c->out_channels; ++o)
+        for (int64_t i = 0; i < c->channels; ++i)
+            for (int64_t ky = 0; ky < c->kernel_h; ++ky)
+                for (int64_t kx = 0; kx < c->kernel_w; ++kx) {
+                    const int64_t place = kx * c->channels + i;
+                    into[((ky * stem.pairs + place / 2) * stem.padded + o) * 2 + place % 2] =
+                        weight[((o * c->channels + i) * c->kernel_h + ky) * c->kernel_w + kx];
+                }
+}
+
+int events_stem(const EventStem *stem) {
+    return guarded([&] { run_stem(*stem); });
 }
 
 void events_threshold(const float *x, int64_t pixels, int64_t channels, const float *level, const float *sign,

@@ -32,6 +32,24 @@ struct EventConv {
     const float *sign[EVENTS_MAX_OUTPUTS];          // [padded channels], or null
 };
 
+// A convolution over real values in fixed point, perhaps a max-pool of it, and what is made of the results y.
+struct EventStem {
+    int64_t images, height, width, channels;      // of the input, float [N][channels][height][width]
+    int64_t out_height, out_width, out_channels;  // of the convolution
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+    int64_t pooled_height, pooled_width, pool_h, pool_w, pool_stride_h, pool_stride_w, pool_pad_h, pool_pad_w;
+    int64_t threads;
+    const void *packed;   // by events_pack_stem
+    const float *input;
+    float step, limit;    // q = round(clip(x / step, -limit, limit))
+    const float *scale, *bias;                    // y = scale * sum + bias, [padded channels]
+    const float *more_scale, *more_bias;          // or null: the real map is more_scale * y + more_bias
+    float *real;                                  // [N][pooled height][pooled width][channels], or null
+    int64_t num_spikes;                           // where sign * y >= level
+    const float *level[EVENTS_MAX_OUTPUTS], *sign[EVENTS_MAX_OUTPUTS];
+    uint64_t *spikes[EVENTS_MAX_OUTPUTS];
+};
+
 // Chooses the instructions: 0 portable, 1 AVX2, 2 AVX-512, -1 the best of this processor. Returns what is used now, or
 // -1 if the processor lacks what was asked for. Weights are packed for one choice.
 int events_use(int level);
@@ -47,6 +65,13 @@ void events_pack(const EventConv *layer, const int8_t *weight, void *packed);
 
 // Computes the layer. Returns 0, or 1 if there is not enough memory.
 int events_conv(const EventConv *layer);
+
+// Arranges int16 weights [out_channels][channels][kernel_h][kernel_w] for events_stem.
+int64_t events_packed_stem_bytes(const EventStem *stem);
+void events_pack_stem(const EventStem *stem, const int16_t *weight, void *packed);
+
+// Computes the stem. Without a pool its sizes are 1, its strides 1 and its paddings 0. Returns as events_conv.
+int events_stem(const EventStem *stem);
 
 // Spikes where sign * x >= level, x float [pixels][channels]; sign may be null; both padded as in EventConv.
 void events_threshold(const float *x, int64_t pixels, int64_t channels, const float *level, const float *sign,

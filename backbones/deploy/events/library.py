@@ -53,6 +53,30 @@ class EventConv(ctypes.Structure):
     )
 
 
+class EventStem(ctypes.Structure):
+    """`struct EventStem` of kernels.h, in its order."""
+
+    _fields_ = (
+        *(
+            (name, _int64)
+            for name in (
+                *("images", "height", "width", "channels", "out_height", "out_width", "out_channels"),
+                *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w", "pooled_height", "pooled_width"),
+                *("pool_h", "pool_w", "pool_stride_h", "pool_stride_w", "pool_pad_h", "pool_pad_w", "threads"),
+            )
+        ),
+        ("packed", _pointer),
+        ("input", _pointer),
+        ("step", ctypes.c_float),
+        ("limit", ctypes.c_float),
+        *((name, _pointer) for name in ("scale", "bias", "more_scale", "more_bias", "real")),
+        ("num_spikes", _int64),
+        ("level", _pointer * MAX_OUTPUTS),
+        ("sign", _pointer * MAX_OUTPUTS),
+        ("spikes", _pointer * MAX_OUTPUTS),
+    )
+
+
 def _load() -> ctypes.CDLL | None:
     folder = Path(__file__).parent
     for suffix in EXTENSION_SUFFIXES:
@@ -73,6 +97,10 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.events_packed_bytes.argtypes, library.events_packed_bytes.restype = [layer], _int64
     library.events_pack.argtypes, library.events_pack.restype = [layer, _pointer, _pointer], None
     library.events_conv.argtypes = [layer]
+    stem = ctypes.POINTER(EventStem)
+    library.events_packed_stem_bytes.argtypes, library.events_packed_stem_bytes.restype = [stem], _int64
+    library.events_pack_stem.argtypes, library.events_pack_stem.restype = [stem, _pointer, _pointer], None
+    library.events_stem.argtypes = [stem]
     library.events_threshold.argtypes = [_pointer, _int64, _int64, _pointer, _pointer, _pointer, _int64]
     library.events_threshold.restype = None
     library.events_pool.argtypes = [_pointer, *[_int64] * 12, _pointer, _pointer]

@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..fold import ChannelThreshold, module_of
-from ..integer import IntegerLayer, IntegerReal, IntegerSpikes, QuantisedReal, is_binary, shape_of
+from ..integer import (
+    ChannelAffine,
+    FixedPointConv,
+    IntegerLayer,
+    IntegerReal,
+    IntegerSpikes,
+    QuantisedReal,
+    is_binary,
+    shape_of,
+)
 
 Operation = dict[str, Any]
 ARITHMETIC = {operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div"}
@@ -99,6 +108,8 @@ class _Writer:
             self._spikes(node, module)
         elif isinstance(module, IntegerReal) and not isinstance(module, QuantisedReal):
             self._real(node, module)
+        elif isinstance(module, FixedPointConv):
+            self._stem(node, module)
         elif isinstance(module, ChannelThreshold):
             self.emit("threshold", [x], out, self._comparisons([node], shape_of(x)[1]))
         elif isinstance(module, nn.MaxPool2d):
@@ -203,6 +214,27 @@ class _Writer:
 
     # What sees real values
 
+    def _stem(self, node: fx.Node, layer: FixedPointConv) -> None:
+        """Emit the stem with its max-pool, all comparisons and, if nothing else sees the real values, a BatchNorm."""
+        tensors = {"weight": layer.weight, "step": layer.step, "scale": layer.scale, "bias": layer.bias}
+        last, users, pool = node, list(node.users), None
+        if len(users) == 1 and isinstance(self.module(users[0]), nn.MaxPool2d):
+            last, pool = users[0], self.module(users[0])
+        comparisons = [user for user in last.users if isinstance(self.module(user), ChannelThreshold)]
+        others = [user for user in last.users if user not in comparisons]
+        outputs = [last.name] * bool(others)
+        if len(others) == 1 and isinstance(self.module(others[0]), ChannelAffine):
+            affine = self.module(others[0])
+            tensors |= {"more_scale": affine.scale, "more_bias": affine.shift}
+            outputs = [others[0].name]
+        tensors |= self._comparisons(comparisons, len(layer.weight))
+        for each in (last, *comparisons, *(others if "more_scale" in tensors else ())):
+            self.names[each] = each.name
+            self.fused.add(each)
+        keys = {"stride": list(layer.stride), "padding": list(layer.padding), "keeps_real": bool(others)}
+        keys["pool"] = None if pool is None else _pool(pool)
+        self.emit("stem", [node.args[0]], [*outputs, *(each.name for each in comparisons)], tensors, **keys)
+
     def _max_pool(self, node: fx.Node, pool: nn.MaxPool2d) -> None:
         x, users = node.args[0], list(node.users)
         if is_binary(self.network, x):
@@ -234,6 +266,8 @@ class _Writer:
         elif isinstance(module, nn.BatchNorm2d):
             keys = ("running_mean", "running_var", "weight", "bias")
             self.emit("batch_norm", [x], out, {key: getattr(module, key) for key in keys}, eps=module.eps)
+        elif isinstance(module, ChannelAffine):
+            self.emit("affine", [x], out, {"scale": module.scale, "shift": module.shift})
         elif isinstance(module, nn.GroupNorm):
             tensors = {"weight": module.weight, "bias": module.bias}
             self.emit("group_norm", [x], out, tensors, num_groups=module.num_groups, eps=module.eps)

@@ -1,0 +1,124 @@
+"""The stem of a network: a convolution of an image in fixed point, its max-pool and what is made of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..integer import FIXED_POINT
+from . import library
+from .bits import Bits, Comparison, Window, padded, words_of
+
+
+class Affine(NamedTuple):
+    """scale * x + shift per channel, each float32 (C,)."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+@dataclass(eq=False)
+class EventStem:
+    """A `FixedPointConv`, then perhaps a max-pool, comparisons, and an affine map of the real values: exact.
+
+    Args:
+        weight: int16 (C', C, kh, kw).
+        window: geometry of the convolution, without dilation.
+        step: of the input.
+        output: from sums to real values.
+        pool: geometry of the max-pool; None: there is none.
+        ceil: whether the pool rounds sizes up.
+        spikes: comparisons of the real values, pooled.
+        more: applied to the real values that leave; None: they leave as they are.
+        keeps_real: whether real values are wanted.
+    """
+
+    weight: Tensor
+    window: Window
+    step: float
+    output: Affine
+    pool: Window | None = None
+    ceil: bool = False
+    spikes: Sequence[Comparison] = ()
+    more: Affine | None = None
+    keeps_real: bool = False
+    _packed: dict[str, tuple[library.EventStem, list[Tensor]]] = field(default_factory=dict, init=False, repr=False)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor | None, list[Bits]]:
+        """Return the real values, float32 (N, C', H', W') in the order N, H, W, C, and the maps of spikes.
+
+        Args:
+            x: float32 (N, C, H, W).
+
+        Raises:
+            MemoryError: there is not enough memory.
+        """
+        if library.current() == "torch":
+            return self._reference(x)
+        x = x.contiguous()
+        call, _ = self._prepared()
+        number, _, call.height, call.width = x.shape
+        out_channels, out_size = len(self.weight), self.window.out_size(x.shape[2:])
+        size = out_size if self.pool is None else self.pool.out_size(out_size, ceil=self.ceil)
+        call.images, call.threads, call.input = number, torch.get_num_threads(), x.data_ptr()
+        (call.out_height, call.out_width), (call.pooled_height, call.pooled_width) = out_size, size
+        found = [torch.empty((number, *size, words_of(out_channels)), dtype=torch.int64) for _ in self.spikes]
+        for index, words in enumerate(found):
+            call.spikes[index] = words.data_ptr()
+        real = torch.empty((number, *size, out_channels)) if self.keeps_real else None
+        call.real = None if real is None else real.data_ptr()
+        if library.LIBRARY.events_stem(call):
+            raise MemoryError(f"not enough memory for a convolution of {tuple(x.shape)}")
+        return None if real is None else real.permute(0, 3, 1, 2), [Bits(words, out_channels) for words in found]
+
+    def _reference(self, x: Tensor) -> tuple[Tensor | None, list[Bits]]:
+        level = (x / self.step).clamp(-FIXED_POINT, FIXED_POINT).round()
+        sums = F.conv2d(level.double(), self.weight.double(), stride=self.window.stride, padding=self.window.padding)
+        y = sums.float() * self.output.scale.view(-1, 1, 1) + self.output.shift.view(-1, 1, 1)
+        if self.pool is not None:
+            y = F.max_pool2d(y, self.pool.kernel, self.pool.stride, self.pool.padding, ceil_mode=self.ceil)
+        spikes = [Bits.pack(each.of_real(y)) for each in self.spikes]
+        if self.more is not None:
+            y = y * self.more.scale.view(-1, 1, 1) + self.more.shift.view(-1, 1, 1)
+        return y if self.keeps_real else None, spikes
+
+    def _prepared(self) -> tuple[library.EventStem, list[Tensor]]:
+        """Return a call with all that does not depend on the input, a copy of its own, and what it points to."""
+        name = library.current()
+        if name not in self._packed:
+            self._packed[name] = self._prepare()
+        template, kept = self._packed[name]
+        return library.EventStem.from_buffer_copy(template), kept
+
+    def _prepare(self) -> tuple[library.EventStem, list[Tensor]]:
+        out_channels, channels = self.weight.shape[:2]
+        pool = self.pool or Window((1, 1))
+        call = library.EventStem(channels=channels, out_channels=out_channels, num_spikes=len(self.spikes))
+        call.step, call.limit = self.step, FIXED_POINT
+        pairs = {"kernel": self.window.kernel, "stride": self.window.stride, "pad": self.window.padding}
+        pairs |= {"pool": pool.kernel, "pool_stride": pool.stride, "pool_pad": pool.padding}
+        for name, pair in pairs.items():
+            setattr(call, f"{name}_h", pair[0])
+            setattr(call, f"{name}_w", pair[1])
+        weight = self.weight.contiguous()
+        kept = [torch.empty(library.LIBRARY.events_packed_stem_bytes(call), dtype=torch.int8)]
+        library.LIBRARY.events_pack_stem(call, weight.data_ptr(), kept[0].data_ptr())
+        call.packed = kept[0].data_ptr()
+
+        def address(value: Tensor) -> int:
+            kept.append(value)
+            return value.data_ptr()
+
+        call.scale, call.bias = (address(padded(value, 0.0)) for value in self.output)
+        if self.more is not None:
+            call.more_scale, call.more_bias = (address(padded(value, 0.0)) for value in self.more)
+        for index, each in enumerate(self.spikes):
+            call.level[index] = address(each.padded)
+            if each.sign is not None:
+                call.sign[index] = address(each.sign)
+        return call, kept
