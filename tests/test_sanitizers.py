@@ -43,7 +43,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.parametrize(("sanitizers", "seconds"), [("address,undefined", 3), ("thread", 3)])
+@pytest.mark.parametrize(("sanitizers", "seconds"), [("address,undefined", 2), ("thread", 2)])
 def test_the_kernels_are_clean(sanitizers, seconds, tmp_path):
     (tmp_path / "empty.cpp").write_text("int main() { return 0; }\n")
     empty = compile_with(sanitizers, [tmp_path / "empty.cpp"], tmp_path / "empty")
