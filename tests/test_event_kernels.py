@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from backbones.deploy.events import Bits, Comparison, EventLayer, Window, bits, library, max_pool, threshold, using
+from backbones.deploy.events.stem import Affine, EventStem
 
 KERNELS = library.available()
 FIXED = settings(derandomize=True, deadline=None, database=None)
@@ -285,6 +286,80 @@ def test_what_the_kernels_do_not_take_is_refused():
     eight = EventLayer(weight, Window((1, 1)), spikes=[Comparison(level + number) for number in range(8)])
     for _, found in run_all(eight, Bits.pack(torch.ones(1, 2, 1, 1))):  # sums of 2
         assert [each.density for each in found] == [1.0] * 3 + [0.0] * 5
+
+
+# --- the stem ---------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def stems(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], Window, Window | None, bool, int]:
+    """Return shapes of the input and the weights, geometry of convolution and pool, whether it rounds up, and a seed."""
+    few = st.integers(1, 4)
+    kernel, stride = (
+        draw(st.tuples(st.sampled_from(sides), st.sampled_from(sides))) for sides in ((1, 3, 4, 7), (1, 2, 4))
+    )
+    padding = tuple(draw(st.integers(0, side)) for side in kernel)
+    size = tuple(draw(st.integers(side, side + 20)) for side in kernel)
+    window, pool, channels = Window(kernel, stride, padding), None, draw(few)
+    if draw(st.booleans()):
+        longest = [min(3, side) for side in window.out_size(size)]
+        sides = tuple(draw(st.integers(1, side)) for side in longest)
+        pool = Window(sides, draw(st.tuples(few, few)), tuple(draw(st.integers(0, side // 2)) for side in sides))
+    shapes = (draw(st.integers(1, 2)), channels, *size), (draw(st.integers(1, 150)), channels, *kernel)
+    return *shapes, window, pool, draw(st.booleans()), draw(st.integers(0, 2**31))
+
+
+@settings(FIXED, max_examples=80)
+@given(stems(), st.integers(0, 2), st.booleans(), st.integers(1, 2))
+def test_a_stem_is_that_of_integers(case, number, with_more, num_threads):
+    shape, weight_shape, window, pool, ceil, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    most = min(2047, (2**31 - 1) // (4095 * int(np.prod(weight_shape[1:]))))
+    kind, step = int(torch.randint(3, (), generator=generator)), np.float32(0.01)
+    weight = (
+        torch.randint(-most, most + 1, weight_shape, generator=generator) if kind else torch.full(weight_shape, most)
+    )
+    x = torch.randn(shape, generator=generator) * (1.0, 10.0, 1000.0)[kind]
+    for value in (torch.inf, -torch.inf, 0.005, 0.015, -0.025):  # beyond the range, and between two integers
+        x[torch.rand(shape, generator=generator) < 0.02] = value
+    quantised = np.rint(np.clip(x.numpy() / step, np.float32(-4095), np.float32(4095)))
+    sums = F.conv2d(torch.from_numpy(quantised).double(), weight.double(), None, window.stride, window.padding).long()
+    assert sums.abs().max() < 2**31
+    values = [torch.randn(weight_shape[0], generator=generator) * factor for factor in (1e-4, 1.0, 1.0, 1.0)]
+    scale, bias, more, shift = (value.numpy()[:, None, None] for value in values)
+    y = torch.from_numpy(sums.numpy().astype(np.float32) * scale + bias)  # each operation rounded, by numpy
+    if pool is not None:
+        y = F.max_pool2d(y, *pool[:3], ceil_mode=ceil)
+    turned = [turned_of(len(weight), generator) for _ in range(number)]
+    signed = [y if turn is None else torch.where(per_channel(turn), -y, y) for turn in turned]
+    levels = [levels_of(each, generator, [-torch.inf, torch.inf, 0.0]) for each in signed]
+    expected = [packed(each >= per_channel(level)) for each, level in zip(signed, levels, strict=True)]
+    stem = EventStem(
+        weight.short(),
+        window,
+        float(step),
+        Affine(*values[:2]),
+        pool,
+        ceil,
+        [Comparison(*each) for each in zip(levels, turned, strict=True)],
+        Affine(*values[2:]) if with_more else None,
+        keeps_real=with_more or not number,
+    )
+    y = torch.from_numpy(y.numpy() * more + shift) if with_more else y
+    for name in KERNELS:
+        with using(name), threads(num_threads):
+            real, found = stem(x)
+        assert torch.equal(real, y) if stem.keeps_real else real is None
+        assert len(found) == number and all(map(equal, found, expected))
+
+
+def test_a_stem_takes_its_own_images_alone():
+    one = torch.ones(1)
+    stem = EventStem(torch.ones(1, 3, 3, 3, dtype=torch.int16), Window((3, 3)), 0.5, Affine(one, one), keeps_real=True)
+    for wrong in (torch.rand(1, 1, 8, 8), torch.rand(1, 4, 8, 8), torch.rand(3, 8, 8), torch.rand(1, 3, 8, 8).double()):
+        for name in KERNELS:
+            with using(name), pytest.raises(ValueError, match=r"expected float32 \(N, 3, height, width\)"):
+                stem(wrong)
 
 
 # --- comparisons and pools --------------------------------------------------------------------------------------------
