@@ -178,6 +178,7 @@ class EventLayer:
     bias: Tensor | None = None
     keeps_real: bool = False
     _packed: dict[str, tuple[library.EventConv, list[Tensor]]] = field(default_factory=dict, init=False, repr=False)
+    _calls: dict[Any, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.spikes) > library.MAX_OUTPUTS:
@@ -195,27 +196,38 @@ class EventLayer:
         """
         if library.current() == "torch":
             return self._reference(x, residual)
-        call, _ = self._prepared()
-        number, height, width, _ = x.words.shape
-        out_channels, out_size = len(self.weight), self.window.out_size((height, width))
-        call.images, call.height, call.width, call.threads = number, height, width, torch.get_num_threads()
-        call.out_height, call.out_width = out_size
-        call.input = x.words.data_ptr()
-        found = [
-            torch.empty((number, *out_size, words_of(out_channels)), dtype=torch.int64) for _ in range(call.num_spikes)
-        ]
-        for index, words in enumerate(found):
+        key = (library.current(), x.words.shape)
+        if key not in self._calls:
+            self._calls[key] = self._call_for(x)
+        template, shape, size = self._calls[key]
+        call = library.EventConv.from_buffer_copy(template)
+        call.threads, call.input = torch.get_num_threads(), x.words.data_ptr()
+        found = []
+        for index in range(len(self.spikes)):
+            words = torch.empty(shape, dtype=torch.int64)
             call.spikes[index] = words.data_ptr()
+            found.append(Bits(words, size[3]))
         real = None
         if self.keeps_real:
-            real = torch.empty((number, *out_size, out_channels))
+            real = torch.empty(size)
             call.real = real.data_ptr()
         if residual is not None:
             residual = residual.permute(0, 2, 3, 1).contiguous()
             call.residual = residual.data_ptr()
         if library.LIBRARY.events_conv(call):
-            raise MemoryError(f"not enough memory for a layer of {out_channels} channels over {tuple(x.words.shape)}")
-        return None if real is None else real.permute(0, 3, 1, 2), [Bits(words, out_channels) for words in found]
+            raise MemoryError(f"not enough memory for a layer of {size[3]} channels over {tuple(x.words.shape)}")
+        return None if real is None else real.permute(0, 3, 1, 2), found
+
+    def _call_for(self, x: Bits) -> tuple[library.EventConv, tuple[int, ...], tuple[int, ...]]:
+        """Return a call for inputs of this shape, the shape of its spikes and that of its real values."""
+        name = library.current()
+        if name not in self._packed:
+            self._packed[name] = self._prepare()
+        call = library.EventConv.from_buffer_copy(self._packed[name][0])
+        call.images, call.height, call.width, _ = x.words.shape
+        call.out_height, call.out_width = self.window.out_size(x.words.shape[1:3])
+        place = (call.images, call.out_height, call.out_width)
+        return call, (*place, words_of(len(self.weight))), (*place, len(self.weight))
 
     def sums(self, x: Bits) -> Tensor:
         """Return the sums (N, C', H', W'), float32 and exact: the reference."""
@@ -229,14 +241,6 @@ class EventLayer:
         y = sums * self.scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
         y = (y if residual is None else residual + y).contiguous(memory_format=torch.channels_last)
         return y if self.keeps_real else None, [Bits.pack(each.of_real(y)) for each in self.spikes]
-
-    def _prepared(self) -> tuple[library.EventConv, list[Tensor]]:
-        """Return a call with all that does not depend on the input, a copy of its own, and what it points to."""
-        name = library.current()
-        if name not in self._packed:
-            self._packed[name] = self._prepare()
-        template, kept = self._packed[name]
-        return library.EventConv.from_buffer_copy(template), kept
 
     def _prepare(self) -> tuple[library.EventConv, list[Tensor]]:
         out_channels, channels = len(self.weight), self.weight.shape[1] * self.groups

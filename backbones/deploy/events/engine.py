@@ -122,6 +122,7 @@ def _stem(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..
         spikes=_comparisons(tensors, "level"),
         more=None if more is None else Affine(more, tensors["more_bias"]),
         keeps_real=attributes["keeps_real"],
+        normalise={name: tensors[name] for name in ("factor", "mean", "std") if name in tensors},
     )
 
     def run(x: Tensor) -> list[Value]:

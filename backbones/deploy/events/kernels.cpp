@@ -40,6 +40,7 @@ struct Layer {
     const Pixel *pixels;     // [group][image][y][x]
     const uint32_t *lists;   // rows, as offsets in bytes within a tap
     int64_t words, blocks, taps, tap_bytes, parts;
+    int64_t row_room;  // entries of the lists that a row of pixels may take
     bool depthwise, inside, far;  // inside: no window reaches over the border; far: the weights are large
 };
 
@@ -66,6 +67,7 @@ struct Kernels {
     void (*threshold)(const float *, int64_t, int64_t, int64_t, const float *, const float *, uint64_t *);
     int64_t (*place_of)(int64_t);
     int8_t (*stored)(int64_t, int8_t);
+    void (*list_row)(const EventConv &, const Layer &, int64_t, int64_t, Pixel *, uint32_t *);
     void (*quantise_row)(const EventStem &, int64_t, int64_t, int16_t *);
     void (*stem_rows)(const Stem &, int64_t, const int16_t *, int64_t, int64_t, float *);
 };
@@ -258,42 +260,7 @@ int64_t weight_bytes(const EventConv &c, const Layer &layer) {
     return (layer.depthwise ? 1 : c.groups) * layer.blocks * layer.taps * layer.tap_bytes;
 }
 
-// Lists what fired in each pixel of a row, or what did not where that is less; returns the end of the lists.
-void list_row(const EventConv &c, const Layer &layer, int64_t row, int64_t group, Pixel *pixels, uint32_t *lists) {
-    const int64_t words = words_of(c.channels), each = c.channels / c.groups, first = group * each;
-    const uint32_t stride = (uint32_t)(layer.words * 64);
-    int64_t end = row * c.width * (each / 2 + 1);
-    for (int64_t x = 0; x < c.width; ++x) {
-        const uint64_t *bits = c.input + (row * c.width + x) * words;
-        auto word = [&](int64_t w) {  // of the group's bits alone
-            uint64_t value = bits[w];
-            if (w * 64 < first) value &= ~0ull << (first - w * 64);
-            if ((w + 1) * 64 > first + each) value &= ~0ull >> ((w + 1) * 64 - first - each);
-            return value;
-        };
-        const int64_t low = first / 64, high = (first + each + 63) / 64;
-        int64_t active = 0;
-        for (int64_t w = low; w < high; ++w) active += __builtin_popcountll(word(w));
-        Pixel &pixel = pixels[row * c.width + x];
-        pixel.active = (int32_t)active;
-        pixel.complement = 2 * active > each;
-        pixel.start = end;
-        for (int64_t w = low; w < high; ++w) {
-            uint64_t value = word(w);
-            if (pixel.complement) {
-                uint64_t valid = ~0ull;
-                if (w * 64 < first) valid &= ~0ull << (first - w * 64);
-                if ((w + 1) * 64 > first + each) valid &= ~0ull >> ((w + 1) * 64 - first - each);
-                value = ~value & valid;
-            }
-            const int64_t base = w * 64 - first;
-            for (; value; value &= value - 1) lists[end++] = (uint32_t)(base + __builtin_ctzll(value)) * stride;
-        }
-        pixel.listed = (int32_t)(end - pixel.start);
-    }
-}
-
-constexpr int64_t kRoom = 16;  // copies of lists go beyond their ends by less than a vector
+constexpr int64_t kRoom = 32;  // copies of lists go beyond their ends by up to two vectors
 
 void convolve(const EventConv &c) {
     Layer layer = layout_of(c);
@@ -305,7 +272,9 @@ void convolve(const EventConv &c) {
     thread_local std::vector<uint32_t> lists, flat;
     thread_local std::vector<int64_t> complements;
     thread_local std::vector<int32_t> wide;
-    const int64_t per_group = in_rows * c.width * (each / 2 + 1) + kRoom, most = layer.taps * each + 2 * kRoom;
+    const Kernels &used = kernels();
+    layer.row_room = c.width * (each / 2 + 1) + kRoom;
+    const int64_t per_group = in_rows * layer.row_room + kRoom, most = layer.taps * each + 2 * kRoom;
     const int64_t columns = c.width * c.kernel_h * (each / 2 + 1) + 2 * kRoom, per_thread = 2 * most + columns;
     const int64_t places = layer.taps + c.width + 1;
     const int64_t threads = c.threads < 1 ? 1 : c.threads, padded = words_of(c.out_channels) * 64;
@@ -320,7 +289,7 @@ void convolve(const EventConv &c) {
         pool().run(groups * in_rows, threads, [&, all_pixels, all_lists](int64_t item, int64_t) {
             const int64_t group = item / in_rows;
             Pixel *own = all_pixels + group * in_rows * c.width;
-            list_row(c, layer, item % in_rows, group, own, all_lists + group * per_group);
+            used.list_row(c, layer, item % in_rows, group, own, all_lists + group * per_group);
             for (int64_t x = 0; x < c.width; ++x) own[item % in_rows * c.width + x].start += group * per_group;
         });
         layer.pixels = all_pixels;
@@ -334,7 +303,6 @@ void convolve(const EventConv &c) {
     uint32_t *all_flat = flat.data();
     int64_t *all_complements = complements.data();
     int32_t *all_wide = wide.data();
-    const Kernels &used = kernels();
     pool().run(rows * layer.parts, threads, [&, all_flat, all_complements, all_wide](int64_t item, int64_t thread) {
         Neuron neuron = {};
         if (!layer.depthwise) {

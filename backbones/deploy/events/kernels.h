@@ -41,7 +41,8 @@ struct EventStem {
     int64_t threads;
     const void *packed;   // by events_pack_stem
     const float *input;
-    float step, limit;    // q = round(clip(x / step, -limit, limit))
+    const float *factor, *mean, *std;             // [channels], each may be null: x = (factor * input - mean) / std
+    float step, limit;                            // q = round(clip(x / step, -limit, limit))
     const float *scale, *bias;                    // y = scale * sum + bias, [padded channels]
     const float *more_scale, *more_bias;          // or null: the real map is more_scale * y + more_bias
     float *real;                                  // [N][pooled height][pooled width][channels], or null

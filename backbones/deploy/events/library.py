@@ -67,6 +67,7 @@ class EventStem(ctypes.Structure):
         ),
         ("packed", _pointer),
         ("input", _pointer),
+        *((name, _pointer) for name in ("factor", "mean", "std")),
         ("step", ctypes.c_float),
         ("limit", ctypes.c_float),
         *((name, _pointer) for name in ("scale", "bias", "more_scale", "more_bias", "real")),

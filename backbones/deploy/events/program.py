@@ -72,7 +72,8 @@ class _Writer:
                 self.names.setdefault(node, "images" if node.op == "placeholder" else node.name)
                 kinds = {"call_module": self._module, "call_function": self._function, "call_method": self._method}
                 kinds.get(node.op, self._constant)(node)
-        return Program(self.operations, [self.names[node] for node in results], self.tensors)
+        outputs = [self.names[node] for node in results]
+        return _without_unused(Program(self.operations, outputs, self.tensors))
 
     def emit(
         self,
@@ -227,13 +228,33 @@ class _Writer:
             affine = self.module(others[0])
             tensors |= {"more_scale": affine.scale, "more_bias": affine.shift}
             outputs = [others[0].name]
-        tensors |= self._comparisons(comparisons, len(layer.weight))
+        source, normalise = self._normalisation(node.args[0], layer.weight.shape[1])
+        tensors |= self._comparisons(comparisons, len(layer.weight)) | normalise
         for each in (last, *comparisons, *(others if "more_scale" in tensors else ())):
             self.names[each] = each.name
             self.fused.add(each)
         keys = {"stride": list(layer.stride), "padding": list(layer.padding), "keeps_real": bool(others)}
         keys["pool"] = None if pool is None else _pool(pool)
-        self.emit("stem", [node.args[0]], [*outputs, *(each.name for each in comparisons)], tensors, **keys)
+        self.emit("stem", [source], [*outputs, *(each.name for each in comparisons)], tensors, **keys)
+
+    def _normalisation(self, x: fx.Node, channels: int) -> tuple[fx.Node, dict[str, Tensor]]:
+        """Return what enters a stem before it is normalised, (factor * x - mean) / std, and these by their names.
+
+        Only where nothing else sees what is in between, and in this order.
+        """
+        found: dict[str, Tensor] = {}
+        for name, operation in (("std", operator.truediv), ("mean", operator.sub), ("factor", operator.mul)):
+            if x.target is not operation or len(x.users) > 1:
+                continue
+            entering = [each for each in x.args if isinstance(each, fx.Node) and each.op != "get_attr"]
+            values = [each for each in x.args if each not in entering]
+            if len(entering) != 1 or (name != "factor" and x.args[0] is not entering[0]):
+                continue
+            value = values[0]
+            tensor = operator.attrgetter(value.target)(self.network) if isinstance(value, fx.Node) else value
+            found[name] = torch.as_tensor(tensor, dtype=torch.float32).flatten().expand(channels)
+            x = entering[0]
+        return x, found
 
     def _max_pool(self, node: fx.Node, pool: nn.MaxPool2d) -> None:
         x, users = node.args[0], list(node.users)
@@ -313,6 +334,17 @@ class _Writer:
             self.emit(name, [x], [node.name], arguments=arguments)
         else:
             raise self.refuse(node, f"method {name}")
+
+
+def _without_unused(program: Program) -> Program:
+    """Return the program without operations whose outputs nobody needs, such as those that another took in."""
+    needed, kept = set(program.outputs), []
+    for operation in reversed(program.operations):
+        if needed & set(operation["outputs"]):
+            needed |= {name for name in operation["inputs"] if isinstance(name, str)}
+            kept.append(operation)
+    tensors = {name for operation in kept for name in operation["tensors"].values()}
+    return Program(kept[::-1], program.outputs, {name: program.tensors[name] for name in sorted(tensors)})
 
 
 def _pool(pool: nn.MaxPool2d) -> dict[str, Any]:

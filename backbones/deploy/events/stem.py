@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,6 +36,8 @@ class EventStem:
         spikes: comparisons of the real values, pooled.
         more: applied to the real values that leave; None: they leave as they are.
         keeps_real: whether real values are wanted.
+        normalise: "factor", "mean" and "std" per channel of the input, (C,), each of which may be missing: the stem
+            sees (factor * x - mean) / std.
     """
 
     weight: Tensor
@@ -47,6 +49,7 @@ class EventStem:
     spikes: Sequence[Comparison] = ()
     more: Affine | None = None
     keeps_real: bool = False
+    normalise: Mapping[str, Tensor] = field(default_factory=dict)
     _packed: dict[str, tuple[library.EventStem, list[Tensor]]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, x: Tensor) -> tuple[Tensor | None, list[Bits]]:
@@ -84,6 +87,9 @@ class EventStem:
         return None if real is None else real.permute(0, 3, 1, 2), [Bits(words, out_channels) for words in found]
 
     def _reference(self, x: Tensor) -> tuple[Tensor | None, list[Bits]]:
+        x = x * self.normalise["factor"].view(-1, 1, 1) if "factor" in self.normalise else x
+        x = x - self.normalise["mean"].view(-1, 1, 1) if "mean" in self.normalise else x
+        x = x / self.normalise["std"].view(-1, 1, 1) if "std" in self.normalise else x
         level = (x / self.step).clamp(-FIXED_POINT, FIXED_POINT).round()
         sums = F.conv2d(level.double(), self.weight.double(), stride=self.window.stride, padding=self.window.padding)
         y = sums.float() * self.output.scale.view(-1, 1, 1) + self.output.shift.view(-1, 1, 1)
@@ -122,6 +128,8 @@ class EventStem:
             return value.data_ptr()
 
         call.scale, call.bias = (address(padded(value, 0.0)) for value in self.output)
+        for name, value in self.normalise.items():
+            setattr(call, name, address(value.contiguous()))
         if self.more is not None:
             call.more_scale, call.more_bias = (address(padded(value, 0.0)) for value in self.more)
         for index, each in enumerate(self.spikes):
