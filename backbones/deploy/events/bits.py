@@ -221,9 +221,9 @@ class EventLayer:
     def _call_for(self, x: Bits) -> tuple[library.EventConv, tuple[int, ...], tuple[int, ...]]:
         """Return a call for inputs of this shape, the shape of its spikes and that of its real values."""
         name = library.current()
-        if name not in self._packed:
-            self._packed[name] = self._prepare()
-        call = library.EventConv.from_buffer_copy(self._packed[name][0])
+        # Of two threads the first to be ready sets it: calls point to what is kept there.
+        template, _ = self._packed.get(name) or self._packed.setdefault(name, self._prepare())
+        call = library.EventConv.from_buffer_copy(template)
         call.images, call.height, call.width, _ = x.words.shape
         call.out_height, call.out_width = self.window.out_size(x.words.shape[1:3])
         place = (call.images, call.out_height, call.out_width)
