@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
+import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,7 @@ import backbones
 import detection
 from backbones.deploy.events import (
     Bits,
+    Comparison,
     Engine,
     EventLayer,
     Program,
@@ -373,6 +376,27 @@ def test_two_threads_use_one_engine(content):
             with ThreadPoolExecutor(2) as pool:
                 for ours, theirs in zip(pool.map(shared, batches), expected, strict=True):
                     assert all(map(torch.equal, ours, theirs))
+
+
+def test_two_threads_prepare_one_layer():
+    """The slower of them, later by far, takes what the faster one keeps."""
+    layer = EventLayer(
+        torch.ones(64, 40, 1, 1, dtype=torch.int8), Window((1, 1)), spikes=[Comparison(torch.ones(64).int())]
+    )
+    prepare, both = layer._prepare, threading.Barrier(2)
+
+    def slowly() -> Any:
+        time.sleep(0.2 * both.wait(10))
+        return prepare()
+
+    layer._prepare = slowly
+    maps = [Bits.pack(torch.ones(1, 40, side, 2)) for side in (3, 4)]
+    with using(KERNELS[0]), ThreadPoolExecutor(2) as pool:
+        found = [spikes.density for _, (spikes,) in pool.map(layer, maps)]
+    if KERNELS[0] != "torch":
+        ((_, kept),) = layer._packed.values()
+        assert {call.packed for call, *_ in layer._calls.values()} == {kept[0].data_ptr()} and len(layer._calls) == 2
+    assert found == [1.0, 1.0]
 
 
 def test_a_forked_process_computes_on(content):

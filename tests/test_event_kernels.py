@@ -293,11 +293,10 @@ def test_what_the_kernels_do_not_take_is_refused():
 
 @st.composite
 def stems(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], Window, Window | None, bool, int]:
-    """Return shapes of the input and the weights, geometry of convolution and pool, whether it rounds up, and a seed."""
+    """Return shapes of input and weights, geometry of convolution and pool, whether that rounds up, and a seed."""
     few = st.integers(1, 4)
-    kernel, stride = (
-        draw(st.tuples(st.sampled_from(sides), st.sampled_from(sides))) for sides in ((1, 3, 4, 7), (1, 2, 4))
-    )
+    sides, steps = st.sampled_from((1, 3, 4, 7)), st.sampled_from((1, 2, 4))
+    kernel, stride = draw(st.tuples(sides, sides)), draw(st.tuples(steps, steps))
     padding = tuple(draw(st.integers(0, side)) for side in kernel)
     size = tuple(draw(st.integers(side, side + 20)) for side in kernel)
     window, pool, channels = Window(kernel, stride, padding), None, draw(few)
@@ -316,13 +315,18 @@ def test_a_stem_is_that_of_integers(case, number, with_more, num_threads):
     generator = torch.Generator().manual_seed(seed)
     most = min(2047, (2**31 - 1) // (4095 * int(np.prod(weight_shape[1:]))))
     kind, step = int(torch.randint(3, (), generator=generator)), np.float32(0.01)
-    weight = (
-        torch.randint(-most, most + 1, weight_shape, generator=generator) if kind else torch.full(weight_shape, most)
-    )
-    x = torch.randn(shape, generator=generator) * (1.0, 10.0, 1000.0)[kind]
+    weight = torch.randint(most if kind == 0 else -most, most + 1, weight_shape, generator=generator)
+    x = torch.randn(shape, generator=generator) * (1000.0, 10.0, 1.0)[kind]
     for value in (torch.inf, -torch.inf, 0.005, 0.015, -0.025):  # beyond the range, and between two integers
         x[torch.rand(shape, generator=generator) < 0.02] = value
-    quantised = np.rint(np.clip(x.numpy() / step, np.float32(-4095), np.float32(4095)))
+    normalise = {name: torch.rand(shape[1], generator=generator) + 0.5 for name in ("factor", "mean", "std")}
+    for name in ("factor", "mean", "std"):  # some, and in this order
+        if torch.rand((), generator=generator) < 0.5:
+            del normalise[name]
+    seen = x.numpy()
+    for name, operation in (("factor", np.multiply), ("mean", np.subtract), ("std", np.divide)):
+        seen = operation(seen, normalise[name].numpy()[:, None, None]) if name in normalise else seen
+    quantised = np.rint(np.clip(seen / step, np.float32(-4095), np.float32(4095)))
     sums = F.conv2d(torch.from_numpy(quantised).double(), weight.double(), None, window.stride, window.padding).long()
     assert sums.abs().max() < 2**31
     values = [torch.randn(weight_shape[0], generator=generator) * factor for factor in (1e-4, 1.0, 1.0, 1.0)]
@@ -343,7 +347,8 @@ def test_a_stem_is_that_of_integers(case, number, with_more, num_threads):
         ceil,
         [Comparison(*each) for each in zip(levels, turned, strict=True)],
         Affine(*values[2:]) if with_more else None,
-        keeps_real=with_more or not number,
+        with_more or not number,
+        normalise,
     )
     y = torch.from_numpy(y.numpy() * more + shift) if with_more else y
     for name in KERNELS:
