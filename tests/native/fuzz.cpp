@@ -199,6 +199,84 @@ void check_threshold(Random &random) {
     });
 }
 
+void check_stem(Random &random) {
+    EventStem c = {};
+    c.images = random.upto(1, 2), c.channels = random.upto(1, 4), c.out_channels = random.upto(1, 100);
+    c.threads = random.upto(1, 3), c.step = 0.01f, c.limit = 4095;
+    int64_t *in[] = {&c.height, &c.width}, *out[] = {&c.out_height, &c.out_width};
+    int64_t *kernel[] = {&c.kernel_h, &c.kernel_w}, *stride[] = {&c.stride_h, &c.stride_w};
+    int64_t *pad[] = {&c.pad_h, &c.pad_w}, *pooled[] = {&c.pooled_height, &c.pooled_width};
+    int64_t *pool[] = {&c.pool_h, &c.pool_w}, *step[] = {&c.pool_stride_h, &c.pool_stride_w};
+    int64_t *edge[] = {&c.pool_pad_h, &c.pool_pad_w};
+    for (int i = 0; i < 2; ++i) {
+        *kernel[i] = random.upto(1, 7), *stride[i] = random.upto(1, 3), *pad[i] = random.upto(0, *kernel[i]);
+        *in[i] = *kernel[i] + random.upto(0, 9);
+        *out[i] = (*in[i] + 2 * *pad[i] - *kernel[i]) / *stride[i] + 1;
+        *pool[i] = std::min(random.upto(1, 3), *out[i]), *step[i] = random.upto(1, 3), *edge[i] = *pool[i] / 2;
+        *pooled[i] = (*out[i] + 2 * *edge[i] - *pool[i]) / *step[i] + 1;
+    }
+    const int64_t each = c.channels * c.kernel_h * c.kernel_w, padded = words_of(c.out_channels) * 64;
+    const int64_t most = std::min<int64_t>(2047, INT32_MAX / (4095 * each)), kind = random.upto(0, 1);
+    const bool turned = random.one_of(2), more = random.one_of(2), normal = random.one_of(2);
+    std::vector<int16_t> weight(c.out_channels * each);
+    for (int16_t &value : weight) value = (int16_t)(kind ? most : random.upto(-most, most));
+    std::vector<float> x(c.images * c.channels * c.height * c.width), mean(c.channels), std_(c.channels, 1.0f);
+    for (float &value : x) value = random.one_of(20) ? INFINITY : random.real() * (float)(kind ? 100 : 1);
+    for (int64_t i = 0; normal && i < c.channels; ++i) mean[i] = random.real(), std_[i] = 0.3f + (float)i;
+    std::vector<float> level(padded, INFINITY), sign(padded, 1.0f), scale(padded), bias(padded), factor(padded), shift(padded);
+    for (int64_t o = 0; o < c.out_channels; ++o) {
+        scale[o] = random.real() / 4096, bias[o] = level[o] = random.real(), sign[o] = random.one_of(2) ? -1.0f : 1.0f;
+        factor[o] = random.real(), shift[o] = random.real();
+    }
+    const int64_t pixels = c.images * c.pooled_height * c.pooled_width;
+    auto value_of = [&](int64_t image, int64_t oy, int64_t ox, int64_t o) {
+        int64_t sum = 0;
+        for (int64_t i = 0; i < each; ++i) {
+            const int64_t channel = i / (c.kernel_h * c.kernel_w), col = ox * c.stride_w - c.pad_w + i % c.kernel_w;
+            const int64_t row = oy * c.stride_h - c.pad_h + i / c.kernel_w % c.kernel_h;
+            if (row < 0 || row >= c.height || col < 0 || col >= c.width) continue;
+            float v = x[((image * c.channels + channel) * c.height + row) * c.width + col];
+            if (normal) v = (v - mean[channel]) / std_[channel];
+            sum += weight[o * each + i] * (int64_t)std::rint(std::max(-4095.0f, std::min(4095.0f, v / c.step)));
+        }
+        const float product = (float)sum * scale[o];
+        return product + bias[o];
+    };
+    std::vector<float> y(pixels * c.out_channels, -INFINITY), real(y.size());
+    for (int64_t place = 0; place < (int64_t)y.size(); ++place) {
+        const int64_t o = place % c.out_channels, pixel = place / c.out_channels;
+        const int64_t px = pixel % c.pooled_width, py = pixel / c.pooled_width % c.pooled_height;
+        for (int64_t window = 0; window < c.pool_h * c.pool_w; ++window) {
+            const int64_t oy = py * c.pool_stride_h - c.pool_pad_h + window / c.pool_w;
+            const int64_t ox = px * c.pool_stride_w - c.pool_pad_w + window % c.pool_w;
+            if (oy >= 0 && oy < c.out_height && ox >= 0 && ox < c.out_width)
+                y[place] = std::max(y[place], value_of(pixel / c.pooled_width / c.pooled_height, oy, ox, o));
+        }
+    }
+    std::vector<int8_t> packed(events_packed_stem_bytes(&c));
+    events_pack_stem(&c, weight.data(), packed.data());
+    Words spikes(pixels * padded / 64, ~0ull);
+    c.packed = packed.data(), c.input = x.data(), c.scale = scale.data(), c.bias = bias.data();
+    c.real = random.one_of(4) ? nullptr : real.data();
+    c.num_spikes = 1, c.level[0] = level.data(), c.spikes[0] = spikes.data();
+    if (normal) c.mean = mean.data(), c.std = std_.data();
+    if (turned) c.sign[0] = sign.data();
+    if (more) c.more_scale = factor.data(), c.more_bias = shift.data();
+    EventConv geometry = {};  // for the message
+    geometry.images = c.images, geometry.height = c.height, geometry.width = c.width, geometry.channels = c.channels;
+    geometry.out_channels = c.out_channels, geometry.kernel_h = c.kernel_h, geometry.kernel_w = c.kernel_w;
+    geometry.threads = c.threads;
+    if (events_stem(&c)) fail("memory", geometry, 0);
+    compare("spikes of a stem", geometry, spikes, c.out_channels, [&](int64_t place) {
+        return (turned ? sign[place % c.out_channels] : 1.0f) * y[place] >= level[place % c.out_channels];
+    });
+    for (int64_t place = 0; c.real && place < (int64_t)y.size(); ++place) {
+        const float product = y[place] * factor[place % c.out_channels];
+        if (real[place] != (more ? product + shift[place % c.out_channels] : y[place]))
+            fail("real values of a stem", geometry, place);
+    }
+}
+
 void check_pool(Random &random) {
     EventConv c;
     choose_geometry(random, c);
@@ -257,7 +335,7 @@ int main(int, char **argv) {
         for (int number = 0; number < 2; ++number)
             callers.emplace_back([seed = random.engine()] {
                 Random own{std::mt19937_64(seed)};
-                for (int i = 0; i < 3; ++i) check_layer(own), check_threshold(own), check_pool(own);
+                for (int i = 0; i < 3; ++i) check_layer(own), check_threshold(own), check_pool(own), check_stem(own);
                 check_threads(own);  // last: it leaves large buffers to this caller, whose ends nobody would miss
             });
         for (std::thread &caller : callers) caller.join();
