@@ -474,7 +474,7 @@ def test_a_file_that_differs_is_not_left(detector_run, monkeypatch, tmp_path):
 
 def test_bad_input_is_one_sentence(detector_run, classifier_run, monkeypatch, capsys, tmp_path, attempt):
     assert "invalid choice: 'tflite'" in error_of(monkeypatch, capsys, detector_run, "--format", "tflite")
-    with pytest.raises(ValueError, match=r"format 'tflite' \(allowed: onnx, torch, nir\)"):
+    with pytest.raises(ValueError, match=r"format 'tflite' \(allowed: onnx, torch, nir, events\)"):
         export_run(detector_run, "tflite")
     (tmp_path / "net.onnx").touch()
     assert "exists already" in error_of(monkeypatch, capsys, detector_run, "--out", tmp_path / "net.onnx")

@@ -197,9 +197,12 @@ class EventsFile(OnnxFile):
 
     def _open(self, threads: int) -> dict[str, Any]:
         program, description = from_bytes(self.path.read_bytes(), str(self.path))
-        self.engine = Engine(program)
-        self.shape = description["inputs"]["images"]["shape"]
-        return description
+        try:
+            self.engine = Engine(program)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        self.shape = description.get("inputs", {}).get("images", {}).get("shape", ())
+        return description if self.shape else {}
 
     def _compute(self, batch: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.description["outputs"], self.engine(batch), strict=True))

@@ -230,9 +230,9 @@ def from_bytes(content: bytes, source: str) -> tuple[Program, dict[str, Any]]:
     """
     try:
         length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
         tensors = load(content)
-    except (SafetensorError, ValueError, AttributeError, RecursionError) as error:
+    except (SafetensorError, ValueError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{source}: damaged, or no file of the event-driven engine ({error})") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{source}: no file of the event-driven engine (export --format events writes one)")

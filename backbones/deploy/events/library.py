@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -17,6 +18,10 @@ VERSION = 1
 MAX_OUTPUTS = 8
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512vnni": 3}
 VARIABLE = "HOYER_DET_KERNELS"
+WITHOUT_KERNELS = (
+    "the event-driven engine has no compiled kernels here: torch gives the same results, slower; "
+    f"for them install a C++ compiler, then the package again ({VARIABLE}=torch: without this warning)"
+)
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -80,9 +85,12 @@ def _load() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
         path = folder / f"_kernels{suffix}"
         if path.is_file():
-            library = ctypes.CDLL(str(path))
-            if library.events_version() == VERSION:
-                return _typed(library)
+            try:
+                library = ctypes.CDLL(str(path))
+                if library.events_version() == VERSION:
+                    return _typed(library)
+            except (OSError, AttributeError):  # of another machine, or cut off
+                continue
     return None
 
 
@@ -105,21 +113,19 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
+def _find() -> tuple[str, ...]:
+    found = [] if LIBRARY is None else [name for name, level in LEVELS.items() if LIBRARY.events_use(level) == level]
+    return (*reversed(found), "torch")
+
+
 LIBRARY = _load()
+_available = _find()  # once: to ask is to choose, while threads may be computing
 _current: str | None = None
 
 
 def available() -> list[str]:
     """Return the kernels that run here, the fastest first; "torch", the reference, is always the last."""
-    found = [] if LIBRARY is None else [name for name, level in LEVELS.items() if _has(level)]
-    return [*reversed(found), "torch"]
-
-
-def _has(level: int) -> bool:
-    before = LIBRARY.events_use(-1)
-    found = LIBRARY.events_use(level) == level
-    LIBRARY.events_use(LEVELS.get(_current, before))
-    return found
+    return list(_available)
 
 
 def current() -> str:
@@ -129,8 +135,17 @@ def current() -> str:
         ValueError: the variable names kernels that do not run here.
     """
     if _current is None:
-        choose(os.environ.get(VARIABLE) or available()[0])
+        name = os.environ.get(VARIABLE) or _available[0]
+        if name not in _available:
+            raise ValueError(f"{VARIABLE}: {_refusal(name)}")
+        if LIBRARY is None and not os.environ.get(VARIABLE):
+            warnings.warn(WITHOUT_KERNELS, stacklevel=2)
+        choose(name)
     return _current
+
+
+def _refusal(name: str) -> str:
+    return f"kernels {name!r} do not run here (allowed: {', '.join(_available)})"
 
 
 def choose(name: str) -> None:
@@ -143,11 +158,11 @@ def choose(name: str) -> None:
         ValueError: they do not run here.
     """
     global _current
-    if name not in available():
-        raise ValueError(f"kernels {name!r} do not run here (allowed: {', '.join(available())})")
-    _current = name
+    if name not in _available:
+        raise ValueError(_refusal(name))
     if name != "torch":
         LIBRARY.events_use(LEVELS[name])
+    _current = name  # last: another thread goes by it
 
 
 @contextmanager

@@ -60,7 +60,14 @@ class EventStem:
 
         Raises:
             MemoryError: there is not enough memory.
+            ValueError: images of another type, or with other channels.
         """
+        channels = self.weight.shape[1]
+        if x.dtype != torch.float32 or x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(
+                f"images of {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}: expected float32 "
+                f"(N, {channels}, height, width)"
+            )
         if library.current() == "torch":
             return self._reference(x)
         x = x.contiguous()
