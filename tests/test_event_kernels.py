@@ -158,7 +158,7 @@ def test_the_kernels_are_there_where_they_must_be():
     if KERNELS == ["torch"]:
         reason = "the extension is not compiled"
         (pytest.fail if os.environ.get("REQUIRE_REAL_DATA") else pytest.skip)(reason)
-    assert KERNELS[-2:] == ["portable", "torch"] and set(KERNELS) <= {"avx512", "avx2", "portable", "torch"}
+    assert KERNELS[-2:] == ["portable", "torch"] and set(KERNELS) <= {"avx512vnni", "avx512", "avx2", "portable", "torch"}
 
 
 @settings(FIXED, max_examples=150)
