@@ -4,14 +4,19 @@ A log is one JSON object: `command`, `versions`, `machine`, `load` (averages of 
 whole run such as `device`, and `rows`, a list with one object per measurement. A row's keys are plain words and its
 values numbers and strings, apart from `each_...`, the single measurements behind a median:
 
-    spike_layer  shape, way, seconds, cpu_seconds
+    spike_layer  shape, way, seconds, cpu_seconds; `peers` has the versions of other packages, or why one is left out
     training     network, batch, side, width, precision, way, seconds, cpu_seconds, peak_bytes, first_step_seconds
     inference    network, form, batch, threads, milliseconds, images_per_second, times_twin_onnx_float, activity
-    evaluation   backend, detecting_seconds, counting_seconds, voc_seconds, writing_seconds, peak_bytes, AP
+    evaluation   backend, detecting_seconds, counting_seconds, voc_seconds, writing_seconds, cpu_seconds (of the first
+                 two), peak_bytes, before_bytes, AP
     events       events, window, seconds, peak_bytes, before_bytes
-    scaling      series, value, network, batch, side, width, spike_layers, way, seconds, cpu_seconds, peak_bytes
+    scaling      series, value, way, seconds, cpu_seconds, peak_bytes; of training steps also network, batch, side,
+                 width, spike_layers; of `processes` all_reduces and reduced_bytes per step, beside the gradients'
+    predict      case, network, images, images_per_second, part, cpu_milliseconds (per image)
     arithmetic   pass, way, seconds, cpu_seconds, peak_bytes
 
+`scaling` has `slopes`, too: series, way, and the exponents `time` (of cpu_seconds) and `memory` of fitted powers of the
+value; and `networks`: what several processes exchange of each. `predict` has `before`, the rows of an earlier version.
 `ratios`, where a log has them, is such a list, too: what the row belongs to, `ours`, `other` and the quotients `time`,
 `cpu_time` and, in training, `memory` of their two rows.
 """
@@ -211,7 +216,10 @@ def write_log(path: Path, result: Mapping[str, Any]) -> None:
 def plot_bars(path: Path, panels: Mapping[str, Mapping[str, float]], *, columns: int = 2) -> None:
     """Write a PNG with a panel of horizontal bars per title, the value at each."""
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6 * columns, 2.6 * rows), squeeze=False, layout="constrained")
+    height = max(2.6, 0.8 + 0.22 * max(map(len, panels.values())))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(6 * columns, height * rows), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (title, values) in zip(axes.flat, panels.items(), strict=False):

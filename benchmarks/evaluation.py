@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from common import add_log_option, print_table, run_benchmark, write_log
 
-from detection.evaluation import CocoEvaluator, precision_recall
+from detection.evaluation import CocoEvaluator, import_backend, precision_recall
 
 SIDE = 640  # pixels of an image
 NOISE = 0.05  # of a found box's corners, in sides of the box
@@ -52,16 +52,19 @@ def main() -> None:
 
 
 def measure(backend: str, size: dict[str, int]) -> dict[str, Any]:
-    """Return the seconds of each part of an evaluation, and the most memory that this process had."""
+    """Return the seconds of each part of an evaluation, and the most memory that this process had, then and before."""
+    import_backend(backend)
+    before = most_bytes()
     truth, predictions = draw(size, np.random.default_rng(0))
     category_ids = [category["id"] for category in truth["categories"]]
     evaluator = CocoEvaluator(truth, category_ids, backend)
-    clock = [time.perf_counter()]
+    clock, cpu = [time.perf_counter()], time.process_time()
     for image_id, prediction in enumerate(predictions, start=1):
         evaluator.update([image_id], [prediction])
     clock.append(time.perf_counter())
     metrics = evaluator.compute()
     clock.append(time.perf_counter())
+    cpu = time.process_time() - cpu
     precision_recall(truth, evaluator.detections, category_ids)
     clock.append(time.perf_counter())
     with tempfile.TemporaryDirectory() as folder:
@@ -69,8 +72,13 @@ def measure(backend: str, size: dict[str, int]) -> dict[str, Any]:
     clock.append(time.perf_counter())
     seconds = np.diff(clock).round(2).tolist()
     names = ("detecting_seconds", "counting_seconds", "voc_seconds", "writing_seconds")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return dict(zip(names, seconds, strict=True)) | {"peak_bytes": peak, "AP": metrics["AP"]}
+    found = {"cpu_seconds": round(cpu, 3), "peak_bytes": most_bytes(), "before_bytes": before, "AP": metrics["AP"]}
+    return dict(zip(names, seconds, strict=True)) | found
+
+
+def most_bytes() -> int:
+    """Return the most memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def draw(size: dict[str, int], rng: np.random.Generator) -> tuple[dict[str, Any], Any]:

@@ -147,7 +147,9 @@ def build_forms(name: str, width: float, compiled: bool) -> tuple[dict[str, Call
     return forms, backbones.spike_activity(activity)
 
 
-def build(name: str, activation: str, width: float) -> tuple[nn.Module, Callable[[Run], Run], list[str]]:
+def build(
+    name: str, activation: str, width: float, rate: float = RATE
+) -> tuple[nn.Module, Callable[[Run], Run], list[str]]:
     """A network over images, what makes a whole detector of it (nothing for a classifier), its outputs' names."""
     torch.manual_seed(0)
     if name.startswith("retinanet"):
@@ -157,7 +159,7 @@ def build(name: str, activation: str, width: float) -> tuple[nn.Module, Callable
         config.model.neck.spiking = config.model.head.spiking = name == "retinanet_spiking"
         detector = build_detector(config)
         dense = DensePredictions(detector)
-        settle(dense, SIZES[name])
+        settle(dense, SIZES[name], rate)
 
         def whole(run: Run) -> Run:
             # Only shapes, anchors and the making of boxes are left of the detector.
@@ -168,18 +170,18 @@ def build(name: str, activation: str, width: float) -> tuple[nn.Module, Callable
     stem, classes = ("cifar", 10) if name == "vgg16" else ("imagenet", 1000)
     backbone = backbones.create(name, activation=activation, stem=stem, width=width)
     network = backbones.Classifier(backbone, classes, mean=MEAN, std=STD)
-    settle(network, SIZES[name])
+    settle(network, SIZES[name], rate)
     return network.eval(), lambda run: run, ["logits"]
 
 
 @torch.no_grad()
-def settle(network: nn.Module, size: tuple[int, int]) -> None:
-    """Set BatchNorm's averages to those of a batch, and thresholds to where `RATE` of each layer's neurons fire."""
+def settle(network: nn.Module, size: tuple[int, int], rate: float) -> None:
+    """Set BatchNorm's averages to those of `settling_images`, and thresholds to where `rate` of each layer fires."""
 
     def set_threshold(name: str, layer: backbones.SpikeLayer, u: Tensor) -> None:
         values = u.flatten()
         values = values[:: max(1, len(values) // 100_000)]
-        layer.extremum.fill_(values.quantile(1 - RATE) / layer.v_th.abs())
+        layer.extremum.fill_(values.quantile(1 - rate) / layer.v_th.abs())
 
     network.train()
     for module in network.modules():
@@ -189,7 +191,12 @@ def settle(network: nn.Module, size: tuple[int, int]) -> None:
     for layer in layers.values():
         layer.eval()
     with hook_layers(layers, before=set_threshold):
-        network(torch.rand(32 if size[0] == 32 else 8, 3, *size, generator=torch.Generator().manual_seed(2)))
+        network(settling_images(size))
+
+
+def settling_images(size: tuple[int, int]) -> Tensor:
+    """Images of noise, (N, 3, H, W), more of them where a deep layer has few neurons."""
+    return torch.rand(32 if size[0] == 32 else 8, 3, *size, generator=torch.Generator().manual_seed(2))
 
 
 def session(content: bytes, threads: int) -> Run:

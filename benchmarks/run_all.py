@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-NAMES = ("spike_layer", "inference", "scaling", "training")  # the longest last
+NAMES = ("spike_layer", "predict", "inference", "scaling", "training")  # the longest last
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Affine2D, Bbox, BboxBase, BboxTransformTo, Transform, TransformedBbox
 from PIL import Image
 from torch import Tensor
 
@@ -28,8 +28,28 @@ from detection.fonts import drawable, take_literally
 from detection.spikemaps import SpikeMap, rows_of
 
 DPI = 100  # pixels per inch: a figure of 12 inches is 1200 pixels wide
+GREY = (77, 77, 77, 255)  # behind an image that is too thin for labels
 THIN = 1.3  # points, the edge of a true box
 Colour = str | tuple[float, float, float]
+
+
+class Ground(NamedTuple):
+    """A place to draw boxes on.
+
+    Attributes:
+        on: the axes or the figure.
+        transform: from pixels of the image to those of the figure.
+        room: for labels, in pixels of the figure.
+    """
+
+    on: Axes | Figure
+    transform: Transform
+    room: BboxBase
+
+    @classmethod
+    def of(cls, axes: Axes) -> Ground:
+        """Return axes that an image fills."""
+        return cls(axes, axes.transData, axes.bbox)
 
 
 class Box(NamedTuple):
@@ -95,7 +115,7 @@ def draw_predictions(
             axes = figure.add_axes((left / width, lower / height, w / width, h / height))
             _draw_image(axes, images[index])
             true = [Box(corners, "white", dashed=True, width=THIN) for corners in targets[index]["boxes"].tolist()]
-            _draw_boxes(axes, _boxes_of(predictions[index], class_names, score_threshold) + true)
+            _draw_boxes(Ground.of(axes), _boxes_of(predictions[index], class_names, score_threshold) + true)
         bottom -= gap
     handles = [Line2D([], [], color="white", **_dashed(THIN)), Line2D([], [], color=_class_colour(1), linewidth=2)]
     solid = f"solid = predicted, colour = class, score \N{GREATER-THAN OR EQUAL TO} {score_threshold:g}"
@@ -118,7 +138,7 @@ def draw_boxes(image: np.ndarray, boxes: Sequence[Box], label: str) -> Figure:
     FigureCanvasAgg(figure)  # text can be measured only on a canvas
     axes = figure.add_axes((0, 0, 1, 1))
     _draw_image(axes, image)
-    _draw_boxes(axes, boxes, TEXT_SIZE)
+    _draw_boxes(Ground.of(axes), boxes, TEXT_SIZE)
     figure.set_label(label)
     return figure
 
@@ -136,8 +156,8 @@ def draw_detections(image: np.ndarray, prediction: Mapping[str, Tensor], class_n
         class_names: names of the labels 1..K.
     """
 
-    def draw(axes: Axes) -> None:
-        _draw_boxes(axes, _boxes_of(prediction, class_names))
+    def draw(ground: Ground) -> None:
+        _draw_boxes(ground, _boxes_of(prediction, class_names))
 
     return _draw_over(image, draw)
 
@@ -150,11 +170,11 @@ def draw_classes(image: np.ndarray, rows: Sequence[tuple[str, float]]) -> np.nda
         rows: class name and probability in [0, 1], the likeliest first.
     """
 
-    def draw(axes: Axes) -> None:
+    def draw(ground: Ground) -> None:
         text = "\n".join(f"{probability:.3f}  {drawable(shorten(name))}" for name, probability in rows)
-        ground = {"facecolor": "black", "alpha": 0.65, "edgecolor": "none", "pad": 4}
-        style = {"transform": axes.transAxes, "fontsize": 11, "color": "white", "va": "top", "linespacing": 1.3}
-        take_literally(axes.text(0.01, 0.99, text, bbox=ground, **style))
+        frame = {"facecolor": "black", "alpha": 0.65, "edgecolor": "none", "pad": 4}
+        style = {"fontsize": 11, "color": "white", "va": "top", "linespacing": 1.3, "bbox": frame}
+        take_literally(ground.on.text(0.01, 0.99, text, transform=BboxTransformTo(ground.room), **style))
 
     return _draw_over(image, draw)
 
@@ -204,6 +224,7 @@ def draw_spike_maps(
     grid = figure.subplots(num_rows, columns, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
+        axes.set(xticks=[], yticks=[])  # which the layout would measure although none is seen
         axes.set_box_aspect(ratio)
     for axes, step in zip(grid[columns::columns], steps, strict=False):
         axes.text(0.5, 0.5, f"step {step}", ha="center", va="center", fontsize=11, transform=axes.transAxes)
@@ -287,30 +308,35 @@ def _draw_image(axes: Axes, image: Tensor | np.ndarray) -> None:
     axes.set_axis_off()
 
 
-def _draw_over(image: np.ndarray, draw: Callable[[Axes], None]) -> np.ndarray:
-    """Return the pixels of a picture that consists of the image and what `draw` puts on its axes."""
+def _draw_over(image: np.ndarray, draw: Callable[[Ground], None]) -> np.ndarray:
+    """Return the pixels of a picture that consists of the image and what `draw` puts on it."""
     height, width = image.shape[:2]
     scale = min(max(max(height, width), 640), 2560) / max(height, width)  # pixels of the picture per pixel of the image
     size = [max(1, round(length * scale)) for length in (width, height)]
     # A few pixels much enlarged are shown as such.
     resampling = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BILINEAR
-    pixels = np.asarray(Image.fromarray(image).resize(size, resampling))
+    pixels = np.asarray(Image.fromarray(image).resize(size, resampling).convert("RGBA"))
     # Text and lines are laid out on at most 1000 pixels and enlarged with the rest, to be seen on a large picture too.
     enlarged = max(1.0, max(size) / 1000)
     whole = [max(length, round(120 * enlarged)) for length in size]  # room for labels
-    # A hundredth of a pixel more, since the canvas rounds down; the axes do without it.
-    figure = Figure(figsize=[(length + 0.01) / (DPI * enlarged) for length in whole], dpi=DPI, facecolor="0.3")
+    # A hundredth of a pixel more, since the canvas rounds down.
+    figure = Figure(figsize=[(length + 0.01) / (DPI * enlarged) for length in whole], dpi=DPI, frameon=False)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, *(length / (length + 0.01) for length in whole)))
-    axes.imshow(pixels, extent=(0, width, height, 0), aspect="auto", interpolation="nearest")
-    ground = [(length / own - 1) / 2 for length, own in zip(whole, size, strict=True)]  # on either side, in images
-    axes.set_xlim(-ground[0] * width, (1 + ground[0]) * width)
-    axes.set_ylim((1 + ground[1]) * height, -ground[1] * height)
-    axes.set_axis_off()
-    draw(axes)
+    # On the figure itself: axes, which have scales and ticks, would take longer than all boxes.
+    left, top = ((length - own) / 2 for length, own in zip(whole, size, strict=True))
+    inches = Affine2D().scale(size[0] / width, -size[1] / height).translate(left, whole[1] - top)
+    inches.scale(1 / (DPI * enlarged))
+    room = Bbox.from_bounds(0, 0, *(length / (DPI * enlarged) for length in whole))
+    draw(Ground(figure, inches + figure.dpi_scale_trans, TransformedBbox(room, figure.dpi_scale_trans)))
     figure.set_dpi(DPI * enlarged)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+    renderer = canvas.get_renderer()
+    picture = np.asarray(renderer.buffer_rgba())
+    if whole != size:
+        picture[:] = GREY
+    row, column = math.ceil(top), math.ceil(left)
+    picture[row : row + size[1], column : column + size[0]] = pixels
+    figure.draw(renderer)
+    return np.array(Image.fromarray(picture).convert("RGB"))
 
 
 def _boxes_of(prediction: Mapping[str, Tensor], class_names: Sequence[str], score_threshold: float = 0.0) -> list[Box]:
@@ -322,22 +348,23 @@ def _boxes_of(prediction: Mapping[str, Tensor], class_names: Sequence[str], scor
     ]
 
 
-def _draw_boxes(axes: Axes, boxes: Sequence[Box], font_size: float = 7) -> None:
+def _draw_boxes(ground: Ground, boxes: Sequence[Box], font_size: float = 7) -> None:
     taken: list[Bbox] = []
     for index, box in enumerate(boxes):
         x1, y1, x2, y2 = box.corners
         style = {"zorder": 3, **_dashed(box.width)} if box.dashed else {"zorder": 2, "linewidth": box.width}
-        patch = axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=box.colour, **style))
+        style |= {"fill": False, "edgecolor": box.colour, "transform": ground.transform}
+        patch = ground.on.add_artist(Rectangle((x1, y1), x2 - x1, y2 - y1, **style))
         if box.title:
             set_title(patch, box.title)
         if box.label:
             style = {"fontsize": font_size, "color": _readable_on(box.colour), "zorder": 5 - index / 1e4}
-            ground = {"facecolor": box.colour, "edgecolor": "none", "pad": 1}
-            text = axes.text(0, 0, drawable(shorten(box.label)), va="bottom", clip_on=True, bbox=ground, **style)
-            taken.append(_place(take_literally(text), axes, box.corners, taken))
+            style |= {"bbox": {"facecolor": box.colour, "edgecolor": "none", "pad": 1}, "transform": ground.transform}
+            text = ground.on.text(0, 0, drawable(shorten(box.label)), va="bottom", clip_on=True, **style)
+            taken.append(_place(take_literally(text), ground, box.corners, taken))
 
 
-def _place(text: Text, axes: Axes, box: Sequence[float], taken: Sequence[Bbox]) -> Bbox:
+def _place(text: Text, ground: Ground, box: Sequence[float], taken: Sequence[Bbox]) -> Bbox:
     """Put the label at a corner of its box, inside the picture and if it can be off the other labels.
 
     Returns its place in pixels of the figure, where y points up.
@@ -345,8 +372,8 @@ def _place(text: Text, axes: Axes, box: Sequence[float], taken: Sequence[Bbox]) 
     pad = 1 * DPI / 72  # the label's frame is 1 point wide
     size = text.get_window_extent()
     width, height = size.width + 2 * pad, size.height + 2 * pad
-    (left, bottom), (right, top) = axes.transData.transform([(box[0], box[3]), (box[2], box[1])])
-    picture = axes.bbox
+    (left, bottom), (right, top) = ground.transform.transform([(box[0], box[3]), (box[2], box[1])])
+    picture = ground.room
     places = []
     for y in (top, top - height, bottom - height, bottom, top - 2 * height):  # above the box, inside, below, inside
         for x in (left, right - width):
@@ -354,5 +381,5 @@ def _place(text: Text, axes: Axes, box: Sequence[float], taken: Sequence[Bbox]) 
             y_inside = max(min(y, picture.y1 - height), picture.y0)
             places.append(Bbox.from_bounds(x_inside, y_inside, width, height))
     place = min(places, key=lambda place: place.count_overlaps(taken))  # the first of the best
-    text.set_position(axes.transData.inverted().transform((place.x0 + pad, place.y0 + pad)))
+    text.set_position(ground.transform.inverted().transform((place.x0 + pad, place.y0 + pad)))
     return place

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write every table of measured numbers from the logs: results/README.md, and marked parts of two other pages.
+"""Write every table of measured numbers from the logs: results/README.md, and marked parts of three other pages.
 
 With --check nothing is written: the status is 1, and the files are named, if they say something else than the logs.
 """
@@ -7,6 +7,7 @@ With --check nothing is written: the status is 1, and the files are named, if th
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -60,6 +61,18 @@ NETWORKS = {
     "retinanet_spiking": "RetinaNet, spiking neck and head",
     "retinanet_resnet18": "RetinaNet-ResNet18",
 }
+# The GPUs of docs/scaling.md, of which nothing was measured.
+GPUS = (8, 64, 512)
+SPEED = 1000  # of one, in units of the measured machine's
+BATCHES = {"vgg16": 1024, "resnet18": 128, "resnet50": 64, "retinanet_resnet18": 16}  # images of one
+MACHINE = 8  # of them in one machine
+INSIDE, BETWEEN, LATENCY = (
+    200e9,
+    25e9,
+    10e-6,
+)  # bytes per second of one, in a machine and out of it; seconds of a message
+BUCKET = 25 * 2**20  # bytes of gradients that torch sends together
+BACKWARD = 2 / 3  # of a step
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -82,6 +95,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     benchmarks = folder.parent / "benchmarks" / "README.md"
     if folder.name == "results" and benchmarks.is_file():
         files[benchmarks] = replace_parts(benchmarks, {"tables": lambda: benchmark_tables(folder / "benchmarks")})
+    scaling = folder.parent / "docs" / "scaling.md"
+    if folder.name == "results" and scaling.is_file():
+        files[scaling] = replace_parts(scaling, {"projection": lambda: projection(folder / "benchmarks")})
     different = [path for path, text in files.items() if not path.is_file() or path.read_text("utf-8") != text]
     if options.check:
         for path in different:
@@ -398,12 +414,11 @@ def cell(rows: dict[Any, dict[str, Any]], place: Any, key: str) -> str:
 
 
 def benchmark_tables(folder: Path) -> str:
-    """Return the tables of benchmarks/README.md: all that four benchmarks have logged."""
+    """Return the tables of benchmarks/README.md: all that five benchmarks have logged."""
     layer, scaling = read_benchmark(folder, "spike_layer"), read_benchmark(folder, "scaling")
     training, inference = read_benchmark(folder, "training"), read_benchmark(folder, "inference")
     parts = ["### Spike layer, forward and backward\n"]
-    rows = [[each["shape"], each["ours"], each["other"], f"{each['time']:.2f}"] for each in layer["ratios"]]
-    parts.append(markdown(["potential", "time of", "in units of", "quotient"], rows))
+    parts.append(layer_tables(layer))
     parts.append("### Training step\n")
     rows = [
         [NETWORKS[each["network"]], each["ours"], each["other"], *(f"{each[key]:.2f}" for key in ("time", "memory"))]
@@ -414,23 +429,141 @@ def benchmark_tables(folder: Path) -> str:
         here = [row for row in inference["rows"] if (row["batch"], row["threads"]) == (batch, threads)]
         parts.append(f"### Inference, batch {batch}, {threads} thread{'s' if threads > 1 else ''}\n")
         parts.append(f"Images per second in units of the twin's ONNX file in float.\n\n{inference_table(here)}")
+    parts.append(f"### `hoyer-det predict` from file to file\n\n{predict_table(read_benchmark(folder, 'predict'))}")
     parts.append(f"### Growth of a training step\n\n{scaling_table(scaling['rows'])}")
+    parts.append(f"### Exponents\n\n{exponents_table(scaling)}")
+    parts.append(f"### Processes\n\n{processes_table(scaling['rows'])}")
     return "\n".join(parts)
 
 
-def scaling_table(measured: Sequence[dict[str, Any]]) -> str:
-    """Return time and memory of both kinds of Hoyer network in units of the twin's, for each size."""
+def layer_tables(log: dict[str, Any]) -> str:
+    """Return times of a spike layer in units of other layers', and of other packages' neurons."""
+    own, packages = [], {}
+    for each in log["ratios"]:
+        neuron, _, how = each["other"].rpartition(" ")
+        if neuron.startswith(("SpikingJelly", "snnTorch")):
+            packages.setdefault((each["shape"], neuron), {})[how] = f"{each['time']:.2f}"
+        else:
+            own.append([each["shape"], each["ours"], each["other"], f"{each['time']:.2f}"])
+    text = markdown(["potential", "time of", "in units of", "quotient"], own)
+    if not packages:
+        return text
+    versions = ", ".join(f"{name} {version}" for name, version in log["peers"].items())
+    rows = [[*place, found.get("compiled", ""), found.get("eager", "")] for place, found in packages.items()]
+    header = ["potential", "neuron", "compiled / compiled", "eager / eager"]
+    return (
+        f"{text}\nOurs, which also computes the extremum and H and learns its threshold, in units of other packages' "
+        f"neurons at one time step ({versions}):\n\n{markdown(header, rows)}"
+    )
+
+
+def predict_table(log: dict[str, Any]) -> str:
+    """Return the parts of a prediction's time for each case, of this version and of an earlier one."""
+    versions = {"before": log["before"], "now": log["rows"]}
+    parts = dict.fromkeys(row["part"] for row in log["rows"])
+    parts = sorted(parts, key=lambda part: part == "everything else")  # which comes last
     rows = []
-    for series, value in dict.fromkeys((row["series"], row["value"]) for row in measured):
+    for case in dict.fromkeys(row["case"] for row in log["rows"]):
+        for version, found in versions.items():
+            here = {row["part"]: row for row in found if row["case"] == case}
+            if here:
+                times = {part: row["cpu_milliseconds"] for part, row in here.items()}
+                cells = [f"{times[part]:.1f}" if part in times else "" for part in parts]
+                speed = next(iter(here.values()))["images_per_second"]
+                rows.append([f"{case}, {version}", *cells, f"{sum(times.values()):.1f}", f"{speed:.1f}"])
+    return markdown(["", *parts, "all", "images/s"], rows)
+
+
+def exponents_table(log: dict[str, Any]) -> str:
+    """Return the fitted powers of time and memory, with the last point of each series."""
+    rows = []
+    for each in log["slopes"]:
+        line = [row for row in log["rows"] if (row["series"], row["way"]) == (each["series"], each["way"])]
+        last = f"{line[-1]['cpu_seconds']:.3g} s, {line[-1]['peak_bytes'] / 2**20:.0f} MiB"
+        size = f"{each['series']}: {line[0]['value']:g} to {line[-1]['value']:g}"
+        rows.append([size, each["way"], last, f"{each['time']:.2f}", f"{each['memory']:.2f}"])
+    return markdown(["", "way", "at the end, processor time", "time", "memory"], rows)
+
+
+def processes_table(measured: Sequence[dict[str, Any]]) -> str:
+    """Return what a step costs a process that trains with another one."""
+    found = {(row["way"], row["value"]): row for row in measured if row["series"] == "processes"}
+    rows = []
+    for way in dict.fromkeys(way for way, _ in found):
+        one, two = found[way, 1], found[way, 2]
+        times = [f"{two[key] / one[key]:.2f}" for key in ("cpu_seconds", "seconds")]
+        rows.append([way, f"{two['all_reduces']:.0f}", f"{two['reduced_bytes'] / 1024:.1f} KiB", *times])
+    header = ["shared by two", "all-reduces beside the gradients'", "their size"]
+    return markdown([*header, "processor time of one / alone", "seconds / alone"], rows)
+
+
+def all_reduce(size: float, number: int) -> float:
+    """Return seconds in which `number` GPUs add up `size` bytes: a ring for the bytes, a tree for the latency."""
+    return 2 * (number - 1) / number * size / bandwidth(number) + 2 * math.ceil(math.log2(number)) * LATENCY
+
+
+def bandwidth(number: int) -> float:
+    """Return bytes per second of the slowest link among `number` GPUs."""
+    return INSIDE if number <= MACHINE else BETWEEN
+
+
+def step_among(alone: float, network: dict[str, Any], number: int) -> tuple[float, float, float]:
+    """Return seconds of a step among GPUs that share gradients, Hoyer's moments too, and BatchNorm's too.
+
+    Args:
+        alone: seconds of the step on one.
+        network: of the log of benchmarks/scaling.py.
+        number: of GPUs.
+    """
+    size = network["gradient_bytes"]
+    buckets = math.ceil(size / BUCKET)
+    sending = [all_reduce(size / buckets, number)] * buckets
+    hidden = (
+        BACKWARD * alone * (buckets - 1) / buckets
+    )  # what is left of the backward pass when the first bucket is full
+    gradients = alone + max(sending[-1], sum(sending) - hidden)
+    moments = gradients + network["spike_layers"] * all_reduce(12, number)  # sums of c and of c^2, and the neurons
+    size = 8 * network["batch_norm_channels"] / network["batch_norms"]  # two moments of a layer, in the mean
+    gather = (number - 1) * size / bandwidth(number) + math.ceil(math.log2(number)) * LATENCY
+    return gradients, moments, moments + network["batch_norms"] * (gather + all_reduce(size, number))
+
+
+def projection(folder: Path) -> str:
+    """Return the assumptions and the table of docs/scaling.md."""
+    training, scaling = read_benchmark(folder, "training"), read_benchmark(folder, "scaling")
+    measured = {row["network"]: row for row in training["rows"] if row["way"] == "hoyer compiled"}
+    rows = []
+    for network in scaling["networks"]:
+        name, row = network["network"], measured[network["network"]]
+        alone = row["seconds"] / row["batch"] * BATCHES[name] / SPEED
+        shares = [" / ".join(f"{alone / each:.2f}" for each in step_among(alone, network, number)) for number in GPUS]
+        layers = f"{network['spike_layers']}, {network['batch_norms']}"
+        size = f"{network['gradient_bytes'] / 1e6:.0f} MB"
+        rows.append([NETWORKS[name], f"{BATCHES[name]}", f"{1e3 * alone:.1f} ms", size, layers, *shares])
+    header = ["network", "images per GPU", "step alone", "gradients", "spike layers, BatchNorms"]
+    header += [f"{number} GPUs" for number in GPUS]
+    machine = f"{training['machine']['cores']} cores of {training['machine']['cpu']}"
+    return (
+        f"Measured: seconds per image of a compiled step on {machine}; bytes and layers. Assumed, not measured: a GPU "
+        f"{SPEED} times as fast as these cores; {INSIDE / 1e9:g} GB/s between the {MACHINE} of a machine, "
+        f"{BETWEEN / 1e9:g} GB/s for each of more; {1e6 * LATENCY:g} microseconds of latency; "
+        f"{BUCKET / 2**20:g} MiB per bucket; a backward pass of {BACKWARD:.2f} of a step.\n\n{markdown(header, rows)}"
+    )
+
+
+def scaling_table(measured: Sequence[dict[str, Any]]) -> str:
+    """Return processor time and memory of both kinds of Hoyer network in units of the twin's, for each size."""
+    rows = []
+    for series, value in dict.fromkeys((row["series"], row["value"]) for row in measured if row["way"] == "twin"):
         ways = {row["way"]: row for row in measured if (row["series"], row["value"]) == (series, value)}
         quotients = [
-            f"{ways[way][key] / ways['twin'][key]:.2f}"
+            f"{ways[way][key] / ways['twin'][key]:.2f}" if way in ways else ""
             for way in ("hoyer", "hoyer low memory")
-            for key in ("seconds", "peak_bytes")
+            for key in ("cpu_seconds", "peak_bytes")
         ]
-        size = f"{ways['twin']['seconds']:.3f} s, {ways['twin']['peak_bytes'] / 2**20:.0f} MiB"
+        size = f"{ways['twin']['cpu_seconds']:.3f} s, {ways['twin']['peak_bytes'] / 2**20:.0f} MiB"
         rows.append([f"{series} {value:g}", size, *quotients])
-    header = ["", "twin", "Hoyer, time / twin's", "memory", "low memory, time", "memory"]
+    header = ["", "twin, processor time", "Hoyer, time / twin's", "memory", "low memory, time", "memory"]
     return markdown(header, rows)
 
 

@@ -176,6 +176,16 @@ def test_padded_size_is_that_of_the_network(predictor):
         assert padded_size(transform, picture) == tuple(transform([picture])[0].tensors.shape[-2:])
 
 
+def test_the_padded_size_is_computed_once_for_each_shape(predictor, scenes, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "detection.tasks.detection.padded_size",
+        lambda transform, picture: asked.append(tuple(picture.shape)) or padded_size(transform, picture),
+    )
+    predictor.predict([scenes[0], scenes[1], np.zeros((40, 100, 3), np.uint8), scenes[2]])
+    assert asked == [(3, 64, 64), (3, 40, 100)]
+
+
 @pytest.mark.parametrize("size", [(1, 1), (20000, 20), (20, 20000), (1, 3000)])
 def test_extreme_shapes(predictor, size, attempt):
     width, height = size
@@ -296,6 +306,10 @@ def test_large_and_small_images_are_drawn_at_a_readable_size():
         drawn = draw_detections(np.full((*size, 3), 77, dtype=np.uint8), found, ["thing"])
         assert drawn.shape[:2] == expected
         assert (drawn == 77).all()
+    thin = np.random.default_rng(0).integers(100, 255, (11, 2001, 3), dtype=np.uint8)
+    drawn = draw_detections(thin, found, ["thing"])
+    assert drawn.shape == (240, 2001, 3)
+    assert (drawn[115:126] == thin).all() and (np.delete(drawn, np.s_[115:126], 0) == 77).all()  # grey around it
 
 
 # Spike maps

@@ -87,12 +87,14 @@ class Call:
                 self._add_image(prediction, name, read[name])
 
     def _add_image(self, prediction: AnyPrediction, name: str, picture: Tensor) -> None:
+        from detection.figures import PNG_LEVEL
+
         path, files, more = Path(name), [], {}
         if self.draw:
             suffix = path.suffix if path.suffix.lower() in (".jpg", ".jpeg", ".png") else ".png"
             drawn = self.output.free_name(path.stem, suffix)
             try:
-                prediction.draw().save(drawn, quality=95)
+                prediction.draw().save(drawn, quality=95, compress_level=PNG_LEVEL)
             except BaseException:  # no half of an image stays
                 drawn.unlink(missing_ok=True)
                 raise

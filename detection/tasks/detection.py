@@ -312,8 +312,11 @@ class DetectionTask(Task):
             check_unit_interval("nms_threshold", nms_threshold)
         device, detector = next(model.parameters()).device, getattr(model, "detector", model)
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        # Once for each shape: torch computes it in Python, which takes longer than to resize the image.
+        shapes = {picture.shape: picture for picture in pictures}
+        sizes = {shape: padded_size(detector.transform, picture) for shape, picture in shapes.items()}
         for index, picture in enumerate(pictures):
-            groups[padded_size(detector.transform, picture)].append(index)
+            groups[sizes[picture.shape]].append(index)
         results: dict[int, Prediction] = {}
         with thresholds(detector, score_threshold, nms_threshold):
             for members in groups.values():

@@ -44,7 +44,7 @@ class Bits(NamedTuple):
 
     def flatten(self) -> Bits:
         """Return the whole of each image as the channels of one pixel, its padding included: H, W, then C."""
-        flat = self.words.flatten(1)[:, None, None]
+        flat = self.words.reshape(len(self.words), 1, 1, -1)
         return Bits(flat, flat.shape[3] * 64)
 
     @property
@@ -177,7 +177,7 @@ class EventLayer:
     scale: Tensor | None = None
     bias: Tensor | None = None
     keeps_real: bool = False
-    _packed: dict[str, tuple[library.EventConv, list[Tensor]]] = field(default_factory=dict, init=False, repr=False)
+    _packed: dict[Any, tuple[library.EventConv, list[Tensor]]] = field(default_factory=dict, init=False, repr=False)
     _calls: dict[Any, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -220,14 +220,23 @@ class EventLayer:
 
     def _call_for(self, x: Bits) -> tuple[library.EventConv, tuple[int, ...], tuple[int, ...]]:
         """Return a call for inputs of this shape, the shape of its spikes and that of its real values."""
-        name = library.current()
-        # Of two threads the first to be ready sets it: calls point to what is kept there.
-        template, _ = self._packed.get(name) or self._packed.setdefault(name, self._prepare())
-        call = library.EventConv.from_buffer_copy(template)
-        call.images, call.height, call.width, _ = x.words.shape
-        call.out_height, call.out_width = self.window.out_size(x.words.shape[1:3])
-        place = (call.images, call.out_height, call.out_width)
+        number, height, width, _ = x.words.shape
+        out_height, out_width = self.window.out_size((height, width))
+        beside = self._beside(out_width)
+        key = (library.current(), beside)
+        if key not in self._packed:
+            self._packed[key] = self._prepare(beside)
+        call = library.EventConv.from_buffer_copy(self._packed[key][0])
+        call.images, call.height, call.width = number, height, width
+        call.out_height, call.out_width = out_height, out_width // beside
+        place = (number, out_height, out_width)
         return call, (*place, words_of(len(self.weight))), (*place, len(self.weight))
+
+    def _beside(self, out_width: int) -> int:
+        """Return how many neurons beside each other are computed at once, so that a narrow layer fills 64 channels."""
+        several = 64 // len(self.weight) if len(self.weight) in (8, 16, 32) else 1
+        fits = self.groups == 1 and self.window.dilation[1] == 1 and out_width % several == 0
+        return several if fits and self.window.kernel != (1, 1) else 1
 
     def sums(self, x: Bits) -> Tensor:
         """Return the sums (N, C', H', W'), float32 and exact: the reference."""
@@ -239,26 +248,35 @@ class EventLayer:
         if self.scale is None:
             return None, [Bits.pack(each.of_sums(sums)) for each in self.spikes]
         y = sums * self.scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
-        y = (y if residual is None else residual + y).contiguous(memory_format=torch.channels_last)
+        y = y if residual is None else residual + y
         return y if self.keeps_real else None, [Bits.pack(each.of_real(y)) for each in self.spikes]
 
-    def _prepare(self) -> tuple[library.EventConv, list[Tensor]]:
-        out_channels, channels = len(self.weight), self.weight.shape[1] * self.groups
+    def _prepare(self, beside: int) -> tuple[library.EventConv, list[Tensor]]:
+        """Return a call with all that does not depend on the input, and what it points to.
+
+        A layer of r neurons beside each other has the weights of the second one column, or stride, further right: it is
+        a convolution of r times the channels and the stride over a wider window.
+        """
         kernel, stride, padding, dilation = self.window
+        step, weight = stride[1], self.weight
+        if beside > 1:
+            kernel, stride = (kernel[0], kernel[1] + (beside - 1) * step), (stride[0], beside * step)
+            ends = [(index * step, (beside - 1 - index) * step) for index in range(beside)]
+            weight = torch.cat([F.pad(weight, end) for end in ends])
         call = library.EventConv(
-            channels=channels, out_channels=out_channels, groups=self.groups, num_spikes=len(self.spikes)
+            channels=weight.shape[1] * self.groups, out_channels=len(weight), groups=self.groups, beside=beside
         )
         for name, pair in {"kernel": kernel, "stride": stride, "pad": padding, "dilation": dilation}.items():
             setattr(call, f"{name}_h", pair[0])
             setattr(call, f"{name}_w", pair[1])
-        call.safe = self.safe
+        call.num_spikes, call.safe = len(self.spikes), self.safe
         kept = [torch.empty(library.LIBRARY.events_packed_bytes(call), dtype=torch.int8)]
-        library.LIBRARY.events_pack(call, self.weight.data_ptr(), kept[0].data_ptr())
+        library.LIBRARY.events_pack(call, weight.data_ptr(), kept[0].data_ptr())
         call.packed = kept[0].data_ptr()
 
         def address(value: Tensor) -> int:
-            kept.append(value)
-            return value.data_ptr()
+            kept.append(value if beside == 1 else value[: len(self.weight)].repeat(beside))
+            return kept[-1].data_ptr()
 
         if self.scale is not None:
             call.scale, call.bias = address(padded(self.scale, 0.0)), address(padded(self.bias, 0.0))
@@ -266,7 +284,9 @@ class EventLayer:
             levels = call.threshold if self.scale is None else call.level
             levels[index] = address(each.padded)
             if each.mask is not None:
-                call.inverted[index] = address(each.mask)
+                mask = each.mask if beside == 1 else Bits.pack(each.turned.repeat(beside)[None]).words.flatten()
+                kept.append(mask)
+                call.inverted[index] = mask.data_ptr()
             if each.sign is not None:
                 call.sign[index] = address(each.sign)
         return call, kept

@@ -69,7 +69,7 @@ struct Kernels {
     int8_t (*stored)(int64_t, int8_t);
     void (*list_row)(const EventConv &, const Layer &, int64_t, int64_t, Pixel *, uint32_t *);
     void (*quantise_row)(const EventStem &, int64_t, int64_t, int16_t *);
-    void (*stem_rows)(const Stem &, int64_t, const int16_t *, int64_t, int64_t, float *);
+    void (*stem_rows)(const Stem &, int64_t, const int16_t *, int64_t, int64_t, int32_t *, float *);
 };
 
 inline int64_t words_of(int64_t channels) { return (channels + 63) / 64; }
@@ -331,22 +331,26 @@ void run_stem(const EventStem &c) {
     const Stem stem = layout_of(c);
     const Kernels &used = kernels();
     const int64_t rows = c.height + 2 * c.pad_h, image_size = rows * stem.row_length;
-    const int64_t threads = c.threads < 1 ? 1 : c.threads, room = (c.pool_h * c.out_width + 1) * stem.padded;
+    const int64_t threads = c.threads < 1 ? 1 : c.threads, room = c.pool_h * c.out_width * stem.padded;
     thread_local std::vector<int16_t> quantised;
-    thread_local std::vector<float> rings;
+    thread_local std::vector<int32_t> rings;
+    thread_local std::vector<float> results;
     quantised.assign((size_t)(c.images * image_size), 0);
     if ((int64_t)rings.size() < threads * room) rings.resize(threads * room);
+    results.assign((size_t)(threads * stem.padded), 0.0f);
     int16_t *all = quantised.data();
-    float *all_rings = rings.data();
+    int32_t *all_rings = rings.data();
+    float *all_results = results.data();
     pool().run(c.images * c.height, threads, [&, all](int64_t item, int64_t) {
         const int64_t image = item / c.height, y = item % c.height;
         used.quantise_row(c, image, y, all + image * image_size + (y + c.pad_h) * stem.row_length);
     });
     const int64_t parts = threads == 1 ? 1 : std::min(c.pooled_height, 2 * threads);
-    pool().run(c.images * parts, threads, [&, all, all_rings](int64_t item, int64_t thread) {
+    pool().run(c.images * parts, threads, [&, all, all_rings, all_results](int64_t item, int64_t thread) {
         const int64_t image = item / parts, part = item % parts;
         const int64_t first = c.pooled_height * part / parts, last = c.pooled_height * (part + 1) / parts;
-        used.stem_rows(stem, image, all + image * image_size, first, last, all_rings + thread * room);
+        used.stem_rows(stem, image, all + image * image_size, first, last, all_rings + thread * room,
+                       all_results + thread * stem.padded);
     });
 }
 

@@ -16,6 +16,8 @@ struct EventConv {
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
     int64_t safe;         // so many weights of a neuron never add up to more than 32766 or less than -32766
     int64_t threads;
+    int64_t beside;       // neurons beside each other in a row that are computed as one of so many times the channels, 64
+                          // in all; spikes are written for each of them. 1: none
     const void *packed;   // by events_pack
     const uint64_t *input;
     // The sums as spikes: sum >= threshold, turned round where the bit of `inverted` is set.

@@ -35,7 +35,7 @@ class EventConv(ctypes.Structure):
             for name in (
                 *("images", "height", "width", "channels", "out_height", "out_width", "out_channels"),
                 *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"),
-                *("groups", "safe", "threads"),
+                *("groups", "safe", "threads", "beside"),
             )
         ),
         ("packed", _pointer),
