@@ -165,6 +165,8 @@ class EventLayer:
             float32; None: spikes of the sums are all that the layer gives.
         bias: float32 (C',).
         keeps_real: whether the real values themselves are wanted.
+        may_be_dense: where so many neurons fire that a dense layer is estimated to be faster, compute it as one from
+            the second time on.
 
     Raises:
         ValueError: more outputs than the kernels take, or weights out of range.
@@ -177,6 +179,7 @@ class EventLayer:
     scale: Tensor | None = None
     bias: Tensor | None = None
     keeps_real: bool = False
+    may_be_dense: bool = True
     _packed: dict[Any, tuple[library.EventConv, list[Tensor]]] = field(default_factory=dict, init=False, repr=False)
     _calls: dict[Any, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
 
@@ -199,7 +202,7 @@ class EventLayer:
         key = (library.current(), x.words.shape)
         if key not in self._calls:
             self._calls[key] = self._call_for(x)
-        template, shape, size = self._calls[key]
+        template, shape, size, beside = self._calls[key]
         call = library.EventConv.from_buffer_copy(template)
         call.threads, call.input = torch.get_num_threads(), x.words.data_ptr()
         found = []
@@ -216,9 +219,11 @@ class EventLayer:
             call.residual = residual.data_ptr()
         if library.LIBRARY.events_conv(call):
             raise MemoryError(f"not enough memory for a layer of {size[3]} channels over {tuple(x.words.shape)}")
+        if call.wants_dense and not call.dense and self.may_be_dense:
+            template.dense = self._pack_dense(template, beside)
         return None if real is None else real.permute(0, 3, 1, 2), found
 
-    def _call_for(self, x: Bits) -> tuple[library.EventConv, tuple[int, ...], tuple[int, ...]]:
+    def _call_for(self, x: Bits) -> tuple[library.EventConv, tuple[int, ...], tuple[int, ...], int]:
         """Return a call for inputs of this shape, the shape of its spikes and that of its real values."""
         number, height, width, _ = x.words.shape
         out_height, out_width = self.window.out_size((height, width))
@@ -230,7 +235,7 @@ class EventLayer:
         call.images, call.height, call.width = number, height, width
         call.out_height, call.out_width = out_height, out_width // beside
         place = (number, out_height, out_width)
-        return call, (*place, words_of(len(self.weight))), (*place, len(self.weight))
+        return call, (*place, words_of(len(self.weight))), (*place, len(self.weight)), beside
 
     def _beside(self, out_width: int) -> int:
         """Return how many neurons beside each other are computed at once, so that a narrow layer fills 64 channels."""
@@ -257,16 +262,17 @@ class EventLayer:
         A layer of r neurons beside each other has the weights of the second one column, or stride, further right: it is
         a convolution of r times the channels and the stride over a wider window.
         """
-        kernel, stride, padding, dilation = self.window
-        step, weight = stride[1], self.weight
-        if beside > 1:
-            kernel, stride = (kernel[0], kernel[1] + (beside - 1) * step), (stride[0], beside * step)
-            ends = [(index * step, (beside - 1 - index) * step) for index in range(beside)]
-            weight = torch.cat([F.pad(weight, end) for end in ends])
+        _, stride, padding, dilation = self.window
+        weight, stride = self._weight_of(beside), (stride[0], beside * stride[1])
         call = library.EventConv(
             channels=weight.shape[1] * self.groups, out_channels=len(weight), groups=self.groups, beside=beside
         )
-        for name, pair in {"kernel": kernel, "stride": stride, "pad": padding, "dilation": dilation}.items():
+        for name, pair in {
+            "kernel": tuple(weight.shape[2:]),
+            "stride": stride,
+            "pad": padding,
+            "dilation": dilation,
+        }.items():
             setattr(call, f"{name}_h", pair[0])
             setattr(call, f"{name}_w", pair[1])
         call.num_spikes, call.safe = len(self.spikes), self.safe
@@ -290,6 +296,22 @@ class EventLayer:
             if each.sign is not None:
                 call.sign[index] = address(each.sign)
         return call, kept
+
+    def _weight_of(self, beside: int) -> Tensor:
+        """Return the weights of so many neurons beside each other."""
+        step = self.window.stride[1]
+        ends = [(index * step, (beside - 1 - index) * step) for index in range(beside)]
+        return torch.cat([F.pad(self.weight, end) for end in ends])
+
+    def _pack_dense(self, call: library.EventConv, beside: int) -> int:
+        """Return the address of the weights for a dense layer, packed when they are wanted for the first time."""
+        key = (library.current(), beside, "dense")
+        if key not in self._packed:
+            weight = self._weight_of(beside)
+            packed = torch.empty(library.LIBRARY.events_packed_dense_bytes(call), dtype=torch.int8)
+            library.LIBRARY.events_pack_dense(call, weight.data_ptr(), packed.data_ptr())
+            self._packed[key] = call, [packed]
+        return self._packed[key][1][0].data_ptr()
 
     @property
     def safe(self) -> int:

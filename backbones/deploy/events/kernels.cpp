@@ -53,11 +53,24 @@ struct Neuron {
     int64_t num_rows, num_silent, num_complements, num_active;
 };
 
+// A dense convolution, of 32 bits of the input at a time: pairs of int16 or quads of bytes.
+struct Tiles {
+    const uint8_t *weights;  // [ky][step][padded channels] of 32 bits
+    int64_t kernel_h, steps, padded, out_channels, out_width;
+    int64_t apart_x, apart_y;  // bytes from one neuron's window to the next, and from one row of a window to the next
+};
+
 // A stem, prepared for its kernels.
 struct Stem {
     const EventStem *conv;
-    const int16_t *weights;  // [ky][pair][padded channels][2]
-    int64_t padded, pairs, row_length;
+    Tiles tiles;
+    int64_t row_length;  // int16 of a row of the quantised image
+};
+
+// What a layer takes, measured on a core of Zen 5: per neuron, per row added up, per 64 channels of it, and a dense
+// layer's products. Only their ratios count.
+struct Costs {
+    double neuron_ns, row_ns, word_ns, products_per_ns;
 };
 
 // The kernels of one width.
@@ -69,21 +82,27 @@ struct Kernels {
     int8_t (*stored)(int64_t, int8_t);
     void (*list_row)(const EventConv &, const Layer &, int64_t, int64_t, Pixel *, uint32_t *);
     void (*quantise_row)(const EventStem &, int64_t, int64_t, int16_t *);
-    void (*stem_rows)(const Stem &, int64_t, const int16_t *, int64_t, int64_t, int32_t *, float *);
+    void (*stem_rows)(const Stem &, int64_t, const uint8_t *, int64_t, int64_t, int32_t *, float *);
+    void (*expand_row)(const EventConv &, int64_t, uint8_t *);
+    void (*dense_row)(const EventConv &, const Tiles &, const uint8_t *, int64_t, int32_t *);
+    Costs costs;
 };
 
 inline int64_t words_of(int64_t channels) { return (channels + 63) / 64; }
 
+constexpr int64_t kNearest = 48 << 10;  // of the first
 constexpr int64_t kNear = 500 << 10;  // bytes of weights that stay in the second cache
 constexpr int64_t kAhead = 24;         // rows between the request for one and its use
 
 #define NAME portable
 #define WIDTH 16
 #define MAX_WORDS 1
+#define COSTS {40, 0.6, 0.9, 6}
 #include "kernels.inc"
 #undef NAME
 #undef WIDTH
 #undef MAX_WORDS
+#undef COSTS
 
 #ifdef EVENTS_X86
 #ifdef __clang__
@@ -95,13 +114,16 @@ constexpr int64_t kAhead = 24;         // rows between the request for one and i
 #define NAME avx2
 #define WIDTH 32
 #define MAX_WORDS 2
+#define COSTS {30, 0.2, 0.35, 110}
 #include "kernels.inc"
 #undef NAME
 #undef WIDTH
 #undef MAX_WORDS
+#undef COSTS
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
+#define EVENTS_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,popcnt,lzcnt"
+#pragma clang attribute push(__attribute__((target(EVENTS_AVX512))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -110,10 +132,27 @@ constexpr int64_t kAhead = 24;         // rows between the request for one and i
 #define NAME avx512
 #define WIDTH 64
 #define MAX_WORDS 4
+#define COSTS {30, 0.15, 0.22, 200}
 #include "kernels.inc"
 #undef NAME
+#undef COSTS
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target(EVENTS_AVX512 ",avx512vnni"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512")
+#endif
+#define NAME avx512vnni
+#define HAS_VNNI
+#define COSTS {30, 0.15, 0.22, 380}
+#include "kernels.inc"
+#undef NAME
+#undef HAS_VNNI
 #undef WIDTH
 #undef MAX_WORDS
+#undef COSTS
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -127,6 +166,7 @@ const Kernels *find_kernels(int level) {
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("avx512dq");
+    if (has_avx512 && __builtin_cpu_supports("avx512vnni") && (level == 3 || level < 0)) return &avx512vnni::kernels;
     if (has_avx512 && (level == 2 || level < 0)) return &avx512::kernels;
     if (has_avx2 && (level == 1 || level < 0)) return &avx2::kernels;
 #endif
@@ -262,8 +302,68 @@ int64_t weight_bytes(const EventConv &c, const Layer &layer) {
 
 constexpr int64_t kRoom = 32;  // copies of lists go beyond their ends by up to two vectors
 
-void convolve(const EventConv &c) {
+// The layer as a dense one: a row of bytes for each of bits.
+Tiles dense_tiles(const EventConv &c) {
+    Tiles t = {};
+    t.weights = static_cast<const uint8_t *>(c.dense);
+    t.kernel_h = c.kernel_h;
+    t.steps = (c.kernel_w * c.channels + 3) / 4;
+    t.padded = words_of(c.out_channels) * 64;
+    t.out_channels = c.out_channels;
+    t.out_width = c.out_width;
+    t.apart_x = c.stride_w * c.channels;
+    t.apart_y = c.dilation_h * ((c.width + 2 * c.pad_w) * c.channels + 64);
+    return t;
+}
+
+bool can_be_dense(const EventConv &c) { return c.groups == 1 && c.dilation_w == 1; }
+
+// Whether the layer is estimated to be faster as a dense one, with so many neurons active among its inputs.
+bool dense_is_faster(const EventConv &c, const Layer &layer, const Costs &costs) {
+    const int64_t places = c.images * c.height * c.width, neurons = c.images * c.out_height * c.out_width;
+    int64_t active = 0;
+    for (int64_t i = 0; i < places * words_of(c.channels); ++i) active += __builtin_popcountll(c.input[i]);
+    const double density = (double)active / ((double)places * (double)c.channels);
+    const double rows = (density < 0.5 ? density : 1 - density) * (double)(layer.taps * c.channels);
+    const double words = (double)(layer.words * layer.blocks);
+    const bool nearest = layer.taps * c.channels * c.out_channels <= kNearest;
+    double events = rows * (costs.row_ns * (double)layer.blocks + (nearest ? 1 : 1.5) * costs.word_ns * words);
+    if (density > 0.5) events += 20 * (double)layer.taps;  // complements: sums over all inputs are added
+    else if (rows > (double)c.safe) events *= layer.words == 4 ? 1.2 : 1.8;  // sums of 32 bits
+    events += costs.neuron_ns;
+    const double products = (double)(layer.taps * c.channels * (c.out_channels + 31) / 32 * 32);
+    return (double)neurons * products / costs.products_per_ns < (double)neurons * events;
+}
+
+void convolve_dense(const EventConv &c) {
+    const Tiles tiles = dense_tiles(c);
+    const Kernels &used = kernels();
+    const int64_t row_bytes = (c.width + 2 * c.pad_w) * c.channels + 64, rows = c.height + 2 * c.pad_h;
+    const int64_t threads = c.threads < 1 ? 1 : c.threads, room = c.out_width * tiles.padded;
+    thread_local std::vector<uint8_t> bytes;
+    thread_local std::vector<int32_t> sums;
+    bytes.assign((size_t)(c.images * rows * row_bytes + 64), 0);
+    if ((int64_t)sums.size() < threads * room) sums.resize(threads * room);
+    uint8_t *all = bytes.data();
+    int32_t *all_sums = sums.data();
+    pool().run(c.images * c.height, threads, [&, all](int64_t item, int64_t) {
+        const int64_t image = item / c.height, y = item % c.height;
+        used.expand_row(c, item, all + (image * rows + y + c.pad_h) * row_bytes);
+    });
+    pool().run(c.images * c.out_height, threads, [&, all, all_sums](int64_t item, int64_t thread) {
+        const int64_t image = item / c.out_height, oy = item % c.out_height;
+        const uint8_t *first = all + (image * rows + oy * c.stride_h) * row_bytes;
+        used.dense_row(c, tiles, first, item, all_sums + thread * room);
+    });
+}
+
+void convolve(EventConv &c) {
     Layer layer = layout_of(c);
+    c.wants_dense = can_be_dense(c) && dense_is_faster(c, layer, kernels().costs);
+    if (c.wants_dense && c.dense) {
+        convolve_dense(c);
+        return;
+    }
     const int64_t groups = layer.depthwise ? 1 : c.groups, each = c.channels / groups;
     const int64_t rows = c.images * c.out_height, in_rows = c.images * c.height;
     layer.weights = static_cast<const int8_t *>(c.packed);
@@ -320,24 +420,30 @@ void convolve(const EventConv &c) {
 Stem layout_of(const EventStem &c) {
     Stem stem = {};
     stem.conv = &c;
-    stem.weights = static_cast<const int16_t *>(c.packed);
-    stem.padded = words_of(c.out_channels) * 64;
-    stem.pairs = (c.kernel_w * c.channels + 1) / 2;
     stem.row_length = (c.width + 2 * c.pad_w) * c.channels + 2;  // the last pair may have one behind the row
+    Tiles &t = stem.tiles;
+    t.weights = static_cast<const uint8_t *>(c.packed);
+    t.kernel_h = c.kernel_h;
+    t.steps = (c.kernel_w * c.channels + 1) / 2;
+    t.padded = words_of(c.out_channels) * 64;
+    t.out_channels = c.out_channels;
+    t.out_width = c.out_width;
+    t.apart_x = 2 * c.stride_w * c.channels;
+    t.apart_y = 2 * stem.row_length;
     return stem;
 }
 
 void run_stem(const EventStem &c) {
     const Stem stem = layout_of(c);
     const Kernels &used = kernels();
-    const int64_t rows = c.height + 2 * c.pad_h, image_size = rows * stem.row_length;
-    const int64_t threads = c.threads < 1 ? 1 : c.threads, room = c.pool_h * c.out_width * stem.padded;
+    const int64_t rows = c.height + 2 * c.pad_h, image_size = rows * stem.row_length, padded = stem.tiles.padded;
+    const int64_t threads = c.threads < 1 ? 1 : c.threads, room = c.pool_h * c.out_width * padded;
     thread_local std::vector<int16_t> quantised;
     thread_local std::vector<int32_t> rings;
     thread_local std::vector<float> results;
     quantised.assign((size_t)(c.images * image_size), 0);
     if ((int64_t)rings.size() < threads * room) rings.resize(threads * room);
-    results.assign((size_t)(threads * stem.padded), 0.0f);
+    results.assign((size_t)(threads * padded), 0.0f);
     int16_t *all = quantised.data();
     int32_t *all_rings = rings.data();
     float *all_results = results.data();
@@ -349,8 +455,8 @@ void run_stem(const EventStem &c) {
     pool().run(c.images * parts, threads, [&, all, all_rings, all_results](int64_t item, int64_t thread) {
         const int64_t image = item / parts, part = item % parts;
         const int64_t first = c.pooled_height * part / parts, last = c.pooled_height * (part + 1) / parts;
-        used.stem_rows(stem, image, all + image * image_size, first, last, all_rings + thread * room,
-                       all_results + thread * stem.padded);
+        const uint8_t *bytes = reinterpret_cast<const uint8_t *>(all + image * image_size);
+        used.stem_rows(stem, image, bytes, first, last, all_rings + thread * room, all_results + thread * padded);
     });
 }
 
@@ -373,6 +479,9 @@ int events_use(int level) {
     const Kernels *found = find_kernels(level);
     if (!found) return -1;
     chosen.store(found);
+#ifdef EVENTS_X86
+    if (found == &avx512vnni::kernels) return 3;
+#endif
     return found->width == 64 ? 2 : found->width == 32 ? 1 : 0;
 }
 
@@ -414,13 +523,33 @@ void events_pack(const EventConv *c, const int8_t *weight, void *packed) {
             }
 }
 
-int events_conv(const EventConv *layer) {
+int64_t events_packed_dense_bytes(const EventConv *c) {
+    if (!can_be_dense(*c)) return 0;
+    const Tiles t = dense_tiles(*c);
+    return t.kernel_h * t.steps * t.padded * 4;
+}
+
+void events_pack_dense(const EventConv *c, const int8_t *weight, void *packed) {
+    const Tiles t = dense_tiles(*c);
+    int8_t *into = static_cast<int8_t *>(packed);
+    std::memset(packed, 0, (size_t)events_packed_dense_bytes(c));
+    for (int64_t o = 0; o < c->out_channels; ++o)
+        for (int64_t i = 0; i < c->channels; ++i)
+            for (int64_t ky = 0; ky < c->kernel_h; ++ky)
+                for (int64_t kx = 0; kx < c->kernel_w; ++kx) {
+                    const int64_t place = kx * c->channels + i;
+                    into[((ky * t.steps + place / 4) * t.padded + o) * 4 + place % 4] =
+                        weight[((o * c->channels + i) * c->kernel_h + ky) * c->kernel_w + kx];
+                }
+}
+
+int events_conv(EventConv *layer) {
     return guarded([&] { convolve(*layer); });
 }
 
 int64_t events_packed_stem_bytes(const EventStem *c) {
     const Stem stem = layout_of(*c);
-    return c->kernel_h * stem.pairs * stem.padded * 2 * (int64_t)sizeof(int16_t);
+    return c->kernel_h * stem.tiles.steps * stem.tiles.padded * 4;
 }
 
 void events_pack_stem(const EventStem *c, const int16_t *weight, void *packed) {
@@ -432,7 +561,7 @@ void events_pack_stem(const EventStem *c, const int16_t *weight, void *packed) {
             for (int64_t ky = 0; ky < c->kernel_h; ++ky)
                 for (int64_t kx = 0; kx < c->kernel_w; ++kx) {
                     const int64_t place = kx * c->channels + i;
-                    into[((ky * stem.pairs + place / 2) * stem.padded + o) * 2 + place % 2] =
+                    into[((ky * stem.tiles.steps + place / 2) * stem.tiles.padded + o) * 2 + place % 2] =
                         weight[((o * c->channels + i) * c->kernel_h + ky) * c->kernel_w + kx];
                 }
 }

@@ -19,6 +19,8 @@ struct EventConv {
     int64_t beside;       // neurons beside each other in a row that are computed as one of so many times the channels, 64
                           // in all; spikes are written for each of them. 1: none
     const void *packed;   // by events_pack
+    const void *dense;    // by events_pack_dense, or null: as a dense layer, where that is estimated to be faster
+    int64_t wants_dense;  // set where it would be faster, and `dense` is null
     const uint64_t *input;
     // The sums as spikes: sum >= threshold, turned round where the bit of `inverted` is set.
     int64_t num_spikes;
@@ -53,7 +55,7 @@ struct EventStem {
     uint64_t *spikes[EVENTS_MAX_OUTPUTS];
 };
 
-// Chooses the instructions: 0 portable, 1 AVX2, 2 AVX-512, -1 the best of this processor. Returns what is used now, or
+// Chooses the instructions: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with VNNI, -1 the best of this processor. Returns what is used now, or
 // -1 if the processor lacks what was asked for. Weights are packed for one choice.
 int events_use(int level);
 
@@ -66,8 +68,12 @@ int64_t events_packed_bytes(const EventConv *layer);
 // Arranges int8 weights [out_channels][channels / groups][kernel_h][kernel_w] for events_conv.
 void events_pack(const EventConv *layer, const int8_t *weight, void *packed);
 
+// Arranges the same weights for a dense layer; 0 bytes where there is none: groups, or dilation along a row.
+int64_t events_packed_dense_bytes(const EventConv *layer);
+void events_pack_dense(const EventConv *layer, const int8_t *weight, void *packed);
+
 // Computes the layer. Returns 0, or 1 if there is not enough memory.
-int events_conv(const EventConv *layer);
+int events_conv(EventConv *layer);
 
 // Arranges int16 weights [out_channels][channels][kernel_h][kernel_w] for events_stem.
 int64_t events_packed_stem_bytes(const EventStem *stem);

@@ -16,7 +16,7 @@ from pathlib import Path
 
 VERSION = 1
 MAX_OUTPUTS = 8
-LEVELS = {"portable": 0, "avx2": 1, "avx512": 2}
+LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512vnni": 3}
 VARIABLE = "HOYER_DET_KERNELS"
 WITHOUT_KERNELS = (
     "the event-driven engine has no compiled kernels here: torch gives the same results, slower; "
@@ -39,6 +39,8 @@ class EventConv(ctypes.Structure):
             )
         ),
         ("packed", _pointer),
+        ("dense", _pointer),
+        ("wants_dense", _int64),
         ("input", _pointer),
         ("num_spikes", _int64),
         ("threshold", _pointer * MAX_OUTPUTS),
@@ -97,6 +99,8 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.events_use.argtypes = [ctypes.c_int]
     library.events_packed_bytes.argtypes, library.events_packed_bytes.restype = [layer], _int64
     library.events_pack.argtypes, library.events_pack.restype = [layer, _pointer, _pointer], None
+    library.events_packed_dense_bytes.argtypes, library.events_packed_dense_bytes.restype = [layer], _int64
+    library.events_pack_dense.argtypes, library.events_pack_dense.restype = [layer, _pointer, _pointer], None
     library.events_conv.argtypes = [layer]
     stem = ctypes.POINTER(EventStem)
     library.events_packed_stem_bytes.argtypes, library.events_packed_stem_bytes.restype = [stem], _int64
@@ -148,7 +152,7 @@ def choose(name: str) -> None:
     """Use these kernels from now on.
 
     Args:
-        name: "avx512", "avx2", "portable" or "torch".
+        name: "avx512vnni", "avx512", "avx2", "portable" or "torch".
 
     Raises:
         ValueError: they do not run here.
