@@ -44,7 +44,7 @@ class Bits(NamedTuple):
 
     def flatten(self) -> Bits:
         """Return the whole of each image as the channels of one pixel, its padding included: H, W, then C."""
-        flat = self.words.reshape(len(self.words), 1, 1, -1)
+        flat = self.words.flatten(1)[:, None, None]
         return Bits(flat, flat.shape[3] * 64)
 
     @property
@@ -229,9 +229,9 @@ class EventLayer:
         out_height, out_width = self.window.out_size((height, width))
         beside = self._beside(out_width)
         key = (library.current(), beside)
-        if key not in self._packed:
-            self._packed[key] = self._prepare(beside)
-        call = library.EventConv.from_buffer_copy(self._packed[key][0])
+        # Of two threads the first to be ready sets it: calls point to what is kept there.
+        template, _ = self._packed.get(key) or self._packed.setdefault(key, self._prepare(beside))
+        call = library.EventConv.from_buffer_copy(template)
         call.images, call.height, call.width = number, height, width
         call.out_height, call.out_width = out_height, out_width // beside
         place = (number, out_height, out_width)
@@ -253,7 +253,7 @@ class EventLayer:
         if self.scale is None:
             return None, [Bits.pack(each.of_sums(sums)) for each in self.spikes]
         y = sums * self.scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
-        y = y if residual is None else residual + y
+        y = (y if residual is None else residual + y).contiguous(memory_format=torch.channels_last)
         return y if self.keeps_real else None, [Bits.pack(each.of_real(y)) for each in self.spikes]
 
     def _prepare(self, beside: int) -> tuple[library.EventConv, list[Tensor]]:
@@ -310,7 +310,7 @@ class EventLayer:
             weight = self._weight_of(beside)
             packed = torch.empty(library.LIBRARY.events_packed_dense_bytes(call), dtype=torch.int8)
             library.LIBRARY.events_pack_dense(call, weight.data_ptr(), packed.data_ptr())
-            self._packed[key] = call, [packed]
+            self._packed.setdefault(key, (call, [packed]))
         return self._packed[key][1][0].data_ptr()
 
     @property
