@@ -103,9 +103,7 @@ class EventStem:
     def _prepared(self) -> tuple[library.EventStem, list[Tensor]]:
         """Return a call with all that does not depend on the input, a copy of its own, and what it points to."""
         name = library.current()
-        if name not in self._packed:
-            self._packed[name] = self._prepare()
-        template, kept = self._packed[name]
+        template, kept = self._packed.get(name) or self._packed.setdefault(name, self._prepare())
         return library.EventStem.from_buffer_copy(template), kept
 
     def _prepare(self) -> tuple[library.EventStem, list[Tensor]]:
