@@ -37,19 +37,25 @@ Fire = Callable[[Tensor, Tensor | float], Tensor]
 WINDOW: Window = (0.0, 2.0)  # of the surrogate gradient, in units of v_th
 
 
-def moments(c: Tensor, *, per_channel: bool = False) -> tuple[Tensor, Tensor]:
+def moments(c: Tensor, *, per_channel: bool = False, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """sum c and sum c^2, in float32 or wider: in float16 a single feature map would overflow.
 
     Args:
         c: clipped potential, any shape; channels in dimension 1.
         per_channel: sum over batch and space only.
+        overwrite: the squares may take the place of c.
 
     Returns:
         Two tensors of shape () or, per channel, (C,).
     """
-    wide = c.to(torch.promote_types(c.dtype, torch.float32))
+    wide = widen(c)
     dims = [dim for dim in range(c.dim()) if dim != 1] if per_channel else list(range(c.dim()))
-    return wide.sum(dims), wide.square().sum(dims)
+    return wide.sum(dims), (wide.square_() if overwrite or wide is not c else wide.square()).sum(dims)
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in float32: a copy, or x itself where it has that or more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def extremum(sum_c: Tensor, sum_c2: Tensor) -> Tensor:
@@ -65,8 +71,13 @@ def regulariser(sum_c: Tensor, sum_c2: Tensor) -> Tensor:
 
 
 def fire(z: Tensor, threshold: Tensor | float) -> Tensor:
-    """Return 1 where z >= threshold, else 0, in z's dtype, without gradient."""
-    return (z >= threshold).to(z.dtype)
+    """Return 1 where z >= threshold, else 0, in z's dtype, without gradient.
+
+    Both ways avoid a mask of bool made bfloat16, which took as long as all the rest of a layer.
+    """
+    if torch.compiler.is_compiling():
+        return (z >= threshold).float().to(z.dtype)
+    return torch.ge(z, threshold, out=torch.empty_like(z))
 
 
 def spike(z: Tensor, threshold: Tensor | float = 1.0, fire: Fire = fire, window: Window = WINDOW) -> Tensor:
@@ -173,11 +184,17 @@ class SpikesAndPenalty(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, ds: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         z, v, sum_c, sum_c2 = ctx.saved_tensors
-        wide = z.to(sum_c.dtype)
+        wide = widen(z)
         dz = regulariser_gradient(wide, sum_c, sum_c2, dh * ctx.share)
         dz = add_surrogate_(dz, ds, wide, ctx.window)
-        dv = -(wide * dz).sum_to_size(v.shape) / v
-        return dz.div_(v).to(z.dtype), dv.to(v.dtype), *[None] * 7
+        if torch.compiler.is_compiling():  # du alone is written, and BatchNorm's sums, over the same, take dv along
+            du = (dz / v).to(z.dtype)
+            dims = [dim for dim in range(z.dim()) if dim != 1]
+            dv = -(wide * du).sum(dims, keepdim=True).sum_to_size(v.shape)
+        else:
+            dv = -(wide * dz if wide is z else wide.mul_(dz)).sum_to_size(v.shape) / v
+            du = dz.div_(v).to(z.dtype)
+        return du, dv.to(v.dtype), *[None] * 7
 
 
 class HoyerSpike(SpikeLayer):
@@ -241,7 +258,9 @@ class HoyerSpike(SpikeLayer):
             return spike(z, threshold, self.fire, self.window)
         with torch.no_grad():
             z = u / v
-            sum_c, sum_c2 = moments(F.hardtanh(z, 0.0, 1.0), per_channel=self.per_channel)
+            wide = widen(z)
+            c = F.hardtanh(wide, 0.0, 1.0, inplace=wide is not z)
+            sum_c, sum_c2 = moments(c, per_channel=self.per_channel, overwrite=True)
             neurons: int | Tensor = z.numel()
             if self.sync:
                 sum_c, sum_c2, neurons = sum_over_processes(sum_c, sum_c2, sum_c.new_tensor(neurons))
