@@ -12,8 +12,8 @@ values numbers and strings, apart from `each_...`, the single measurements behin
     scaling      series, value, network, batch, side, width, spike_layers, way, seconds, cpu_seconds, peak_bytes
     arithmetic   pass, way, seconds, cpu_seconds, peak_bytes
 
-`ratios`, where a log has them, is such a list, too: what the row belongs to, `ours`, `other` and the quotients `time`,
-`cpu_time` and, in training, `memory` of their two rows.
+`ratios`, where a log has them, is such a list, too: what the row belongs to, such as `network` and `precision`, `ours`,
+`other` and the quotients `time`, `cpu_time` and, in training, `memory` of their two rows.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -341,12 +341,18 @@ def read_benchmark(folder: Path, name: str) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
+def trained_network(row: Mapping[str, Any]) -> str:
+    """Return the network of a row of the benchmark of training, with its precision where that is not float32."""
+    precision = row.get("precision", "float32")
+    return NETWORKS[row["network"]] + (f" in {precision}" if precision != "float32" else "")
+
+
 def speed_tables(folder: Path) -> str:
     """Return README.md's tables of inference and training, by the logs of two benchmarks."""
     inference, training = read_benchmark(folder, "inference"), read_benchmark(folder, "training")
     first = [row for row in inference["rows"] if (row["batch"], row["threads"]) == (1, 1)]
-    ratios = {(each["network"], each["ours"], each["other"]): each for each in training["ratios"]}
-    sizes = {row["network"]: f"{row['batch']} images of {row['side']}x{row['side']}" for row in training["rows"]}
+    ratios = {(trained_network(each), each["ours"], each["other"]): each for each in training["ratios"]}
+    sizes = {trained_network(row): f"{row['batch']} images of {row['side']}x{row['side']}" for row in training["rows"]}
     trained = []
     for network, size in sizes.items():
         cells = [
@@ -358,7 +364,7 @@ def speed_tables(folder: Path) -> str:
                 ("hoyer low memory", "twin eager", "memory"),
             )
         ]
-        trained.append([f"{NETWORKS[network]}, {size}", *cells])
+        trained.append([f"{network}, {size}", *cells])
     machine = training["machine"]["gpu"] or f"{training['machine']['cores']} CPU cores"
     header = [
         "a training step",
@@ -406,7 +412,7 @@ def benchmark_tables(folder: Path) -> str:
     parts.append(markdown(["potential", "time of", "in units of", "quotient"], rows))
     parts.append("### Training step\n")
     rows = [
-        [NETWORKS[each["network"]], each["ours"], each["other"], *(f"{each[key]:.2f}" for key in ("time", "memory"))]
+        [trained_network(each), each["ours"], each["other"], *(f"{each[key]:.2f}" for key in ("time", "memory"))]
         for each in training["ratios"]
     ]
     parts.append(markdown(["network", "way", "in units of", "time", "peak memory"], rows))
