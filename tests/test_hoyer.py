@@ -532,13 +532,14 @@ def test_half_precision_gradients_are_the_formulas(monkeypatch, dtype, threshold
     torch.testing.assert_close(found[1].double(), dv, rtol=eps, atol=1e-5)
 
 
-def test_compiled_half_precision_equals_the_eager_one():
+@pytest.mark.parametrize("threshold_per_channel", [False, True])
+def test_compiled_half_precision_equals_the_eager_one(threshold_per_channel):
     torch.manual_seed(0)
     torch.compiler.reset()
     upstream, found = torch.randn(2, 4, 5, 5).bfloat16(), []
     u = torch.randint(-16, 17, (2, 4, 5, 5)) / 8  # so that z is exact
     for backend in (None, "aot_eager"):
-        layer, x = HoyerSpike(4), u.bfloat16().requires_grad_()
+        layer, x = HoyerSpike(4, threshold_per_channel=threshold_per_channel), u.bfloat16().requires_grad_()
         if backend:
             layer.compile(backend=backend, fullgraph=True)
         spikes = layer(x)
