@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -434,12 +434,18 @@ def engine_page(folder: Path) -> str:
     )
 
 
+def trained_network(row: Mapping[str, Any]) -> str:
+    """Return the network of a row of the benchmark of training, with its precision where that is not float32."""
+    precision = row.get("precision", "float32")
+    return NETWORKS[row["network"]] + (f" in {precision}" if precision != "float32" else "")
+
+
 def speed_tables(folder: Path) -> str:
     """Return README.md's tables of inference and training, by the logs of three benchmarks."""
     inference, training = read_benchmark(folder, "inference"), read_benchmark(folder, "training")
     first = [row for row in inference["rows"] if (row["batch"], row["threads"]) == (1, 1)]
-    ratios = {(each["network"], each["ours"], each["other"]): each for each in training["ratios"]}
-    sizes = {row["network"]: f"{row['batch']} images of {row['side']}x{row['side']}" for row in training["rows"]}
+    ratios = {(trained_network(each), each["ours"], each["other"]): each for each in training["ratios"]}
+    sizes = {trained_network(row): f"{row['batch']} images of {row['side']}x{row['side']}" for row in training["rows"]}
     trained = []
     for network, size in sizes.items():
         cells = [
@@ -451,7 +457,7 @@ def speed_tables(folder: Path) -> str:
                 ("hoyer low memory", "twin eager", "memory"),
             )
         ]
-        trained.append([f"{NETWORKS[network]}, {size}", *cells])
+        trained.append([f"{network}, {size}", *cells])
     machine = training["machine"]["gpu"] or f"{training['machine']['cores']} CPU cores"
     header = [
         "a training step",
@@ -463,7 +469,7 @@ def speed_tables(folder: Path) -> str:
     return (
         "By events, in units of the faster 8-bit twin (ONNX Runtime or OpenVINO), one image, one thread:\n\n"
         f"{engine_table(folder, 1)}\n{trained_engine_table(folder)}\n"
-        "Files for other programs: images per second, in units of the twin's ONNX file in float, batch 1, one thread:\n\n"
+        "Files for other programs, in units of the speed of the twin's ONNX file in float, batch 1, one thread:\n\n"
         f"{inference_table(first)}\n"
         f"Training on {machine}:\n\n{markdown(header, trained)}"
     )
@@ -500,7 +506,7 @@ def benchmark_tables(folder: Path) -> str:
     parts.append(layer_tables(layer))
     parts.append("### Training step\n")
     rows = [
-        [NETWORKS[each["network"]], each["ours"], each["other"], *(f"{each[key]:.2f}" for key in ("time", "memory"))]
+        [trained_network(each), each["ours"], each["other"], *(f"{each[key]:.2f}" for key in ("time", "memory"))]
         for each in training["ratios"]
     ]
     parts.append(markdown(["network", "way", "in units of", "time", "peak memory"], rows))

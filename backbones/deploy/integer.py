@@ -233,8 +233,8 @@ class FixedPointConv(nn.Module):
 
         y = scale * sum of W * clip(round(x / step), -32767, 32767) + bias,   sum of |W| <= 65535, sums below 2^31
 
-    fifteen bits and a sign of the input, and as many of the weights as the sums permit. Weights are rounded so that their
-    sum over each kernel stays: where an image has one colour, as a background may, hardly a potential moves.
+    fifteen bits and a sign of the input, and as many of the weights as the sums permit. Weights are rounded so that
+    their sum over each kernel stays: where an image has one colour, as a background may, hardly a potential moves.
 
     Args:
         layer: a convolution padded by zeros, without groups or dilation.
@@ -269,7 +269,7 @@ class FixedPointConv(nn.Module):
         return plain and layer.groups == 1 and layer.dilation == (1, 1) and layer.weight[0].numel() <= 2**13
 
     def calibrate(self, x: Tensor, mean: Tensor, largest: Tensor) -> None:
-        """Set the range of the input, with a little to spare beyond that of `x`, and keep each channel's `mean` (C,)."""
+        """Set the range of the input, a little beyond that of `x`, and keep each channel's `mean` (C,)."""
         largest = 1.05 * x.abs().max()
         self.step.copy_(torch.where(largest > 0, largest, 1.0) / FIXED_POINT)
         self.scale.copy_(self.weight_scale * self.step.double())

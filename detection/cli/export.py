@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--nms", action="store_true", help=help)
     help = "new file (default: model.onnx, ... in the run folder, of zoo:NAME in runs/zoo/NAME)"
     parser.add_argument("--out", type=Path, metavar="FILE", help=help)
-    help = "with --int8: training images to set thresholds on (64 for a detector, 128 for events, 256 for a classifier)"
+    help = "with --int8: training images to set thresholds on (64 for a detector, 256 for a classifier)"
     parser.add_argument("--calibration", type=int, metavar="N", help=help)
     help = "measure an ONNX or events file's accuracy on the evaluation images, beside what the run has logged"
     parser.add_argument("--evaluate", action="store_true", help=help)

@@ -37,8 +37,6 @@ Format = Literal["onnx", "torch", "nir", "events"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "nir": ".nir", "events": ".events"}
 PACKAGES: dict[Format, tuple[str, ...]] = {"onnx": ("onnx", "onnxruntime"), "torch": (), "nir": ("nir",), "events": ()}
 
-NUM_CALIBRATION = 128  # images for the event-driven engine, at least
-
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -50,8 +48,7 @@ class ExportOptions:
         int8: int8 weights and integer thresholds where layers see spikes; not for NIR, always for events.
         analogue: with `int8`: 8 bits for analogue convolutions, too, but the first and those of prediction.
         nms: a detector's ONNX file that gives boxes: padding, decoding and non-maximum suppression inside.
-        num_calibration: training images for the thresholds; None: 256 for a classifier, 64 for a detector (128 for
-            events).
+        num_calibration: training images for the thresholds; None: 256 for a classifier, 64 for a detector.
         height: of the images, which are then of this size only. None: free where the network permits.
         width: likewise; both or none.
         evaluate: measure how accurate an ONNX or events file is on the run's evaluation images, beside the run's log.
@@ -230,8 +227,7 @@ def _as_graph(
     batches = [noise(1, size, channels), noise(3, other, channels)]
     if options.int8:
         exact = options.file_format == "events"
-        number = max(task.num_calibration, NUM_CALIBRATION) if exact else task.num_calibration
-        images = task.calibration_images(model, options.num_calibration or number)
+        images = task.calibration_images(model, options.num_calibration or task.num_calibration)
         if not free and tuple(images.shape[2:]) != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         network = to_integers(network, images, keep=() if exact else part.keep, analogue=options.analogue, exact=exact)
