@@ -40,6 +40,7 @@ class Answer:
         prediction: with boxes from `LOWEST` on, in the picture as the noise left it.
         seconds: spent in the network.
         size: width and height of the picture.
+        noise: severities by kind.
         whole_seconds: from the file to the answer.
         drawing_seconds: what it took to draw it; None before that.
         clean: the prediction without noise; None where there is none.
@@ -53,6 +54,7 @@ class Answer:
     prediction: AnyPrediction
     seconds: float
     size: tuple[int, int]
+    noise: Mapping[str, float]
     whole_seconds: float = 0.0
     drawing_seconds: float | None = None
     clean: AnyPrediction | None = None
@@ -67,21 +69,20 @@ class Network:
     """A trained network of the page.
 
     Args:
-        run: run folder or zoo:NAME.
+        run: of any task.
+        name: how the page calls it.
         weights: which of its weights.
         device: such as "cpu"; None: the first GPU, if there is one.
-        data_root: where its data lie now; None: where they lay when it was trained.
 
     Attributes:
-        name: the run's address.
         predictor: makes the predictions.
         has_boxes: whether it finds boxes, and not classes of whole images.
         takes_events: whether it takes recordings of events, and not images.
     """
 
-    def __init__(self, run: str, weights: Weights = "last", device: str | None = None, data_root: Any = None) -> None:
-        self.predictor = Predictor(Run.open(run, data_root), weights, device)
-        self.name, self.weights = self.predictor.run.address, weights
+    def __init__(self, run: Run, name: str, weights: Weights = "last", device: str | None = None) -> None:
+        self.predictor = Predictor(run, weights, device)
+        self.name, self.weights = name, weights
         self.has_boxes = "score_threshold" in self.predictor.options
         self.takes_events = bool(getattr(self.predictor.run.config.data, "are_events", False))
         self.options = {"score_threshold": LOWEST} if self.has_boxes else {}
@@ -100,11 +101,11 @@ class Network:
         size = prediction.size
         if images:
             prediction = replace(prediction, image=pixels_of(images[0].cpu()))
-        return Answer(prediction, sum(seconds), size, clean=clean, left_out=left_out)
+        return Answer(prediction, sum(seconds), size, noise, clean=clean, left_out=left_out)
 
-    def explain(self, answer: Answer, picture: Tensor, noise: Mapping[str, float]) -> None:
+    def explain(self, answer: Answer, picture: Tensor) -> None:
         """Add to an answer what takes longer: spike maps, operations and energy, and how many spikes flip."""
-        model, (allowed, _) = self.predictor.model, self._split(noise)
+        model, (allowed, _) = self.predictor.model, self._split(answer.noise)
         with self._disturbed(allowed), record_layers(model) as measured, record_spike_maps(model) as maps:
             self.predictor.predict(picture, **self.options)
         answer.maps = maps()

@@ -11,9 +11,8 @@ import gradio as gr
 
 from detection.cli.common import explain
 from detection.cli.sources import VIDEO_EXTENSIONS
-from detection.files import EVENT_SUFFIXES
+from detection.files import EVENT_SUFFIXES, is_recording
 from detection.robustness import SEVERITIES, UNITS
-from detection.text import plural
 from detection.web.answers import LOWEST, NOISES, Network
 from detection.web.sources import Source
 from detection.web.tables import costs, sentence, summary
@@ -25,6 +24,10 @@ NOBODY = "none"
 GREETING = "Give the network a picture: choose a file, paste one, use the camera, or take an example."
 Values = Mapping[Any, Any]
 Updates = dict[Any, Any]
+
+# What a visitor gives as the file that it is, for `read_image`, which refuses in a sentence what Gradio would stumble
+# over. Not by a subclass: Gradio writes a .pyi file beside the source of one.
+gr.Image.preprocess = lambda self, payload: None if payload is None else payload.path
 Tell = Callable[[int, int], None]
 Act = Callable[[Visit, Values, Tell], Updates]
 
@@ -36,7 +39,9 @@ def theme() -> gr.Theme:
     """Return the colours and letters of the page, of which none comes from elsewhere."""
     letters = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
     digits = ["ui-monospace", "Menlo", "Consolas", "Liberation Mono", "monospace"]
-    return gr.themes.Default(primary_hue="teal", font=letters, font_mono=digits)
+    found = gr.themes.Default(primary_hue="teal", font=letters, font_mono=digits)
+    readable = ("body_text_color_subdued", "block_info_text_color", "block_label_text_color", "block_title_text_color")
+    return found.set(**dict.fromkeys(readable, "*neutral_600"), **{f"{key}_dark": "*neutral_300" for key in readable})
 
 
 class Page:
@@ -77,21 +82,18 @@ class Page:
         names, files = list(self.networks), self.examples[first.name]
         self.network = gr.Dropdown(names, value=first.name, label="network", elem_id="network")
         self.beside = gr.Dropdown([NOBODY], value=NOBODY, label="beside it", elem_id="beside", visible=len(names) > 1)
-        self.image_tab = gr.Group(visible=not first.takes_events)
-        with self.image_tab:
+        with gr.Column(visible=not first.takes_events) as self.image_part:
             sources = ["upload", "clipboard", "webcam"]
             self.image = gr.Image(
                 type="filepath", sources=sources, label="picture", elem_id="image", buttons=[], height=260
             )
-            # The file as it is, which `read_image` opens: Gradio would decode and write it again.
-            self.image.preprocess = lambda payload: None if payload is None else payload.path
             samples = [] if first.takes_events else [[str(path)] for path in files]
             still = gr.Image(render=False)
             self.pictures = gr.Dataset(
                 components=[still], samples=samples, type="index", label="examples", elem_id="examples"
             )
         suffixes = [*VIDEO_EXTENSIONS, *EVENT_SUFFIXES]
-        self.film = gr.File(file_types=suffixes, label="film, or recording of events", elem_id="film", height=120)
+        self.film = gr.File(file_types=suffixes, label="film, or recording of events", elem_id="film", height=160)
         samples = [[path.name] for path in files] if first.takes_events else []
         self.recordings = gr.Dataset(
             components=[gr.Textbox(render=False)],
@@ -101,8 +103,8 @@ class Page:
             elem_id="recordings",
             visible=first.takes_events,
         )
-        self.stop = gr.Button("Stop", elem_id="stop", size="sm")
-        with gr.Accordion("Noise, as `hoyer-det robustness` makes it", open=False, elem_id="noise"):
+        self.stop = gr.Button("Stop the film", elem_id="stop", size="sm")
+        with gr.Accordion("Noise, as hoyer-det robustness makes it", open=False, elem_id="noise"):
             self.noises = {
                 kind: gr.Slider(0, SEVERITIES[kind][-1], 0, label=name, info=UNITS[kind], elem_id=kind)
                 for kind, name in NOISES.items()
@@ -114,14 +116,20 @@ class Page:
         with gr.Row():
             for side in ("first", "second"):
                 with gr.Column(min_width=280, visible=side == "first", elem_classes="side") as column:
-                    shown = gr.Image(label="found", elem_id=f"drawn-{side}", buttons=["fullscreen"], interactive=False)
+                    shown = gr.Image(
+                        label="found",
+                        elem_id=f"drawn-{side}",
+                        elem_classes="drawn",
+                        buttons=["fullscreen"],
+                        interactive=False,
+                    )
                     bars = gr.Label(num_top_classes=5, label="classes", elem_id=f"bars-{side}", visible=False)
                 self.drawn.append(shown)
                 self.bars.append(bars)
             self.second = column
         self.score = gr.Slider(LOWEST, 0.95, SCORE, step=0.01, label="boxes with a score above", elem_id="score")
         self.time = gr.Slider(1, 2, 1, step=1, label="picture of the film", elem_id="time", visible=False)
-        self.table = gr.HTML(elem_id="summary")
+        self.table = gr.HTML(summary(dict.fromkeys([next(iter(self.networks))]), SCORE), elem_id="summary")
         with gr.Row():
             self.json = gr.DownloadButton("Boxes as COCO JSON", elem_id="json", interactive=False)
             self.file = gr.DownloadButton("Picture", elem_id="picture", interactive=False)
@@ -136,6 +144,7 @@ class Page:
                         gr.Image(
                             label="spikes",
                             elem_id=f"maps-{side}",
+                            elem_classes=["drawn", "maps"],
                             buttons=["fullscreen"],
                             interactive=False,
                             visible=side == "first",
@@ -148,7 +157,7 @@ class Page:
         settings = [self.network, self.beside, self.score, self.stage, self.time, *self.noises.values()]
         self.all_settings = set(settings)
         self.everything = [
-            *settings, self.image, self.image_tab, self.pictures, self.film, self.recordings, self.said, self.second,
+            *settings, self.image, self.image_part, self.pictures, self.film, self.recordings, self.said, self.second,
             *self.drawn, *self.bars, *self.maps, self.table, self.json, self.file, self.costs,
         ]  # fmt: skip
 
@@ -161,7 +170,7 @@ class Page:
             done = event(self._handler(act), inputs, self.everything, **options)
             if explain:
                 more_of_it = self._handler(self._explain)
-                done.then(more_of_it, self.all_settings, self.everything, show_progress="hidden", **ask)
+                done.then(more_of_it, self.all_settings, self.everything, show_progress="hidden", **always_last, **ask)
 
         on(self.image.input, self._give_image, self.image, **ask)
         on(self.film.upload, self._give_film, self.film, **ask)
@@ -187,7 +196,9 @@ class Page:
         def call(values: dict, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Updates:  # noqa: B008
             visit = self.visits.of(request.session_hash)
             try:
-                return act(visit, values, lambda done, of: progress((done, of or None), unit="pictures"))
+                tell = lambda done, of: progress((done, of or None), unit="pictures")  # noqa: E731
+                with visit.lock:
+                    return act(visit, values, tell) or {self.said: gr.skip()}
             except Exception as error:
                 visit.give(None)
                 return self._emptied() | {self.said: sentence(_in_words(error, values), wrong=True)}
@@ -235,11 +246,14 @@ class Page:
         beside = values[self.beside] if values[self.beside] in others else NOBODY
         samples = [[str(path)] for path in self.examples[name]]
         updates[self.beside] = gr.Dropdown(others, value=beside)
-        updates[self.image_tab] = gr.Group(visible=not network.takes_events)
+        updates[self.image_part] = gr.Column(visible=not network.takes_events)
         updates[self.pictures] = gr.Dataset(samples=[] if network.takes_events else samples)
         names = [[path.name] for path in self.examples[name]]
         updates[self.recordings] = gr.Dataset(samples=names, visible=network.takes_events)
         updates[self.second] = gr.Column(visible=beside != NOBODY)
+        if visit.source is not None and is_recording(visit.source.path) != network.takes_events:
+            visit.give(None)  # of the other kind
+            updates |= self._emptied()
         return {**updates, **self._ask(visit, {**values, self.beside: beside}, tell)}
 
     def _ask(self, visit: Visit, values: Values, tell: Tell) -> Updates:
@@ -252,7 +266,7 @@ class Page:
         long = visit.source.is_long(networks[0].predictor.task)
         name = f"picture, one every {visit.source.seconds(networks[0].predictor.task):.3g} s" if long else ""
         shown = self._show(visit, values, tell)
-        words = f"{visit.source.name}: {plural(number, 'picture')}" + (", stopped before the end" if stopped else "")
+        words = visit.source.name + (f", stopped behind picture {number}" if stopped else "")
         return shown | {
             self.time: gr.Slider(1, max(2, number), visit.index + 1, label=name, visible=long),
             self.said: sentence(f"{words}; {self._found(visit, networks, values[self.score])}."),
@@ -281,7 +295,9 @@ class Page:
             updates[self.drawn[index]] = gr.Image(str(paths[index]), label=network.name)
             updates[self.bars[index]] = gr.Label(dict(top) or None, visible=bool(top), label=f"classes, {network.name}")
         updates[self.table] = summary(answers, score)
-        updates[self.json] = gr.DownloadButton(value=str(visit.write_json(networks[0], score)), interactive=True)
+        words = "Boxes as COCO JSON" if networks[0].has_boxes else "Classes as JSON"
+        file = str(visit.write_json(networks[0], score))
+        updates[self.json] = gr.DownloadButton(words, value=file, interactive=True)
         updates[self.file] = gr.DownloadButton(value=str(paths[0]), interactive=True)
         words = f"{visit.source.name}, picture {visit.index + 1}: {self._found(visit, networks, score)}."
         return updates | {self.second: gr.Column(visible=len(networks) > 1), self.said: sentence(words)}
@@ -309,8 +325,10 @@ class Page:
         updates: Updates = {}
         for index, network in enumerate(networks):
             path = visit.work(partial(visit.draw_maps, network, values[self.stage]))
-            label = f"{'' if path else 'no spikes of '}{values[self.stage]}, {network.name}"
-            updates[self.maps[index]] = gr.Image(None if path is None else str(path), label=label, visible=True)
+            label = f"{values[self.stage]}, {network.name}"
+            updates[self.maps[index]] = gr.Image(
+                None if path is None else str(path), label=label, visible=path is not None
+            )
         return updates | ({} if len(networks) > 1 else {self.maps[1]: gr.Image(visible=False)})
 
     def _step(self, by: int, visit: Visit, values: Values, tell: Tell) -> Updates:
@@ -330,9 +348,10 @@ class Page:
 
     def _emptied(self) -> Updates:
         """Return the page without a picture."""
-        nothing = [*self.drawn, *self.bars, *self.maps, self.image, self.film, self.table, self.costs]
+        nothing = [*self.drawn, *self.bars, *self.maps, self.image, self.film, self.costs]
+        table = {self.table: summary(dict.fromkeys([next(iter(self.networks))]), SCORE)}
         buttons = {part: gr.DownloadButton(value=None, interactive=False) for part in (self.json, self.file)}
-        return dict.fromkeys(nothing) | buttons | {self.time: gr.Slider(visible=False)}
+        return dict.fromkeys(nothing) | table | buttons | {self.time: gr.Slider(visible=False)}
 
 
 def _in_words(error: Exception, values: Values) -> str:

@@ -21,7 +21,7 @@ MOST_STORED = 2**31  # bytes of files that visitors have left
 # What the page asks for. Gradio has more: routes that fetch other addresses, or that tell of the server.
 OPEN = re.compile(
     r"/(config|theme\.css|favicon\.ico|manifest\.json)?|/(assets|static)/.+|/gradio_api/"
-    r"(info|app_id|startup-events|upload|upload_progress|queue/(join|data)|cancel|reset|heartbeat/\w+|file=.+)"
+    r"(info|app_id|startup-events|upload|upload_progress|queue/(join|data)|run/predict|cancel|reset|heartbeat/\w+|file=.+)"
 )
 HEADERS = {
     # The browser, too, asks nobody else for anything, whatever a file of Gradio's names.
@@ -231,15 +231,22 @@ class PageServer:
             import uvicorn
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"the page needs {error.name}: pip install hoyer-det[web]") from None
+        from detection.report.words import run_names
+        from detection.runs import Run
         from detection.web.answers import Network
         from detection.web.page import CSS, Page, theme
         from detection.web.sources import examples_of
         from detection.web.visits import Visits
 
-        networks = [Network(run, weights, device, data_root) for run in runs]
-        self.names = [network.name for network in networks]
-        if len(set(self.names)) < len(networks):
+        opened = [Run.open(run, data_root) for run in runs]
+        if len({run.folder.resolve() for run in opened}) < len(opened):
             raise ValueError(f"{', '.join(runs)}: a run is given twice")
+        # Visitors need not know where runs lie.
+        own = run_names([run.folder for run in opened])
+        self.names = [
+            run.address if run.address.startswith("zoo:") else name for run, name in zip(opened, own, strict=True)
+        ]
+        networks = [Network(run, name, weights, device) for run, name in zip(opened, self.names, strict=True)]
         examples = {
             network.name: examples_of(network.predictor, folder / "examples" / str(index))
             for index, network in enumerate(networks)

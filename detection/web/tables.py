@@ -18,6 +18,7 @@ from detection.web.answers import Answer
 SHOWN = ("spiking", "spiking_int8", "twin", "twin_int8")
 WAIT = "\N{HORIZONTAL ELLIPSIS}"
 DASH = "\N{EN DASH}"
+NOISY = ("without noise", "outputs that the noise flips", "noise left out")  # rows that are not always there
 
 
 @cache
@@ -36,8 +37,11 @@ def sentence(text: str, *, wrong: bool = False) -> str:
     return Markup('<p class="said{}" role="{}">{}</p>').format(" wrong" if wrong else "", role, text)
 
 
-def summary(answers: Mapping[str, Answer], score: float) -> str:
-    """Return the networks side by side: what they found, how much fires, what it costs, how long it took."""
+def summary(answers: Mapping[str, Answer | None], score: float) -> str:
+    """Return the networks side by side: what they found, how much fires, what it costs, how long it took.
+
+    A network without an answer has the same rows, so that the page keeps its shape.
+    """
     rows = {
         "found": lambda answer: str(answer.prediction.above(score)),
         "without noise": lambda answer: "" if answer.clean is None else _since(answer, score),
@@ -52,7 +56,10 @@ def summary(answers: Mapping[str, Answer], score: float) -> str:
         "from the file to the picture": lambda answer: _whole(answer),
         "noise left out": lambda answer: "; ".join(f"{kind}: {why}" for kind, why in answer.left_out.items()),
     }
-    cells = [(name, *(value(answer) for answer in answers.values())) for name, value in rows.items()]
+    cells = [
+        (name, *(("" if name in NOISY else DASH) if answer is None else value(answer) for answer in answers.values()))
+        for name, value in rows.items()
+    ]
     columns = ("", *answers)
     return render([Table("Networks on this picture", columns, [row for row in cells if any(row[1:])], sortable=False)])
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from detection.web.sources import Source
 
 ALL_STAGES = "all stages"
 MOST_VISITS = 32  # whose answers are kept; the one that was away for longest goes first
+KEPT = 60  # files of a visitor
 NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 Tell = Callable[[int, int], None]
 Run = Callable[[Callable[[], Any]], Any]
@@ -40,6 +40,8 @@ class Visit:
         index: number of the picture that is shown, of a film or recording.
         answers: to each picture, by network; without their pixels, where there are many.
         noise: severities by kind.
+        lock: to be held by what changes or shows any of it.
+        stopped: set by who wants no more pictures of a film; nobody waits for the lock with that.
     """
 
     def __init__(self, folder: Path, work: Run) -> None:
@@ -48,7 +50,8 @@ class Visit:
         self.index = 0
         self.noise: dict[str, float] = {}
         self.answers: dict[str, list[Answer]] = {}
-        self.stopped = threading.Event()
+        self.lock, self.stopped = threading.Lock(), threading.Event()
+        self._written = 0
 
     def give(self, source: Source | None) -> None:
         """Begin with another file, or with none."""
@@ -66,38 +69,29 @@ class Visit:
             Whether it was stopped before the end; what was done until then is kept.
         """
         self.stopped.clear()
-        if self.noise != noise:
-            self.noise, self.answers = dict(noise), {}
+        answers = dict(self.answers) if self.noise == noise else {}
         for network in networks:
-            if network.name not in self.answers:
-                self.answers[network.name] = self._answers(network, tell)
-            if not self.answers[network.name]:
+            if network.name not in answers:
+                answers[network.name] = self._answers(network, noise, tell)
+            if not answers[network.name]:
                 raise ValueError("not one picture could be read")
+        self.noise, self.answers = dict(noise), answers
         self.index = min(self.index, self.length(networks) - 1)
         return self.stopped.is_set()
 
-    def _answers(self, network: Network, tell: Tell) -> list[Answer]:
-        task, found = network.predictor.task, []
-        long = self.source.is_long(task)
-        total = self.work(lambda: self.source.length(task)) if long else 1
-        pictures = self.source.pictures(task)
+    def _answers(self, network: Network, noise: Mapping[str, float], tell: Tell) -> list[Answer]:
+        task, source, found = network.predictor.task, self.source, []
+        long = source.is_long(task)
+        total = self.work(lambda: source.length(task)) if long else 1
+        pictures = source.pictures(task)
         while not self.stopped.is_set():
-            answer = self.work(lambda: self._next(network, pictures))
+            answer = self.work(lambda: _next(network, pictures, noise))
             if answer is None:
                 break
             found.append(_without_pixels(answer) if long else answer)
             if long:
                 tell(len(found), total)
         return found
-
-    def _next(self, network: Network, pictures: Any) -> Answer | None:
-        started = time.perf_counter()
-        picture = next(pictures, None)
-        if picture is None:
-            return None
-        answer = network.predict(picture, self.noise)
-        answer.whole_seconds = time.perf_counter() - started
-        return answer
 
     def length(self, networks: Sequence[Network]) -> int:
         """Return the number of pictures that all these networks have answered to."""
@@ -119,17 +113,16 @@ class Visit:
         found = self.answers[network.name]
         if not found[self.index].prediction.image.size:
             # Asked again: the pixels are not kept, and noise changes them.
-            whole = found[self.index].whole_seconds
-            for index, answer in enumerate(found):
-                found[index] = _without_pixels(answer)
-            found[self.index] = network.predict(self.picture(network), self.noise)
+            whole, noise = found[self.index].whole_seconds, found[self.index].noise
+            found[:] = map(_without_pixels, found)
+            found[self.index] = network.predict(self.picture(network), noise)
             found[self.index].whole_seconds = whole
         return found[self.index]
 
     def draw(self, network: Network, score: float) -> Path:
         """Write the picture with what the network finds in it, and return the file."""
         started = time.perf_counter()
-        answer, path = self.answer(network), self._file(network, f"{self._stem}.jpg")
+        answer, path = self.answer(network), self._file(f"{self._stem}.jpg")
         answer.prediction.above(score).draw().save(path, quality=95)
         if answer.drawing_seconds is None:
             answer.drawing_seconds = time.perf_counter() - started
@@ -139,7 +132,7 @@ class Visit:
         """Return the network's answer to the picture that is shown, spike maps and energy with it."""
         answer = self.answer(network)
         if answer.analysis is None:
-            network.explain(answer, self.picture(network), self.noise)
+            network.explain(answer, self.picture(network))
         return answer
 
     def draw_maps(self, network: Network, stage: str) -> Path | None:
@@ -150,7 +143,7 @@ class Visit:
             return None
         columns = 3 if stage == ALL_STAGES else 2
         figure = draw_spike_maps(answer.prediction.image, maps, columns=columns, vmax=brightest_rate(answer.maps))
-        path = self._file(network, "spikes.png")
+        path = self._file("spikes.png")
         figure.savefig(path)
         return path
 
@@ -162,13 +155,15 @@ class Visit:
             prediction = answer.prediction.above(score)
             width, height = answer.size
             images.append({"id": number, "file_name": self.source.name, "width": width, "height": height})
+            if self.source.is_long(task):
+                images[-1]["frame"] = number - 1  # as `hoyer-det predict` counts them
             for row in prediction.to_results(number):
                 area = {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} if "bbox" in row else {}
                 rows.append({"id": len(rows) + 1, **row, **area})
         info = {"description": f"predictions of {network.name}, {network.weights} weights", "score_threshold": score}
         labels = task.describe_labels(run)
         labels.pop("category_ids", None)  # where their numbers come from: a path of the server
-        path = self._file(network, f"{self._stem}.json")
+        path = self._file(f"{self._stem}.json")
         path.write_text(json.dumps({"info": info, "images": images, **labels, "annotations": rows}, indent=1) + "\n")
         return path
 
@@ -176,10 +171,23 @@ class Visit:
     def _stem(self) -> str:
         return Path(self.source.name).stem[:80] or "picture"
 
-    def _file(self, network: Network, name: str) -> Path:
-        folder = self.folder / re.sub(r"\W", "_", network.name)
-        folder.mkdir(parents=True, exist_ok=True)
+    def _file(self, name: str) -> Path:
+        """Return a path that nothing was written to before, since a browser may still be reading what was."""
+        folder = self.folder / str(self._written)
+        self._written += 1
+        shutil.rmtree(self.folder / str(self._written - KEPT), ignore_errors=True)
+        folder.mkdir(parents=True)
         return folder / name
+
+
+def _next(network: Network, pictures: Iterator[Tensor], noise: Mapping[str, float]) -> Answer | None:
+    started = time.perf_counter()
+    picture = next(pictures, None)
+    if picture is None:
+        return None
+    answer = network.predict(picture, noise)
+    answer.whole_seconds = time.perf_counter() - started
+    return answer
 
 
 def _without_pixels(answer: Answer) -> Answer:
