@@ -22,6 +22,7 @@ TITLE = "hoyer-det: networks at work"
 SCORE = 0.3
 NOBODY = "none"
 GREETING = "Give the network a picture: choose a file, paste one, use the camera, or take an example."
+BUSY = "The network looks at it."
 Values = Mapping[Any, Any]
 Updates = dict[Any, Any]
 
@@ -111,7 +112,7 @@ class Page:
             }
 
     def _lay_out_answers(self) -> None:
-        self.said = gr.HTML(sentence(GREETING), elem_id="said")
+        self.said = gr.HTML(sentence(GREETING), elem_id="said", padding=False)
         self.drawn, self.bars, self.maps = [], [], []
         with gr.Row():
             for side in ("first", "second"):
@@ -129,10 +130,12 @@ class Page:
             self.second = column
         self.score = gr.Slider(LOWEST, 0.95, SCORE, step=0.01, label="boxes with a score above", elem_id="score")
         self.time = gr.Slider(1, 2, 1, step=1, label="picture of the film", elem_id="time", visible=False)
-        self.table = gr.HTML(summary(dict.fromkeys([next(iter(self.networks))]), SCORE), elem_id="summary")
+        self.table = gr.HTML(
+            summary(dict.fromkeys([next(iter(self.networks))]), SCORE), elem_id="summary", padding=False
+        )
         with gr.Row():
-            self.json = gr.DownloadButton("Boxes as COCO JSON", elem_id="json", interactive=False)
-            self.file = gr.DownloadButton("Picture", elem_id="picture", interactive=False)
+            self.json = gr.DownloadButton("Boxes as COCO JSON", elem_id="json", size="md", interactive=False)
+            self.file = gr.DownloadButton("Picture", elem_id="picture", size="md", interactive=False)
         with gr.Tabs():
             with gr.Tab("Where it fires"):
                 self.stage = gr.Radio([ALL_STAGES], value=ALL_STAGES, label="stage", elem_id="stage")
@@ -151,7 +154,7 @@ class Page:
                         )
                     )
             with gr.Tab("What it costs"):
-                self.costs = gr.HTML(elem_id="costs")
+                self.costs = gr.HTML(elem_id="costs", padding=False)
 
     def _connect(self) -> None:
         settings = [self.network, self.beside, self.score, self.stage, self.time, *self.noises.values()]
@@ -167,6 +170,8 @@ class Page:
         def on(event: Callable[..., Any], act: Act, *more: Any, explain: bool = True, **options: Any) -> None:
             inputs = {*self.all_settings, *more}
             options = {"show_progress_on": self.drawn, **options} if explain else {"show_progress": "hidden", **options}
+            if more:  # something new: what was said of the last thing is over
+                event = event(lambda: sentence(BUSY), None, self.said, queue=False, show_progress="hidden").then
             done = event(self._handler(act), inputs, self.everything, **options)
             if explain:
                 more_of_it = self._handler(self._explain)
@@ -200,8 +205,9 @@ class Page:
                 with visit.lock:
                     return act(visit, values, tell) or {self.said: gr.skip()}
             except Exception as error:
+                words = _in_words(error, visit.source)
                 visit.give(None)
-                return self._emptied() | {self.said: sentence(_in_words(error, values), wrong=True)}
+                return self._emptied() | {self.said: sentence(words, wrong=True)}
 
         return call
 
@@ -354,10 +360,10 @@ class Page:
         return dict.fromkeys(nothing) | table | buttons | {self.time: gr.Slider(visible=False)}
 
 
-def _in_words(error: Exception, values: Values) -> str:
+def _in_words(error: Exception, source: Source | None) -> str:
     """Return an error as a sentence that names a file as its owner does, and no folder of the server."""
     text = explain(error)[1].removeprefix("error: ")
-    for value in values.values():
-        if isinstance(value, str) and "/" in value:
-            text = text.replace(value, Path(value).name)
-    return text
+    if source is None:
+        return text
+    text = text.replace(str(source.path), source.name)
+    return text if source.name in text else f"{source.name}: {text}"
