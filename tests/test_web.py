@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import re
@@ -96,9 +97,10 @@ def write_bomb(path: Path, side: int = 30_000) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[object]:
+def server(tmp_path_factory, real_data) -> Iterator[object]:
     folder = tmp_path_factory.mktemp("web")
     draw_recordings(folder / "data", num_train=1, num_val=1, size=64, seed=0)
+    (folder / "data" / "BCCD").symlink_to(real_data("bccd") / "bccd" / "BCCD")
     runs = [
         SPIKING,
         ANALOGUE_HEAD,
@@ -138,7 +140,7 @@ def new_page(browser, server) -> Iterator[Callable[..., object]]:
     def open_page(width: int = 1400, height: int = 1000):
         contexts.append(browser.new_context(viewport={"width": width, "height": height}))
         page = contexts[-1].new_page()
-        page.set_default_timeout(40_000)
+        page.set_default_timeout(90_000)
         page.on(
             "request", lambda each: each.url.startswith((server.address, "data:", "blob:")) or wrong.append(each.url)
         )
@@ -179,8 +181,7 @@ def wait_said(page, *words: str) -> str:
 
 
 def choose(page, part: str, name: str) -> None:
-    page.click(f"#{part} input")
-    page.get_by_role("option", name=name, exact=True).click()
+    page.locator(f"#{part}").get_by_label(name, exact=True).check()
 
 
 def set_slider(page, part: str, value: float) -> None:
@@ -366,11 +367,11 @@ def test_the_keyboard_reaches_everything_and_small_screens_show_it(page):
             cut += "each.checkVisibility() && !each.closest('.scroll') && each.getBoundingClientRect().width > 1 && "
             cut += "(each.getBoundingClientRect().right > innerWidth + 1 || each.getBoundingClientRect().left < -1))"
             assert page.evaluate(f"{cut}.map(each => each.outerHTML.slice(0, 200))") == []
-    if os.environ.get("WRITE_PICTURES"):  # docs/web.png
-        page.set_viewport_size({"width": 1100, "height": 1000})
+    if path := os.environ.get("WRITE_PICTURE"):  # docs/web.png
+        page.set_viewport_size({"width": 1200, "height": 1300})
         page.evaluate("scrollTo(0, 0)")
         time.sleep(1)
-        page.screenshot(path=os.environ["WRITE_PICTURES"])
+        Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(192, dither=0).save(path, optimize=True)
 
 
 # Its server

@@ -81,8 +81,9 @@ class Page:
     def _lay_out_inputs(self) -> None:
         first = next(iter(self.networks.values()))
         names, files = list(self.networks), self.examples[first.name]
-        self.network = gr.Dropdown(names, value=first.name, label="network", elem_id="network")
-        self.beside = gr.Dropdown([NOBODY], value=NOBODY, label="beside it", elem_id="beside", visible=len(names) > 1)
+        # Not a dropdown: that of Gradio stays open over the page when the keyboard leaves it.
+        self.network = gr.Radio(names, value=first.name, label="network", elem_id="network")
+        self.beside = gr.Radio([NOBODY], value=NOBODY, label="beside it", elem_id="beside", visible=len(names) > 1)
         with gr.Column(visible=not first.takes_events) as self.image_part:
             sources = ["upload", "clipboard", "webcam"]
             self.image = gr.Image(
@@ -217,7 +218,7 @@ class Page:
 
     def _begin(self) -> Updates:
         first = next(iter(self.networks))
-        return {self.beside: gr.Dropdown(self._others(first), value=NOBODY)}
+        return {self.beside: gr.Radio(self._others(first), value=NOBODY)}
 
     def _others(self, name: str) -> list[str]:
         """Return the networks that take what a network takes."""
@@ -251,7 +252,7 @@ class Page:
         network, others = self.networks[name], self._others(name)
         beside = values[self.beside] if values[self.beside] in others else NOBODY
         samples = [[str(path)] for path in self.examples[name]]
-        updates[self.beside] = gr.Dropdown(others, value=beside)
+        updates[self.beside] = gr.Radio(others, value=beside)
         updates[self.image_part] = gr.Column(visible=not network.takes_events)
         updates[self.pictures] = gr.Dataset(samples=[] if network.takes_events else samples)
         names = [[path.name] for path in self.examples[name]]
