@@ -105,8 +105,8 @@ def server(tmp_path_factory, real_data) -> Iterator[object]:
         SPIKING,
         ANALOGUE_HEAD,
         CLASSES,
-        str(make_run(folder / "named", NAMED)),
-        str(make_run(folder / "ev", EVENTS)),
+        str(make_run(folder / "classifier", NAMED)),
+        str(make_run(folder / "events_detector", EVENTS)),
     ]
     server = prepare(
         build_parser(None).parse_args([*runs, "--port", "0", "--max-mb", "8", "--data.root", str(folder / "data")])
@@ -302,7 +302,7 @@ def test_a_film_has_a_progress_bar_and_can_be_stopped(page, tmp_path):
 
 
 def test_a_recording_has_a_slider_over_time(page):
-    choose(page, "network", "ev")
+    choose(page, "network", "events_detector")
     page.locator("#recordings button").first.click()
     wait_said(page, "000001_td.dat", "5 detections")
     assert page.locator("#time input[type=range]").get_attribute("max") == "4"
@@ -323,7 +323,7 @@ def test_classes_have_bars_and_their_names_are_text(page, cells):
     bars = page.inner_text("#bars-first")
     assert all(name in bars and f"{100 * share:.0f}%" in bars for name, share in top)
     assert not page.locator("#score").is_visible() and page.inner_text("#json") == "Classes as JSON"
-    choose(page, "network", "named")
+    choose(page, "network", "classifier")
     wait_said(page, *MARKUP)
     assert all(name in page.inner_text("#bars-first") and name in page.inner_text("#summary") for name in MARKUP)
     assert page.locator("#bars-first b, #summary b, #said b, #bars-first img, #summary img, #said img").count() == 0

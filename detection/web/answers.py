@@ -34,7 +34,7 @@ SEED = 0
 
 @dataclass
 class Answer:
-    """What a network makes of one picture.
+    """The answer of a network to one picture.
 
     Attributes:
         prediction: with boxes from `LOWEST` on, in the picture as the noise left it.

@@ -95,6 +95,7 @@ class Page:
                 components=[still], samples=samples, type="index", label="examples", elem_id="examples"
             )
         suffixes = [*VIDEO_EXTENSIONS, *EVENT_SUFFIXES]
+        self.pictures.keep_in_cache |= {str(path) for paths in self.examples.values() for path in paths}
         self.film = gr.File(file_types=suffixes, label="film, or recording of events", elem_id="film", height=160)
         samples = [[path.name] for path in files] if first.takes_events else []
         self.recordings = gr.Dataset(

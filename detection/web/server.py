@@ -10,10 +10,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from detection.records import Weights
+
+if TYPE_CHECKING:
+    from detection.web.answers import Network
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MEGABYTE = 2**20
@@ -189,6 +192,24 @@ def keep_quiet(folder: Path) -> None:
     }
 
 
+def open_networks(runs: Sequence[str], weights: Weights, device: str | None, data_root: Path | None) -> list[Network]:
+    """Return the networks of some runs; their names do not say where they lie, which visitors need not know.
+
+    Raises:
+        FileNotFoundError, ValueError: see `Predictor`, or a run is given twice.
+    """
+    from detection.report.words import run_names
+    from detection.runs import Run
+    from detection.web.answers import Network
+
+    opened = [Run.open(run, data_root) for run in runs]
+    if len({run.folder.resolve() for run in opened}) < len(opened):
+        raise ValueError(f"{', '.join(runs)}: a run is given twice")
+    own = run_names([run.folder for run in opened])
+    names = [run.address if run.address.startswith("zoo:") else name for run, name in zip(opened, own, strict=True)]
+    return [Network(run, name, weights, device) for run, name in zip(opened, names, strict=True)]
+
+
 class PageServer:
     """A page that is ready to be served.
 
@@ -226,32 +247,33 @@ class PageServer:
         folder = Path(self.folder.name).resolve()
         keep_quiet(folder)
         try:
-            import fastapi
-            import gradio
+            import gradio  # noqa: F401
             import uvicorn
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"the page needs {error.name}: pip install hoyer-det[web]") from None
-        from detection.report.words import run_names
-        from detection.runs import Run
-        from detection.web.answers import Network
+        networks = open_networks(runs, weights, device, data_root)
+        self.names = [network.name for network in networks]
+        self._thread = ThreadPoolExecutor(1, "networks")  # one thing at a time: networks are watched while they run
+        app = self._application(networks, folder, most_bytes, most_pixels)
+        gate = Gate(app, folder, most_bytes, any_host=host not in LOOPBACK)
+        port = self.socket.getsockname()[1]
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        settings = {"log_level": "warning", "timeout_graceful_shutdown": 2, "server_header": False}
+        self.server = uvicorn.Server(uvicorn.Config(gate, **settings))
+
+    def _application(self, networks: Sequence[Network], folder: Path, most_bytes: int, most_pixels: int) -> Any:
+        """Return the page as an ASGI application."""
+        import fastapi
+        import gradio
+
         from detection.web.page import CSS, Page, theme
         from detection.web.sources import examples_of
         from detection.web.visits import Visits
 
-        opened = [Run.open(run, data_root) for run in runs]
-        if len({run.folder.resolve() for run in opened}) < len(opened):
-            raise ValueError(f"{', '.join(runs)}: a run is given twice")
-        # Visitors need not know where runs lie.
-        own = run_names([run.folder for run in opened])
-        self.names = [
-            run.address if run.address.startswith("zoo:") else name for run, name in zip(opened, own, strict=True)
-        ]
-        networks = [Network(run, name, weights, device) for run, name in zip(opened, self.names, strict=True)]
         examples = {
             network.name: examples_of(network.predictor, folder / "examples" / str(index))
             for index, network in enumerate(networks)
         }
-        self._thread = ThreadPoolExecutor(1, "networks")  # one thing at a time: networks are watched while they run
         visits = Visits(folder, lambda function: self._thread.submit(function).result())
         blocks = Page(networks, examples, visits, most_pixels).build()
         app = gradio.mount_gradio_app(
@@ -260,8 +282,6 @@ class PageServer:
             "/",
             footer_links=[],
             run_history=False,
-            allowed_paths=[],
-            blocked_paths=[],
             show_error=False,
             max_file_size=most_bytes,
             ssr_mode=False,
@@ -272,11 +292,7 @@ class PageServer:
             css=CSS,
         )
         blocks.has_launched = True  # or Gradio would not look whether a file is one of its own
-        gate = Gate(app, folder, most_bytes, any_host=host not in LOOPBACK)
-        port = self.socket.getsockname()[1]
-        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-        settings = {"log_level": "warning", "timeout_graceful_shutdown": 2, "server_header": False}
-        self.server = uvicorn.Server(uvicorn.Config(gate, **settings))
+        return app
 
     def run(self) -> None:
         """Serve until Ctrl-C, or until `server.should_exit` is set."""

@@ -1,4 +1,4 @@
-"""What the page says in words and tables, as HTML; all names in it are escaped."""
+"""Words and tables of the page, as HTML; all names in it are escaped."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ Run = Callable[[Callable[[], Any]], Any]
 
 
 class Visit:
-    """What one visitor sees.
+    """All that one visitor sees.
 
     Args:
         folder: for the files that are drawn, of this visitor alone.
