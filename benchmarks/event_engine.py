@@ -2,11 +2,11 @@
 """How fast is the event-driven engine on one image at a time, beside the analogue twin in float and in 8 bits?
 
 Networks: VGG16 on 32x32, ResNet18 on 224x224 and a RetinaNet with spiking neck and head on 320x240, whole from images
-to boxes, with random weights and thresholds at which a given share of the neurons of every layer fires. Trained: networks
-of the zoo on real images, from decoded image to boxes or logits; their twins have random weights, so that hardly a box
-is left for the twin's non-maximum suppression. Layers: one layer alone, in units of the dense product that it replaces,
-beside the same layer as a dense 8-bit convolution (ONNX Runtime, the mean of a chain of four), the largest dense 8-bit
-product that was measured, and what memory gives if every weight of an input that fired is read once.
+to boxes, with random weights and thresholds at which a given share of the neurons of every layer fires. Trained:
+networks of the zoo on real images, from decoded image to boxes or logits; their twins have random weights, so that
+hardly a box is left for the twin's non-maximum suppression. Layers: one layer alone, in units of the dense product that
+it replaces, beside the same layer as a dense 8-bit convolution (ONNX Runtime, the mean of a chain of four), the largest
+dense 8-bit product that was measured, and what memory gives if every weight of an input that fired is read once.
 
 Forms take turns, each several images in a row, since that is how a network is used; every form sees the same eight.
 

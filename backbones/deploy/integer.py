@@ -285,7 +285,7 @@ class FixedPointConv(nn.Module):
 
 
 def _round_together(weight: Tensor) -> Tensor:
-    """Return weights (C', C, kh, kw) rounded up or down so that the sum of each kernel is off by half a unit at most."""
+    """Return weights (C', C, kh, kw) rounded up or down, so that each kernel's sum is off by half a unit at most."""
     rounded = weight.round()
     error = (weight - rounded).flatten(2)
     missing = error.sum(2, keepdim=True).round()
