@@ -80,6 +80,7 @@ struct Kernels {
     void (*threshold)(const float *, int64_t, int64_t, int64_t, const float *, const float *, uint64_t *);
     int64_t (*place_of)(int64_t);
     int8_t (*stored)(int64_t, int8_t);
+    int64_t (*count)(const uint64_t *, int64_t);
     void (*list_row)(const EventConv &, const Layer &, int64_t, int64_t, Pixel *, uint32_t *);
     void (*quantise_row)(const EventStem &, int64_t, int64_t, int16_t *);
     void (*stem_rows)(const Stem &, int64_t, const uint8_t *, int64_t, int64_t, int32_t *, float *);
@@ -93,6 +94,7 @@ inline int64_t words_of(int64_t channels) { return (channels + 63) / 64; }
 constexpr int64_t kNearest = 48 << 10;  // of the first
 constexpr int64_t kNear = 500 << 10;  // bytes of weights that stay in the second cache
 constexpr double kBytesPerNs = 30;       // from main memory
+constexpr double kWorthwhileNs = 30000;  // of work for another thread
 constexpr int64_t kAhead = 24;         // rows between the request for one and its use
 
 #define NAME portable
@@ -230,7 +232,7 @@ class Pool {
     }
 
   private:
-    static constexpr int kSpins = 2000;  // some ten microseconds: layers follow each other closely
+    static constexpr int kSpins = 20000;  // some hundred microseconds: layers follow each other closely
 
     void serve(int64_t number, int64_t seen) {
         while (true) {
@@ -319,14 +321,19 @@ Tiles dense_tiles(const EventConv &c) {
 
 bool can_be_dense(const EventConv &c) { return c.groups == 1 && c.dilation_w == 1; }
 
-// Whether the layer is estimated to be faster as a dense one, with so many neurons active among its inputs.
-bool dense_is_faster(const EventConv &c, const Layer &layer, const Costs &costs) {
+// Estimated nanoseconds of a layer, with so many neurons active among its inputs as there are.
+struct Estimate {
+    double events, dense;
+};
+
+Estimate estimate(const EventConv &c, const Layer &layer, const Kernels &used) {
+    const Costs &costs = used.costs;
     const int64_t places = c.images * c.height * c.width, neurons = c.images * c.out_height * c.out_width;
-    int64_t active = 0;
-    for (int64_t i = 0; i < places * words_of(c.channels); ++i) active += __builtin_popcountll(c.input[i]);
+    if (places == 0) return {0, 0};
+    const int64_t active = used.count(c.input, places * words_of(c.channels));
     const double density = (double)active / ((double)places * (double)c.channels);
-    const double rows = (density < 0.5 ? density : 1 - density) * (double)(layer.taps * c.channels);
-    const double words = (double)(layer.words * layer.blocks);
+    const double rows = (density < 0.5 ? density : 1 - density) * (double)(layer.taps * c.channels / c.groups);
+    const double words = (double)(layer.words * layer.blocks * c.groups);
     const bool nearest = layer.taps * c.channels * c.out_channels <= kNearest;
     double events = rows * (costs.row_ns * (double)layer.blocks + (nearest ? 1 : 1.5) * costs.word_ns * words);
     if (density > 0.5) events += 20 * (double)layer.taps;  // complements: sums over all inputs are added
@@ -335,14 +342,19 @@ bool dense_is_faster(const EventConv &c, const Layer &layer, const Costs &costs)
     const int64_t inputs = layer.taps * c.channels, computed = (c.out_channels + 31) / 32 * 32;
     double dense = (double)neurons * (double)(inputs * computed) / costs.products_per_ns;
     if (layer.far) dense += (double)(inputs * computed) / kBytesPerNs;  // reads all weights, whatever fires
-    return dense < (double)neurons * events;
+    return {(double)neurons * events, dense};
 }
 
-void convolve_dense(const EventConv &c) {
+// So many threads that each has work for longer than it takes to wake it.
+int64_t threads_for(int64_t most, double nanoseconds) {
+    return std::max<int64_t>(1, std::min(most, 1 + (int64_t)(nanoseconds / kWorthwhileNs)));
+}
+
+void convolve_dense(const EventConv &c, int64_t threads) {
     const Tiles tiles = dense_tiles(c);
     const Kernels &used = kernels();
     const int64_t row_bytes = (c.width + 2 * c.pad_w) * c.channels + 64, rows = c.height + 2 * c.pad_h;
-    const int64_t threads = c.threads < 1 ? 1 : c.threads, room = c.out_width * tiles.padded;
+    const int64_t room = c.out_width * tiles.padded;
     thread_local std::vector<uint8_t> bytes;
     thread_local std::vector<int32_t> sums;
     bytes.assign((size_t)(c.images * rows * row_bytes + 64), 0);
@@ -362,11 +374,14 @@ void convolve_dense(const EventConv &c) {
 
 void convolve(EventConv &c) {
     Layer layer = layout_of(c);
-    c.wants_dense = can_be_dense(c) && dense_is_faster(c, layer, kernels().costs);
+    const Kernels &used = kernels();
+    const Estimate cost = estimate(c, layer, used);
+    c.wants_dense = can_be_dense(c) && cost.dense < cost.events;
     if (c.wants_dense && c.dense) {
-        convolve_dense(c);
+        convolve_dense(c, threads_for(c.threads, cost.dense));
         return;
     }
+    const int64_t threads = threads_for(c.threads, cost.events);
     const int64_t groups = layer.depthwise ? 1 : c.groups, each = c.channels / groups;
     const int64_t rows = c.images * c.out_height, in_rows = c.images * c.height;
     layer.weights = static_cast<const int8_t *>(c.packed);
@@ -375,12 +390,11 @@ void convolve(EventConv &c) {
     thread_local std::vector<uint32_t> lists, flat;
     thread_local std::vector<int64_t> complements;
     thread_local std::vector<int32_t> wide;
-    const Kernels &used = kernels();
     layer.row_room = c.width * (each / 2 + 1) + kRoom;
     const int64_t per_group = in_rows * layer.row_room + kRoom, most = layer.taps * each + 2 * kRoom;
     const int64_t columns = c.width * c.kernel_h * (each / 2 + 1) + 2 * kRoom, per_thread = 2 * most + columns;
     const int64_t places = layer.taps + c.width + 1;
-    const int64_t threads = c.threads < 1 ? 1 : c.threads, padded = words_of(c.out_channels) * 64;
+    const int64_t padded = words_of(c.out_channels) * 64;
     if (!layer.depthwise) {
         if ((int64_t)pixels.size() < groups * in_rows * c.width) pixels.resize(groups * in_rows * c.width);
         if ((int64_t)lists.size() < groups * per_group) lists.resize(groups * per_group);
@@ -440,7 +454,9 @@ void run_stem(const EventStem &c) {
     const Stem stem = layout_of(c);
     const Kernels &used = kernels();
     const int64_t rows = c.height + 2 * c.pad_h, image_size = rows * stem.row_length, padded = stem.tiles.padded;
-    const int64_t threads = c.threads < 1 ? 1 : c.threads, room = c.pool_h * c.out_width * padded;
+    const double products = (double)(c.images * c.out_height * c.out_width * c.kernel_h * stem.tiles.steps * padded);
+    const int64_t threads = threads_for(c.threads, products / used.costs.products_per_ns);
+    const int64_t room = c.pool_h * c.out_width * padded;
     thread_local std::vector<int16_t> quantised;
     thread_local std::vector<int32_t> rings;
     thread_local std::vector<float> results;
@@ -575,7 +591,8 @@ int events_stem(const EventStem *stem) {
 
 void events_threshold(const float *x, int64_t pixels, int64_t channels, const float *level, const float *sign,
                       uint64_t *spikes, int64_t threads) {
-    const int64_t parts = pixels < 64 ? 1 : 4 * (threads < 1 ? 1 : threads);
+    threads = threads_for(threads, 0.3 * (double)(pixels * channels));
+    const int64_t parts = threads == 1 ? 1 : 4 * threads;
     const Kernels &used = kernels();
     pool().run(parts, threads, [&](int64_t part, int64_t) {
         used.threshold(x, pixels * part / parts, pixels * (part + 1) / parts, channels, level, sign, spikes);

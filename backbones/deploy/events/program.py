@@ -10,17 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..fixed_point import ChannelAffine, FixedPointConv
 from ..fold import ChannelThreshold, module_of
-from ..integer import (
-    ChannelAffine,
-    FixedPointConv,
-    IntegerLayer,
-    IntegerReal,
-    IntegerSpikes,
-    QuantisedReal,
-    is_binary,
-    shape_of,
-)
+from ..integer import IntegerLayer, IntegerReal, IntegerSpikes, QuantisedReal, is_binary, shape_of
 
 Operation = dict[str, Any]
 ARITHMETIC = {operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div"}
