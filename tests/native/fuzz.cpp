@@ -328,11 +328,11 @@ void check_threads(Random &random) {
 int main(int, char **argv) {
     const double end = std::atof(argv[1]) * CLOCKS_PER_SEC;
     Random random{std::mt19937_64(std::atoi(argv[2]))};
-    int64_t rounds = 0, levels = 0;
+    int64_t rounds = 0, layers = 0, levels = 0;
     do {
         const int level = (int)(rounds % 4);
         if (events_use(level) != level) continue;
-        levels |= 1 << level;
+        levels |= 1 << level, layers += 6;
         std::vector<std::thread> callers;
         for (int number = 0; number < 2; ++number)
             callers.emplace_back([seed = random.engine()] {
@@ -342,5 +342,5 @@ int main(int, char **argv) {
             });
         for (std::thread &caller : callers) caller.join();
     } while (++rounds < 4 || (double)std::clock() < end);
-    std::printf("%lld layers, instruction sets %lld\n", (long long)(6 * rounds), (long long)levels);
+    std::printf("%lld layers, instruction sets %lld\n", (long long)layers, (long long)levels);
 }
