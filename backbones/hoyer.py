@@ -35,21 +35,48 @@ Window = tuple[float, float]
 Fire = Callable[[Tensor, Tensor | float], Tensor]
 
 WINDOW: Window = (0.0, 2.0)  # of the surrogate gradient, in units of v_th
+CACHED = 2**19  # neurons, of which a CPU's cache holds some tensors in float32
 
 
-def moments(c: Tensor, *, per_channel: bool = False) -> tuple[Tensor, Tensor]:
+def moments(c: Tensor, *, per_channel: bool = False, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """sum c and sum c^2, in float32 or wider: in float16 a single feature map would overflow.
 
     Args:
         c: clipped potential, any shape; channels in dimension 1.
         per_channel: sum over batch and space only.
+        overwrite: the squares may take the place of c.
 
     Returns:
         Two tensors of shape () or, per channel, (C,).
     """
-    wide = c.to(torch.promote_types(c.dtype, torch.float32))
+    wide = widen(c)
     dims = [dim for dim in range(c.dim()) if dim != 1] if per_channel else list(range(c.dim()))
-    return wide.sum(dims), wide.square().sum(dims)
+    return wide.sum(dims), (wide.square_() if overwrite or wide is not c else wide.square()).sum(dims)
+
+
+def moments_of_potential(z: Tensor, *, per_channel: bool = False) -> tuple[Tensor, Tensor]:
+    """`moments` of clip(z, 0, 1), z of shape (N, C, *)."""
+    found = []
+    for part in z.split(images_at_once(z)):
+        wide = widen(part)
+        c = F.hardtanh(wide, 0.0, 1.0, inplace=wide is not part)
+        found.append(moments(c, per_channel=per_channel, overwrite=True))
+    if len(found) == 1:
+        return found[0]
+    sum_c, sum_c2 = (torch.stack(sums).sum(0) for sums in zip(*found, strict=True))
+    return sum_c, sum_c2
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in float32: a copy, or x itself where it has that or more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def images_at_once(z: Tensor) -> int:
+    """Return how many images' copies in float32 stay in a CPU's cache; all where there are none, or compiled."""
+    if z.dtype.itemsize > 2 or z.device.type != "cpu" or torch.compiler.is_compiling():
+        return max(1, len(z))
+    return max(1, CACHED * len(z) // max(1, z.numel()))
 
 
 def extremum(sum_c: Tensor, sum_c2: Tensor) -> Tensor:
@@ -65,8 +92,13 @@ def regulariser(sum_c: Tensor, sum_c2: Tensor) -> Tensor:
 
 
 def fire(z: Tensor, threshold: Tensor | float) -> Tensor:
-    """Return 1 where z >= threshold, else 0, in z's dtype, without gradient."""
-    return (z >= threshold).to(z.dtype)
+    """Return 1 where z >= threshold, else 0, in z's dtype, without gradient.
+
+    Both ways avoid a mask of bool made bfloat16, which took as long as all the rest of a layer.
+    """
+    if torch.compiler.is_compiling():
+        return (z >= threshold).float().to(z.dtype)
+    return torch.ge(z, threshold, out=torch.empty_like(z))
 
 
 def spike(z: Tensor, threshold: Tensor | float = 1.0, fire: Fire = fire, window: Window = WINDOW) -> Tensor:
@@ -173,11 +205,29 @@ class SpikesAndPenalty(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, ds: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         z, v, sum_c, sum_c2 = ctx.saved_tensors
-        wide = z.to(sum_c.dtype)
-        dz = regulariser_gradient(wide, sum_c, sum_c2, dh * ctx.share)
-        dz = add_surrogate_(dz, ds, wide, ctx.window)
-        dv = -(wide * dz).sum_to_size(v.shape) / v
-        return dz.div_(v).to(z.dtype), dv.to(v.dtype), *[None] * 7
+
+        def gradients(z: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
+            wide = widen(z)
+            dz = regulariser_gradient(wide, sum_c, sum_c2, dh * ctx.share)
+            dz = add_surrogate_(dz, ds, wide, ctx.window)
+            if torch.compiler.is_compiling():  # du alone is written, and BatchNorm's sums, over the same, take dv along
+                du = (dz / v).to(z.dtype)
+                dims = [dim for dim in range(z.dim()) if dim != 1]
+                return du, -(wide * du).sum(dims, keepdim=True).sum_to_size(v.shape)
+            dv = -(wide * dz if wide is z else wide.mul_(dz)).sum_to_size(v.shape) / v
+            return dz.div_(v), dv
+
+        num = images_at_once(z)
+        if num >= len(z):
+            du, dv = gradients(z, ds)
+        else:
+            du, parts = torch.empty_like(z), []
+            for part_z, part_ds, part_du in zip(z.split(num), ds.split(num), du.split(num), strict=True):
+                part, dv = gradients(part_z, part_ds)
+                part_du.copy_(part)
+                parts.append(dv)
+            dv = torch.stack(parts).sum(0)
+        return du.to(z.dtype), dv.to(v.dtype), *[None] * 7
 
 
 class HoyerSpike(SpikeLayer):
@@ -241,7 +291,7 @@ class HoyerSpike(SpikeLayer):
             return spike(z, threshold, self.fire, self.window)
         with torch.no_grad():
             z = u / v
-            sum_c, sum_c2 = moments(F.hardtanh(z, 0.0, 1.0), per_channel=self.per_channel)
+            sum_c, sum_c2 = moments_of_potential(z, per_channel=self.per_channel)
             neurons: int | Tensor = z.numel()
             if self.sync:
                 sum_c, sum_c2, neurons = sum_over_processes(sum_c, sum_c2, sum_c.new_tensor(neurons))

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .hoyer import fire
+
 aten = torch.ops.aten
 # Slow beside the others, and needed by pooling, BatchNorm and spikes in turn: held from the first of them to the last.
 POOLING = aten.max_pool2d_with_indices.default
@@ -27,14 +29,15 @@ CHEAP = BATCH_NORMS | {
     aten.sub.Tensor,
     aten.mul.Tensor,
     aten.div.Tensor,
-    aten.ge.Tensor,
     aten.relu.default,
     aten.hardtanh.default,
     aten._to_copy.default,
 }
+# Writes into memory that it is given, and would again: the function that takes its place makes its own.
+FIRES = {aten.ge.Tensor_out: fire, aten.ge.Scalar_out: fire}
 # A residual stream is a sum of sums, each computed from its beginning: what takes more operations is kept. Pooling,
-# BatchNorm and spikes are five together.
-MAX_OPERATIONS = 5
+# BatchNorm and spikes are four together.
+MAX_OPERATIONS = 4
 
 
 @contextmanager
@@ -136,7 +139,9 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         outputs = function(*args, **kwargs)
-        if function in CHEAP:
+        if function in FIRES:  # a change of its output, which is counted after this
+            self._note(FIRES[function], list(args), {}, outputs, num_changes=1)
+        elif function in CHEAP:
             self._note(function, list(args), kwargs, outputs)
         return outputs
 
@@ -148,7 +153,9 @@ class _Recorder(TorchDispatchMode):
         output.operation.num_kept += 1
         return output
 
-    def _note(self, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], outputs: Any) -> None:
+    def _note(
+        self, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], outputs: Any, num_changes: int = 0
+    ) -> None:
         for address in [address for address, (memory, *_) in self._known.items() if memory.expired()]:
             del self._known[address]
         several = isinstance(outputs, tuple | list)
@@ -164,7 +171,7 @@ class _Recorder(TorchDispatchMode):
             if tensor.dim() > 1:  # statistics of a BatchNorm are small
                 memory = StorageWeakRef(tensor.untyped_storage())
                 output = _Output(operation, index if several else None)
-                self._known[memory.cdata] = memory, _layout(tensor), output
+                self._known[memory.cdata] = memory, _layout(tensor, num_changes), output
 
     def _describe(self, part: Any) -> Any:
         if not isinstance(part, Tensor):
@@ -179,6 +186,6 @@ class _Recorder(TorchDispatchMode):
         return output if memory is not None and layout == _layout(tensor) else None
 
 
-def _layout(tensor: Tensor) -> tuple:
-    """Differs between views of the same memory, and before and after a change in place."""
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor._version
+def _layout(tensor: Tensor, num_changes: int = 0) -> tuple:
+    """Differs between views of the same memory, and before and after a change in place; after so many to come."""
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor._version + num_changes

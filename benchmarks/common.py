@@ -14,11 +14,13 @@ values numbers and strings, apart from `each_...`, the single measurements behin
                  width, spike_layers; of `processes` all_reduces and reduced_bytes per step, beside the gradients'
     predict      case, network, images, images_per_second, part, cpu_milliseconds (per image)
     arithmetic   pass, way, seconds, cpu_seconds, peak_bytes
+    event_engine part, network, form, threads, milliseconds, times_best_twin_int8, activity, accuracy; of layers: layer,
+                 density or form, gmacs; `limits` of the machine
 
 `scaling` has `slopes`, too: series, way, and the exponents `time` (of cpu_seconds) and `memory` of fitted powers of the
 value; and `networks`: what several processes exchange of each. `predict` has `before`, the rows of an earlier version.
-`ratios`, where a log has them, is such a list, too: what the row belongs to, `ours`, `other` and the quotients `time`,
-`cpu_time` and, in training, `memory` of their two rows.
+`ratios`, where a log has them, is such a list, too: what the row belongs to, such as `network` and `precision`, `ours`,
+`other` and the quotients `time`, `cpu_time` and, in training, `memory` of their two rows.
 """
 
 from __future__ import annotations

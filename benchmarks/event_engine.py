@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """How fast is the event-driven engine on one image at a time, beside the analogue twin in float and in 8 bits?
 
-Networks: VGG16 on 32x32, ResNet18 on 224x224 and a RetinaNet with spiking neck and head on 320x240, whole from images to
-boxes, with random weights and thresholds at which a given share of the neurons of every layer fires. Trained: networks
-of the zoo on real images, from decoded image to boxes or logits; their twins have random weights, so that hardly a box
-is left for the twin's non-maximum suppression. Layers: one layer alone, in units of the dense product that it replaces,
-beside the same layer as a dense 8-bit convolution (ONNX Runtime, the mean of a chain of four), the largest dense 8-bit
-product that was measured, and what memory gives if every weight of an input that fired is read once.
+Networks: VGG16 on 32x32, ResNet18 on 224x224 and a RetinaNet with spiking neck and head on 320x240, whole from images
+to boxes, with random weights and thresholds at which a given share of the neurons of every layer fires. Trained:
+networks of the zoo on real images, from decoded image to boxes or logits; their twins have random weights, so that
+hardly a box is left for the twin's non-maximum suppression. Layers: one layer alone, in units of the dense product that
+it replaces, beside the same layer as a dense 8-bit convolution (ONNX Runtime, the mean of a chain of four), the largest
+dense 8-bit product that was measured, and what memory gives if every weight of an input that fired is read once.
 
 Forms take turns, each several images in a row, since that is how a network is used; every form sees the same eight.
 
@@ -17,10 +17,12 @@ Forms take turns, each several images in a row, since that is how a network is u
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +77,26 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < 1 or min(options.threads) < 1:
         parser.error("--rounds and --threads: at least 1")
-    torch.set_grad_enabled(False)
     packages = {name: import_extra(name).__version__ for name in ("onnx", "onnxruntime")}
     packages["openvino"] = __import__("openvino").__version__
     result: dict[str, Any] = {"rounds": options.rounds, "width": options.width, "packages": packages}
     result |= {"kernels": current(), "rows": []}
+    # A process for each part: OpenVINO is not to be beside what it does not need, it has ended whole processes.
+    processes = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     for part in options.parts:
-        result["rows"] += [{"part": part, **row} for row in PARTS[part](options)]
-    result |= {"limits": limits()} if "layers" in options.parts else {}
+        result["rows"] += processes.submit(rows_of_part, part, options).result()
+    if "layers" in options.parts:
+        result["limits"] = processes.submit(limits).result()
+    processes.shutdown()
     write_log(options.log, result)
     if "layers" in options.parts:
         plot_layers(result["rows"], result["limits"], options.log.with_suffix(".png"))
+
+
+def rows_of_part(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of a part, in a process of its own."""
+    torch.set_grad_enabled(False)
+    return [{"part": part, **row} for row in PARTS[part](options)]
 
 
 def measure_networks(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -296,6 +307,7 @@ def dense_seconds(channels: int, out_channels: int, side: int, kernel: int, roun
 def limits() -> dict[str, float]:
     """Return the largest dense 8-bit product's GMAC/s, and GB/s of reading from main memory, on one thread."""
     torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
     product = 1024 * 1024 * 32 * 32 / dense_seconds(1024, 1024, 32, 1, 3) / 1e9
     large = torch.ones(1 << 26, dtype=torch.int64)
     seconds = measure({"sum": lambda _: large.sum()}, [None] * 4, 3)["sum"]

@@ -4,10 +4,11 @@
 A step is forward pass, backward pass and optimiser. The ways take turns, the medians count. "low memory" is eager under
 `backbones.recompute_activations`. "compiled" is the backbone by torch.compile and the network's weights in the order N,
 H, W, C, as `train.compile` with `train.channels_last`: of weights in another order the compiler makes copies, and keeps
-them from the forward to the backward pass. Memory is that of tensors during the step, gradients included, beyond
-weights and optimiser.
+them from the forward to the backward pass. In bf16 all ways have that order, in which a CPU multiplies bf16 faster.
+Memory is that of tensors during the step, gradients included, beyond weights and optimiser.
 
     python benchmarks/training.py
+    python benchmarks/training.py --networks vgg16 --precision float32 bf16 --ways "hoyer compiled" "twin compiled"
     python benchmarks/training.py --precision bf16 --networks resnet50 --batch 128 --log resnet50_gpu.json
     python benchmarks/training.py --networks resnet18 --batch 2 --side 64 --width 0.125 --rounds 2 --log /tmp/quick.json
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable
@@ -93,8 +95,9 @@ def make_step(
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
     activation, mode = WAYS[way]
     model = build(network, activation, side, width).to(device).train()
-    if mode == "compiled":
+    if mode == "compiled" or precision == "bf16":
         model.to(memory_format=torch.channels_last)
+    if mode == "compiled":
         model.backbone.compile()  # what follows it in a detector depends on the boxes of each image
     context = recompute_activations if mode == "low memory" else contextlib.nullcontext
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -157,7 +160,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images, in place of each network's own number")
     parser.add_argument("--side", type=int, help="pixels, in place of each network's own number")
     parser.add_argument("--width", type=float, default=1.0, help="of the backbones (default: 1)")
-    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="default: float32")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("float32", "bf16"),
+        default=["float32"],
+        help="one or both (default: float32)",
+    )
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each way, in turn (default: 5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_log_option(parser, "training")
@@ -168,17 +178,17 @@ def main() -> None:
             parser.error(f"--{name} {value}: at least 1")
     device = torch.device(options.device)
     rows, ratios, panels = [], [], {}
-    # A process for each network: what was compiled before it in the same one can change its code and its memory.
+    # A process for each network and precision: what was compiled before in the same one can change code and memory.
     processes = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    for network in options.networks:
+    for network, precision in itertools.product(options.networks, options.precision):
         batch, side = options.batch or SIZES[network][0], options.side or SIZES[network][1]
-        ways = [way for way, (_, mode) in WAYS.items() if mode != "compiled" or network in options.compile]
-        size = {"batch": batch, "side": side, "width": options.width, "precision": options.precision}
+        ways = [way for way in options.ways if WAYS[way][1] != "compiled" or network in options.compile]
+        size = {"batch": batch, "side": side, "width": options.width, "precision": precision}
         found = processes.submit(measure, network, ways, options.rounds, **size, device=device).result()
         rows += [{"network": network, **size, "way": way, **row} for way, row in found.items()]
         quotients = ratios_of(found, RATIOS)
-        ratios += [{"network": network, **quotient} for quotient in quotients]
-        title = f"{network}, {batch} images of {side}x{side}"
+        ratios += [{"network": network, "precision": precision, **quotient} for quotient in quotients]
+        title = f"{network}, {batch} images of {side}x{side}, {precision}"
         megabytes = {way: row["peak_bytes"] / 2**20 for way, row in found.items()}
         panels[f"{title}: seconds per step"] = {way: row["seconds"] for way, row in found.items()}
         panels[f"{title}: peak MiB"] = megabytes

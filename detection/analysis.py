@@ -6,10 +6,12 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from backbones import (
     HOROWITZ_45NM,
@@ -313,19 +315,33 @@ def analyze_run(
     with record_layers(model) as measured:
         evaluation = task.evaluate(model, batches, dataset, accelerator)
     evaluation = with_early_metrics(evaluation, task, model, dataset, accelerator)
-    certificate = certify(measured, task.analogue_parts(model), strict=strict)
     # The histograms of the potentials are in the log already.
     metrics = evaluation.model_copy(update={"potentials": {}}).to_json()
+    return analysis_of(run, weights, model, measured, metrics, costs=costs, strict=strict)
+
+
+def analysis_of(
+    run: Run,
+    weights: Weights,
+    model: nn.Module,
+    measured: Measurement,
+    metrics: Mapping[str, Any],
+    *,
+    costs: CostTable = HOROWITZ_45NM,
+    strict: bool = False,
+) -> Analysis:
+    """Return the analysis of what was measured on a run's network; `metrics` are those of the same images, if any."""
+    task = task_of(run.config)
     return Analysis(
         run.address,
         weights,
         run.info().sha256.get(f"{weights}.safetensors") if (run.folder / "run.json").is_file() else None,
         sum(parameter.numel() for parameter in model.parameters()),
-        metrics,
+        dict(metrics),
         task.headline,
         measured,
         energy(measured, costs),
-        certificate,
+        certify(measured, task.analogue_parts(model), strict=strict),
     )
 
 

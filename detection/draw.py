@@ -209,7 +209,7 @@ def draw_spike_maps(
     height, width = image.shape[:2]
     steps = rows_of(maps)
     shown = [*maps, *(entry for row in steps.values() for entry in row)]
-    vmax = vmax or min(1.0, max(0.01, *(float(np.quantile(entry.rate, 0.99)) for entry in shown)))
+    vmax = vmax or brightest_rate(maps)
     columns = len(maps) + 1 if steps else min(columns, len(maps) + 1)
     num_rows = 1 + len(steps) if steps else math.ceil((len(maps) + 1) / columns)
     cell = 1.9 if steps else 2.8  # inches; very long images are drawn less long than they are
@@ -238,6 +238,12 @@ def draw_spike_maps(
     if title:
         figure.suptitle(shorten(title, 80), fontsize=11)
     return figure
+
+
+def brightest_rate(maps: Sequence[SpikeMap]) -> float:
+    """Return the rate, in [0.01, 1], that only a hundredth of the cells of some map, or of a step of it, exceeds."""
+    shown = [*maps, *(entry for row in rows_of(maps).values() for entry in row)]
+    return min(1.0, max(0.01, *(float(np.quantile(entry.rate, 0.99)) for entry in shown)))
 
 
 def _draw_map(axes: Axes, entry: SpikeMap, vmax: float) -> AxesImage:

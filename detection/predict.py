@@ -164,8 +164,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         ) from None
 
 
-def pictures_of(task: Task, path: Path) -> Iterator[Tensor]:
-    """Yield the images that a recording of events is to a network of the task, in the order of time.
+def pictures_of(task: Task, path: Path, skip: int = 0) -> Iterator[Tensor]:
+    """Yield the images that a recording of events is to a network of the task, in the order of time, from `skip` on.
 
     Raises:
         OSError, ModuleNotFoundError, ValueError: it cannot be read, or the network takes no events.
@@ -173,7 +173,9 @@ def pictures_of(task: Task, path: Path) -> Iterator[Tensor]:
     data = task.config.data
     if not getattr(data, "are_events", False):
         raise ValueError(f"{path}: a recording of events, and {task.name} of {data.format} data takes images")
-    return read_windows(path, data.events) if task.windows else iter([read_recording(path, data.size, data.events)])
+    if task.windows:
+        return read_windows(path, data.events, skip)
+    return iter([read_recording(path, data.size, data.events)][skip:])
 
 
 def read_picture(task: Task, image: ImageLike, channels: Channels = "rgb") -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,15 @@ def spike_maps(model: nn.Module, image: Tensor) -> list[SpikeMap]:
         raise RuntimeError("spike_maps: the model is in training mode; call model.eval() first")
     if image.dim() != 3 or not image.is_floating_point():
         raise ValueError(f"image: expected floats of shape (3, H, W), got {image.dtype} of shape {tuple(image.shape)}")
+    image = image.to(next(model.parameters()).device)
+    with record_spike_maps(model) as maps:
+        model([image]) if hasattr(model, "transform") else model(image[None])
+    return maps()
+
+
+@contextmanager
+def record_spike_maps(model: nn.Module) -> Iterator[Callable[[], list[SpikeMap]]]:
+    """Watch passes over one image each; what it yields returns the spike maps of the last one, see `spike_maps`."""
     parts = {name: spike_layers(part) for name, part in model.backbone.parts().items()}
     layers = {name: list(found.values())[-1] for name, found in parts.items() if found}
     rates: dict[str, Tensor] = {}
@@ -72,10 +82,8 @@ def spike_maps(model: nn.Module, image: Tensor) -> list[SpikeMap]:
         covered[:] = (size / whole for size, whole in zip(batch.image_sizes[0], batch.tensors.shape[-2:], strict=True))
 
     resizing = {"transform": model.transform} if hasattr(model, "transform") else {}  # a detector's
-    image = image.to(next(model.parameters()).device)
     with hook_layers(layers, after=record), hook_layers(resizing, after=note_padding):
-        model([image]) if resizing else model(image[None])
-    return [_cut(name, rates[name].cpu().numpy(), covered) for name in layers if name in rates]
+        yield lambda: [_cut(name, rates[name].cpu().numpy(), covered) for name in layers if name in rates]
 
 
 def _cut(name: str, rates: np.ndarray, covered: Sequence[float]) -> SpikeMap:

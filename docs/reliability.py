@@ -30,6 +30,8 @@ KINDS = {
     "they are, and no command to a terminal.",
     "two processes": "Two processes that want the same folder, and several that train together: one writes, the "
     "other says who holds it; all give the numbers of one.",
+    "foreign requests": "What the page of `hoyer-det web` does not ask for: files of the server, other addresses, "
+    "other pages and names, uploads that are too large: refused.",
     "batch jobs": "Predictions over files of which some cannot be read, stopped or out of memory: all others are "
     "there.",
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write every table of measured numbers from the logs: results/README.md, and marked parts of three other pages.
+"""Write every table of measured numbers from the logs: results/README.md, and marked parts of four other pages.
 
 With --check nothing is written: the status is 1, and the files are named, if they say something else than the logs.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     scaling = folder.parent / "docs" / "scaling.md"
     if folder.name == "results" and scaling.is_file():
         files[scaling] = replace_parts(scaling, {"projection": lambda: projection(folder / "benchmarks")})
+    engine = folder.parent / "docs" / "engine.md"
+    if folder.name == "results" and engine.is_file():
+        files[engine] = replace_parts(engine, {"measured": lambda: engine_page(folder / "benchmarks")})
     different = [path for path, text in files.items() if not path.is_file() or path.read_text("utf-8") != text]
     if options.check:
         for path in different:
@@ -357,12 +360,92 @@ def read_benchmark(folder: Path, name: str) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
+def engine_table(folder: Path, threads: int) -> str:
+    """Return how fast the event-driven engine is, in units of the faster one of the twin's 8-bit forms."""
+    log = read_benchmark(folder, "event_engine")
+    rows = [row for row in log["rows"] if row.get("threads") == threads]
+    ratio = {(row["network"], row["form"]): row["times_best_twin_int8"] for row in rows}
+    forms = [form for form in dict.fromkeys(row["form"] for row in rows) if form.startswith("events, ")]
+    header = ["network", *(f"{form.removeprefix('events, ')} fire" for form in forms), "spiking, 8 bits, dense"]
+    table = []
+    for network in dict.fromkeys(row["network"] for row in rows if row["part"] == "networks"):
+        values = (ratio.get((network, form)) for form in (*forms, "int8, ONNX Runtime"))
+        table.append([NETWORKS[network], *("" if value is None else f"{value:.2f}" for value in values)])
+    return markdown(header, table)
+
+
+def trained_engine_table(folder: Path) -> str:
+    """Return the same of trained networks on real images, with their accuracy beside that of their logs."""
+    rows = [row for row in read_benchmark(folder, "event_engine")["rows"] if row["part"] == "trained"]
+    table = []
+    for row in rows:
+        if row["form"] != "events":
+            continue
+        metric, value = next(iter(row["accuracy"]["file"].items()))
+        logged = row["accuracy"]["run"][metric]
+        table.append(
+            [
+                f"`{row['network']}`",
+                str(row["threads"]),
+                f"{row['activity']:.1%}".replace("%", " %"),
+                f"{row['milliseconds']:.2f} ms",
+                f"{row['times_best_twin_int8']:.2f}",
+                f"{metric} {value:.4f} ({logged:.4f})",
+            ]
+        )
+    header = ["network", "threads", "fire", "an image", "times the best 8-bit twin", "accuracy (logged)"]
+    return markdown(header, table)
+
+
+def dense_rule(folder: Path) -> str:
+    """Return a table of single layers: their speed by events, and the activity above which a dense one is faster."""
+    log = read_benchmark(folder, "event_engine")
+    rows = [row for row in log["rows"] if row["part"] == "layers"]
+    shown, table = (0.05, 0.1, 0.15, 0.2, 0.3), []
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        speed = {row["density"]: row["gmacs"] for row in rows if row["layer"] == layer and "density" in row}
+        dense = next(row["gmacs"] for row in rows if row["layer"] == layer and "form" in row)
+        slower = [density for density, value in speed.items() if value < dense]
+        bound = f"{min(slower):.0%}".replace("%", " %") if slower else "never"
+        table.append([layer, *(f"{speed[density]:.0f}" for density in shown), f"{dense:.0f}", bound])
+    header = [
+        "layer",
+        *(f"{density:.0%}".replace("%", " %") for density in shown),
+        "dense, ONNX Runtime",
+        "dense wins from",
+    ]
+    limit = log["limits"]
+    return (
+        f"{markdown(header, table)}\nThe largest dense 8-bit product that was measured gave "
+        f"{limit['dense_int8_gmacs']:.0f} GMAC/s; memory was read at {limit['memory_gigabytes_per_second']:.0f} GB/s.\n"
+    )
+
+
+def engine_page(folder: Path) -> str:
+    """Return the measured part of docs/engine.md."""
+    log = read_benchmark(folder, "event_engine")
+    versions, machine = log["packages"], log["machine"]
+    return (
+        f"On {machine['cores']} cores of {machine['cpu']} (kernels `{log['kernels']}`, ONNX Runtime "
+        f"{versions['onnxruntime']}, OpenVINO {versions['openvino']}), one image at a time, in units of the faster of "
+        f"the twin's two 8-bit forms. One thread:\n\n{engine_table(folder, 1)}\nTwo threads:\n\n"
+        f"{engine_table(folder, 2)}\nTrained networks on real images, from the decoded image to boxes or logits:\n\n"
+        f"{trained_engine_table(folder)}\nSingle layers, one thread, GMAC/s of the dense layer:\n\n{dense_rule(folder)}"
+    )
+
+
+def trained_network(row: Mapping[str, Any]) -> str:
+    """Return the network of a row of the benchmark of training, with its precision where that is not float32."""
+    precision = row.get("precision", "float32")
+    return NETWORKS[row["network"]] + (f" in {precision}" if precision != "float32" else "")
+
+
 def speed_tables(folder: Path) -> str:
-    """Return README.md's tables of inference and training, by the logs of two benchmarks."""
+    """Return README.md's tables of inference and training, by the logs of three benchmarks."""
     inference, training = read_benchmark(folder, "inference"), read_benchmark(folder, "training")
     first = [row for row in inference["rows"] if (row["batch"], row["threads"]) == (1, 1)]
-    ratios = {(each["network"], each["ours"], each["other"]): each for each in training["ratios"]}
-    sizes = {row["network"]: f"{row['batch']} images of {row['side']}x{row['side']}" for row in training["rows"]}
+    ratios = {(trained_network(each), each["ours"], each["other"]): each for each in training["ratios"]}
+    sizes = {trained_network(row): f"{row['batch']} images of {row['side']}x{row['side']}" for row in training["rows"]}
     trained = []
     for network, size in sizes.items():
         cells = [
@@ -374,7 +457,7 @@ def speed_tables(folder: Path) -> str:
                 ("hoyer low memory", "twin eager", "memory"),
             )
         ]
-        trained.append([f"{NETWORKS[network]}, {size}", *cells])
+        trained.append([f"{network}, {size}", *cells])
     machine = training["machine"]["gpu"] or f"{training['machine']['cores']} CPU cores"
     header = [
         "a training step",
@@ -384,7 +467,9 @@ def speed_tables(folder: Path) -> str:
         "`train.low_memory` / eager twin's",
     ]
     return (
-        f"Images per second, in units of the analogue twin's ONNX file in float (batch 1, one thread):\n\n"
+        "By events, in units of the faster 8-bit twin (ONNX Runtime or OpenVINO), one image, one thread:\n\n"
+        f"{engine_table(folder, 1)}\n{trained_engine_table(folder)}\n"
+        "Files for other programs, in units of the speed of the twin's ONNX file in float, batch 1, one thread:\n\n"
         f"{inference_table(first)}\n"
         f"Training on {machine}:\n\n{markdown(header, trained)}"
     )
@@ -421,7 +506,7 @@ def benchmark_tables(folder: Path) -> str:
     parts.append(layer_tables(layer))
     parts.append("### Training step\n")
     rows = [
-        [NETWORKS[each["network"]], each["ours"], each["other"], *(f"{each[key]:.2f}" for key in ("time", "memory"))]
+        [trained_network(each), each["ours"], each["other"], *(f"{each[key]:.2f}" for key in ("time", "memory"))]
         for each in training["ratios"]
     ]
     parts.append(markdown(["network", "way", "in units of", "time", "peak memory"], rows))

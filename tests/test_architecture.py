@@ -14,7 +14,7 @@ from helpers import ROOT
 
 # From the top down: a module may import its own layer and those below it.
 LAYERS = (
-    ("detection.cli", "detection.__main__"),
+    ("detection.cli", "detection.__main__", "detection.web"),
     (
         "detection.report",
         "detection.exporters",

@@ -95,6 +95,7 @@ def test_help_names_every_verb_and_every_verb_has_a_file(capsys):
         ("compare", ["RECIPE", "--out", "--seeds", "--variants", "no_regulariser", "--images N"]),
         ("zoo", ["list", "add"]),
         ("recipes", ["list", "show", "copy"]),
+        ("web", ["RUN", "--weights", "--data.root", "--device", "--host", "--port", "--max-mb", "--max-megapixels"]),
         ("summary", ["RECIPE_OR_RUN", "--classes N", "--model.backbone.width"]),
     ],
 )
@@ -195,7 +196,7 @@ def test_help_and_mistyped_names_do_not_wait_for_torch(tmp_path):
     command_lines += [["train", "nothing"], ["train", "a/b.yaml"], ["train", "--resume", "runs/none"]]
     command_lines += [["train", "cifar10_vgg11", "--trian.epochs", "1"], ["train", "cifar10_vgg11", "train.epochs=0"]]
     command_lines += [["check-data", "nothing"], ["compare", "nothing", "--out", "x"], ["summary", "nothing"]]
-    for verb in ("evaluate", "analyze", "robustness", "report", "export", "summary"):
+    for verb in ("evaluate", "analyze", "robustness", "report", "export", "summary", "web"):
         command_lines += [[verb, "runs/none"], [verb, "zoo:none"]]
     command_lines += [["predict", "zoo:none", "a.png"], ["predict", "zoo:cifar10_vgg11", "a.png"]]
     command_lines += [["benchmark", "none.onnx"]]

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones import HoyerSpike, extremum, hoyer_penalties, hoyer_penalty, moments, regulariser, spike
+from backbones import HoyerSpike, extremum, hoyer, hoyer_penalties, hoyer_penalty, moments, regulariser, spike
 
 # sum c = 1.75, sum c^2 = 0.25 + 1 + 0.0625 = 1.3125, E = 1.3125 / 1.75 = 3/4, H = 1.75^2 / 1.3125 = 7/3
 C = [0.5, 1.0, 0.0, 0.25]
+HALF = [torch.bfloat16, torch.float16]
 
 
 def clip(z: Tensor) -> Tensor:
@@ -488,3 +489,64 @@ def test_state_dict_has_the_threshold_the_average_and_its_count():
             "num_batches_tracked": (),
         }
         assert [name for name, _ in layer.named_parameters()] == ["v_th"]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_moments_of_slices_are_exact_to_float32(monkeypatch, dtype, per_channel):
+    monkeypatch.setattr(hoyer, "CACHED", 3 * 4 * 25)  # three images of seven at once
+    torch.manual_seed(0)
+    z = (1.5 * torch.randn(7, 4, 5, 5)).to(dtype)
+    before = z.clone()
+    assert hoyer.images_at_once(z) == 3 and hoyer.images_at_once(z.float()) == 7
+    found = hoyer.moments_of_potential(z, per_channel=per_channel)
+    c = z.double().clamp(0, 1)
+    dims = (0, 2, 3) if per_channel else (0, 1, 2, 3)
+    for ours, exact in zip(found, (c.sum(dims), c.square().sum(dims)), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=0)
+    assert torch.equal(z, before)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("threshold_per_channel", [False, True])
+@pytest.mark.parametrize("cached", [hoyer.CACHED, 1], ids=["whole", "slices"])
+def test_half_precision_gradients_are_the_formulas(monkeypatch, dtype, threshold_per_channel, cached):
+    monkeypatch.setattr(hoyer, "CACHED", cached)
+    torch.manual_seed(0)
+    layer = HoyerSpike(4, threshold_per_channel=threshold_per_channel)
+    layer.v_th.data.fill_(0.75)
+    u = (1.5 * torch.randn(5, 4, 6, 6)).to(dtype).requires_grad_()
+    ds = torch.randn(u.shape).to(dtype)
+    found = torch.autograd.grad((layer(u) * ds).sum() + 3 * hoyer_penalty(layer), [u, layer.v_th])
+    z = (u / torch.tensor(0.75, dtype=dtype)).detach().double()
+    c = z.clamp(0, 1)
+    q = c.sum() / c.square().sum()
+    dz = torch.where((z > 0) & (z < 1), 3 * 2 * q * (1 - z * q), 0.0)
+    dz = dz + torch.where((z > 0) & (z < 2), ds.double() / 2, 0.0)
+    dv = -(z * dz).sum((0, 2, 3) if threshold_per_channel else (0, 1, 2, 3)) / 0.75
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found[0].double(), dz / 0.75, rtol=eps, atol=1e-5)
+    assert found[0].dtype == dtype and found[1].dtype == torch.float32
+    # Rounded once, to the dtype of the layer's threshold as it is applied.
+    torch.testing.assert_close(found[1].double(), dv, rtol=eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("threshold_per_channel", [False, True])
+def test_compiled_half_precision_equals_the_eager_one(threshold_per_channel):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    upstream, found = torch.randn(2, 4, 5, 5).bfloat16(), []
+    u = torch.randint(-16, 17, (2, 4, 5, 5)) / 8  # so that z is exact
+    for backend in (None, "aot_eager"):
+        layer, x = HoyerSpike(4, threshold_per_channel=threshold_per_channel), u.bfloat16().requires_grad_()
+        if backend:
+            layer.compile(backend=backend, fullgraph=True)
+        spikes = layer(x)
+        penalty = hoyer_penalty(layer)
+        found.append((spikes, penalty, *torch.autograd.grad((spikes * upstream).sum() + penalty, [x, layer.v_th])))
+    (spikes, penalty, du, dv), (compiled_spikes, compiled_penalty, compiled_du, compiled_dv) = found
+    assert torch.equal(spikes, compiled_spikes) and 0 < spikes.mean() < 1
+    torch.testing.assert_close(compiled_penalty, penalty)
+    torch.testing.assert_close(compiled_du, du)
+    torch.testing.assert_close(compiled_dv, dv, rtol=2**-7, atol=1e-2)

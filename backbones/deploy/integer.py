@@ -27,7 +27,7 @@ from .fold import ChannelThreshold, add_module, channels_first, clean_up, module
 
 LIMIT, ANALOGUE_LIMIT = 127, 64  # of a weight's absolute value, over spikes and over 8 bits
 EXACT = 2**24  # float32 holds every integer up to here, so convolutions in float32 add up integers exactly
-FIXED_POINT = 4095  # largest absolute value of a `FixedPointConv`'s input
+FIXED_POINT = 32767  # largest absolute value of a `FixedPointConv`'s input
 WINDOW, STEPS = 0.25, 12  # of the search for a threshold: its half in standard deviations, its halvings
 
 
@@ -231,9 +231,10 @@ class QuantisedReal(IntegerReal):
 class FixedPointConv(nn.Module):
     """A convolution over real values, an image's, in fixed point: exact sums of products of 16-bit integers.
 
-        y = scale * sum of W * clip(round(x / step), -4095, 4095) + bias,   W in -2047..2047, sums below 2^31
+        y = scale * sum of W * clip(round(x / step), -32767, 32767) + bias,   sum of |W| <= 65535, sums below 2^31
 
-    twelve bits and a sign of the input and eleven of the weights, so that hardly a spike differs from the real one's.
+    fifteen bits and a sign of the input, and as many of the weights as the sums permit. Weights are rounded so that
+    their sum over each kernel stays: where an image has one colour, as a background may, hardly a potential moves.
 
     Args:
         layer: a convolution padded by zeros, without groups or dilation.
@@ -249,11 +250,12 @@ class FixedPointConv(nn.Module):
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
         weight = layer.weight.detach().double()
-        limit = min(2047, (2**31 - 1) // (FIXED_POINT * weight[0].numel()))
-        size = weight.abs().flatten(1).amax(1) / limit
+        flat = weight.abs().flatten(1)
+        room = (2**31 - 1) // FIXED_POINT - flat.shape[1]  # rounding adds up to a unit per weight
+        size = torch.maximum(flat.amax(1) / (FIXED_POINT - 1), flat.sum(1) / room)
         size = torch.where(size > 0, size, 1.0)
         self.stride, self.padding = layer.stride, layer.padding
-        self.register_buffer("weight", (weight / size.view(-1, 1, 1, 1)).round().to(torch.int16))
+        self.register_buffer("weight", _round_together(weight / size.view(-1, 1, 1, 1)).to(torch.int16))
         self.register_buffer("weight_scale", size)
         self.register_buffer("step", torch.ones(()))
         self.register_buffer("scale", size.float())
@@ -266,11 +268,12 @@ class FixedPointConv(nn.Module):
         plain = type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
         return plain and layer.groups == 1 and layer.dilation == (1, 1) and layer.weight[0].numel() <= 2**13
 
-    def calibrate(self, x: Tensor) -> None:
-        """Set the range of the input, with a quarter to spare beyond that of `x`."""
-        largest = 1.25 * x.abs().max()
+    def calibrate(self, x: Tensor, mean: Tensor, largest: Tensor) -> None:
+        """Set the range of the input, a little beyond that of `x`, and keep each channel's `mean` (C,)."""
+        largest = 1.05 * x.abs().max()
         self.step.copy_(torch.where(largest > 0, largest, 1.0) / FIXED_POINT)
         self.scale.copy_(self.weight_scale * self.step.double())
+        self.bias.add_(mean - self(x).mean(_all_but_channels(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         level = (x / self.step).clamp(-FIXED_POINT, FIXED_POINT).round()
@@ -279,6 +282,16 @@ class FixedPointConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{'x'.join(map(str, self.weight.shape))}, stride={self.stride}, padding={self.padding}"
+
+
+def _round_together(weight: Tensor) -> Tensor:
+    """Return weights (C', C, kh, kw) rounded up or down, so that each kernel's sum is off by half a unit at most."""
+    rounded = weight.round()
+    error = (weight - rounded).flatten(2)
+    missing = error.sum(2, keepdim=True).round()
+    rank = error.argsort(2, descending=True).argsort(2)  # 0: the one that was rounded down furthest
+    step = (rank < missing).double() - (rank >= rank.shape[2] + missing).double()
+    return rounded + step.view_as(weight)
 
 
 class ChannelAffine(nn.Module):
@@ -401,7 +414,7 @@ def to_integers(
         if may_change(node, nn.Conv2d) and not is_binary(integers, node.args[0]):
             node.target = add(QuantisedReal(module_of(integers, node)), f"{node.target}_integer", node)
     if exact:
-        _fix_points(integers, calibrations)
+        _fix_points(integers, calibrations, statistics.found)
     if not calibrations:
         raise ValueError("no layer sees spikes: there is nothing to add up in integers")
     clean_up(integers)
@@ -411,7 +424,11 @@ def to_integers(
     return integers
 
 
-def _fix_points(integers: fx.GraphModule, calibrations: dict[str, tuple[Tensor, ...]]) -> None:
+def _fix_points(
+    integers: fx.GraphModule,
+    calibrations: dict[str, tuple[Tensor, ...]],
+    statistics: dict[str, tuple[Tensor, ...]],
+) -> None:
     """Replace the first convolution, and BatchNorms that are left, by modules that compute the same anywhere."""
     first = next(
         (n for n in integers.graph.nodes if isinstance(module_of(integers, n), (nn.Conv2d, IntegerLayer))), None
@@ -420,7 +437,7 @@ def _fix_points(integers: fx.GraphModule, calibrations: dict[str, tuple[Tensor, 
         module = module_of(integers, node)
         if node is first and FixedPointConv.suits(module):
             node.target = add_module(integers, f"{node.target}_fixed_point", FixedPointConv(module))
-            calibrations[node.target] = ()
+            calibrations[node.target] = statistics[node.name]
         elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             node.target = add_module(integers, f"{node.target}_affine", ChannelAffine(module))
 

@@ -18,6 +18,7 @@ VERBS = {
     "analyze": "count energy and certify that the network is binary",
     "robustness": "measure accuracy under noise",
     "report": "write one HTML page about a run or several",
+    "web": "serve a page on which one sees networks at work",
     "export": "write an ONNX, torch.export or NIR file, checked",
     "init": "write a recipe for a folder of images and boxes, with the reasons",
     "benchmark": "measure how fast an exported file is, and how accurate",

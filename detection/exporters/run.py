@@ -226,10 +226,10 @@ def _as_graph(
     other = (size[0] // 2 + 33, size[1] // 2 + 65) if free else size
     batches = [noise(1, size, channels), noise(3, other, channels)]
     if options.int8:
+        exact = options.file_format == "events"
         images = task.calibration_images(model, options.num_calibration or task.num_calibration)
         if not free and tuple(images.shape[2:]) != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        exact = options.file_format == "events"
         network = to_integers(network, images, keep=() if exact else part.keep, analogue=options.analogue, exact=exact)
         description["calibration_images"] = len(images)
         batches.append(images[:2])

@@ -94,6 +94,26 @@ def _choose_out(sources: Sequence[Source], out: str | Path | None) -> Path:
 
 def render(sources: Sequence[Source], command: Sequence[str] = ()) -> str:
     """Return the page as HTML."""
+    names = run_names([source.run.folder for source in sources])
+    runs = [
+        describe(source, name, f"run{index}")
+        for index, (source, name) in enumerate(zip(sources, names, strict=True), start=1)
+    ]
+    return (
+        environment_of_parts()
+        .get_template("report.html.j2")
+        .render(
+            generator=GENERATOR,
+            runs=runs,
+            comparison=compare(sources, runs) if len(runs) > 1 else None,
+            unknown=UNKNOWN,
+            command=" ".join(command),
+        )
+    )
+
+
+def environment_of_parts() -> Environment:
+    """Return the templates of the package, of which parts.html.j2 has what sections are made of; texts are escaped."""
     environment = Environment(
         loader=PackageLoader("detection"),
         autoescape=True,
@@ -108,18 +128,7 @@ def render(sources: Sequence[Source], command: Sequence[str] = ()) -> str:
         "breakable": lambda name: escape(_without_commands(name)).replace(".", Markup(".<wbr>")),
         "svg": lambda figure: Markup(to_svg(figure, f"figure{next(figures)}")),
     }
-    names = run_names([source.run.folder for source in sources])
-    runs = [
-        describe(source, name, f"run{index}")
-        for index, (source, name) in enumerate(zip(sources, names, strict=True), start=1)
-    ]
-    return environment.get_template("report.html.j2").render(
-        generator=GENERATOR,
-        runs=runs,
-        comparison=compare(sources, runs) if len(runs) > 1 else None,
-        unknown=UNKNOWN,
-        command=" ".join(command),
-    )
+    return environment
 
 
 def _without_commands(value: Any) -> Any:

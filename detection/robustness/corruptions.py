@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
+from backbones import hook_layers
 from detection.robustness import IMAGE_KINDS
 
 HIGHEST = {"contrast": 1.0, "brightness": 1.0, "jpeg": 99.0}
@@ -73,6 +75,30 @@ def _compress(image: Tensor, quality: int) -> Tensor:
     with Image.open(file) as read:
         back = torch.from_numpy(np.array(read)).permute(2, 0, 1)
     return back.to(image.device, image.dtype) / 255
+
+
+@contextmanager
+def corrupted_input(model: nn.Module, severities: Mapping[str, float], *, seed: int = 0) -> Iterator[list[Tensor]]:
+    """Corrupt the images of every batch that goes into `model` while the context is open, by one kind after the other.
+
+    Args:
+        model: takes a tensor (N, 3, H, W) or a list of (3, H, W), in [0, 1].
+        severities: of some of `IMAGE_KINDS`, see `corrupt`.
+        seed: of gaussian_noise.
+
+    Yields:
+        A list that has the corrupted images of the last batch.
+    """
+    last: list[Tensor] = []
+
+    def enter(name: str, module: nn.Module, images: Any) -> Any:
+        for kind, severity in severities.items():
+            ((images, _),) = corrupt_batches([(images, None)], kind, severity, seed)
+        last[:] = images
+        return images
+
+    with hook_layers({"": model} if severities else {}, before=enter):
+        yield last
 
 
 def corrupt_batches(

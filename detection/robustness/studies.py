@@ -111,8 +111,8 @@ def _check_request(kinds: Sequence[str], seeds: Sequence[int], num_images: int |
         raise ValueError(f"--images {num_images}: expected 1 or more")
 
 
-def _why_not(run: Run, kind: str) -> str | None:
-    """Return why a run's network cannot be asked for a kind, one of `REASONS`; None: it can."""
+def why_not(run: Run, kind: str) -> str | None:
+    """Return why a run's network cannot be asked for a kind of noise, one of `REASONS`; None: it can."""
     task = task_of(run.config)
     if kind in SPIKE_KINDS:
         return "no spike layers" if not task.spiking else None if task.time_steps == 1 else "no single time step"
@@ -121,11 +121,11 @@ def _why_not(run: Run, kind: str) -> str | None:
 
 def _kinds_of(run: Run, kinds: Sequence[str]) -> list[str]:
     """Return the kinds that a run's network can be asked for."""
-    left = [kind for kind in kinds if _why_not(run, kind) is None]
+    left = [kind for kind in kinds if why_not(run, kind) is None]
     if not left:
-        others = [kind for kind in KINDS if _why_not(run, kind) is None]
+        others = [kind for kind in KINDS if why_not(run, kind) is None]
         raise ValueError(
-            f"{run.folder}: {_why_not(run, kinds[0])}, which --kinds {' '.join(kinds)} needs; leave the run out, or "
+            f"{run.folder}: {why_not(run, kinds[0])}, which --kinds {' '.join(kinds)} needs; leave the run out, or "
             f"name one of {', '.join(others)} too"
         )
     return left
@@ -143,7 +143,7 @@ def _left_out(
     """Yield an entry for each run that is not asked for all kinds, and say so on standard error."""
     for name, chosen in kinds_of.items():
         for why, reason in REASONS.items():
-            missing = [kind for kind in kinds if kind not in chosen and _why_not(runs[name], kind) == why]
+            missing = [kind for kind in kinds if kind not in chosen and why_not(runs[name], kind) == why]
             if not missing:
                 continue
             say(f"{name}: {why}; left out: {', '.join(missing)}", error=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -74,6 +74,18 @@ class AnyPrediction:
         """Return the rows of a file of results."""
         raise NotImplementedError
 
+    def above(self, score_threshold: float) -> Self:
+        """Return the prediction without boxes whose score is not higher; itself, if it has none."""
+        return self
+
+    def top(self, number: int = 5) -> list[tuple[str, float]]:
+        """Return the likeliest classes of the image; none, where it has boxes instead."""
+        return []
+
+    def since(self, clean: Self) -> str:
+        """Say what has become of another prediction of the same image, such as one without noise."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction(AnyPrediction):
@@ -109,6 +121,22 @@ class Prediction(AnyPrediction):
             for (x1, y1, x2, y2), score, label in rows
         ]
 
+    def above(self, score_threshold: float) -> Self:
+        kept = self.scores > score_threshold
+        return replace(self, boxes=self.boxes[kept], scores=self.scores[kept], labels=self.labels[kept])
+
+    def since(self, clean: Self) -> str:
+        """Count boxes by the rule of `matching.match`: IoU of 0.5 and the same class."""
+        from detection.data.records import Record
+        from detection.evaluation.matching import match
+
+        boxes, labels = clean.boxes.numpy(), clean.labels.numpy()
+        ignore, area = np.zeros(len(clean), bool), np.zeros(len(clean))
+        record = Record(Path(), 0, *clean.size, boxes, labels, ignore, area)
+        rows = zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True)
+        matched = match(record, [[*corners, score, label] for corners, score, label in rows])
+        return f"{matched.num_right} of {len(clean)} found again, {matched.num_missed} lost, {matched.num_wrong} new"
+
     def draw(self) -> Image.Image:
         """Return the image with its boxes, see `draw.draw_detections`."""
         from detection.draw import draw_detections
@@ -142,6 +170,11 @@ class ClassPrediction(AnyPrediction):
     def to_results(self, image_id: int) -> list[dict[str, Any]]:
         """Return one row: image_id, and the likeliest classes with their probabilities."""
         return [{"image_id": image_id, "probabilities": dict(self.top())}]
+
+    def since(self, clean: Self) -> str:
+        (name, before), now = clean.top(1)[0], self.top(1)[0][0]
+        share = float(self.probabilities[clean.probabilities.argmax()])
+        return f"{'still' if now == name else 'no longer'} {name}, probability {share:.3f} instead of {before:.3f}"
 
     def draw(self) -> Image.Image:
         """Return the image with its five likeliest classes in the corner, sized as a detector's."""

@@ -92,6 +92,7 @@ inline int64_t words_of(int64_t channels) { return (channels + 63) / 64; }
 
 constexpr int64_t kNearest = 48 << 10;  // of the first
 constexpr int64_t kNear = 500 << 10;  // bytes of weights that stay in the second cache
+constexpr double kBytesPerNs = 30;       // from main memory
 constexpr int64_t kAhead = 24;         // rows between the request for one and its use
 
 #define NAME portable
@@ -331,8 +332,10 @@ bool dense_is_faster(const EventConv &c, const Layer &layer, const Costs &costs)
     if (density > 0.5) events += 20 * (double)layer.taps;  // complements: sums over all inputs are added
     else if (rows > (double)c.safe) events *= layer.words == 4 ? 1.2 : 1.8;  // sums of 32 bits
     events += costs.neuron_ns;
-    const double products = (double)(layer.taps * c.channels * (c.out_channels + 31) / 32 * 32);
-    return (double)neurons * products / costs.products_per_ns < (double)neurons * events;
+    const int64_t inputs = layer.taps * c.channels, computed = (c.out_channels + 31) / 32 * 32;
+    double dense = (double)neurons * (double)(inputs * computed) / costs.products_per_ns;
+    if (layer.far) dense += (double)(inputs * computed) / kBytesPerNs;  // reads all weights, whatever fires
+    return dense < (double)neurons * events;
 }
 
 void convolve_dense(const EventConv &c) {

@@ -86,8 +86,8 @@ def read_recording(path: Path, size: int, settings: Events) -> Tensor:
     return frames_to_pixels(frames, (size, size), settings.full)
 
 
-def read_windows(path: Path, settings: Events) -> Iterator[Tensor]:
-    """Yield the images of a recording, one for each `settings.window` seconds, in the order of time.
+def read_windows(path: Path, settings: Events, skip: int = 0) -> Iterator[Tensor]:
+    """Yield the images of a recording, one for each `settings.window` seconds, in the order of time, but the first few.
 
     A .dat file is read window by window: memory holds one of them, however long it is.
 
@@ -110,7 +110,7 @@ def read_windows(path: Path, settings: Events) -> Iterator[Tensor]:
 
     if settings.sensor is None and None in size:
         raise ValueError(f"{path}: its header has no size of the sensor; the recipe has no data.events.sensor either")
-    for first in range(start, end + 1, length):
+    for first in range(start + skip * length, end + 1, length):
         window = (first, first + length)
         with _named(path):
             frames = events_to_frames(between(*window), settings.sensor or size, settings.steps, settings.by, window)

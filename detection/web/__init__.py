@@ -1,0 +1,1 @@
+"""The web page on which one sees trained networks at work: `hoyer-det web`."""
