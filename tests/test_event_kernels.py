@@ -344,7 +344,7 @@ def stems(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], Window, Wi
 def test_a_stem_is_that_of_integers(case, number, with_more, num_threads):
     shape, weight_shape, window, pool, ceil, seed = case
     generator = torch.Generator().manual_seed(seed)
-    most = min(2047, (2**31 - 1) // (4095 * int(np.prod(weight_shape[1:]))))
+    most = min(32766, (2**31 - 1) // (32767 * int(np.prod(weight_shape[1:]))))
     kind, step = int(torch.randint(3, (), generator=generator)), np.float32(0.01)
     weight = torch.randint(most if kind == 0 else -most, most + 1, weight_shape, generator=generator)
     x = torch.randn(shape, generator=generator) * (1000.0, 10.0, 1.0)[kind]
@@ -357,7 +357,7 @@ def test_a_stem_is_that_of_integers(case, number, with_more, num_threads):
     seen = x.numpy()
     for name, operation in (("factor", np.multiply), ("mean", np.subtract), ("std", np.divide)):
         seen = operation(seen, normalise[name].numpy()[:, None, None]) if name in normalise else seen
-    quantised = np.rint(np.clip(seen / step, np.float32(-4095), np.float32(4095)))
+    quantised = np.rint(np.clip(seen / step, np.float32(-32767), np.float32(32767)))
     sums = F.conv2d(torch.from_numpy(quantised).double(), weight.double(), None, window.stride, window.padding).long()
     assert sums.abs().max() < 2**31
     values = [torch.randn(weight_shape[0], generator=generator) * factor for factor in (1e-4, 1.0, 1.0, 1.0)]

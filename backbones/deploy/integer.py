@@ -23,11 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from .fold import ChannelThreshold, add_module, channels_first, clean_up, module_of, norm_affine
+from .fold import ChannelThreshold, add_module, channels_first, clean_up, module_of
 
 LIMIT, ANALOGUE_LIMIT = 127, 64  # of a weight's absolute value, over spikes and over 8 bits
 EXACT = 2**24  # float32 holds every integer up to here, so convolutions in float32 add up integers exactly
-FIXED_POINT = 32767  # largest absolute value of a `FixedPointConv`'s input
 WINDOW, STEPS = 0.25, 12  # of the search for a threshold: its half in standard deviations, its halvings
 
 
@@ -132,7 +131,7 @@ class IntegerSpikes(IntegerLayer):
         The rounding of weights shifts potentials. No threshold moves by more than a quarter of their deviation.
         """
         acc = self.potentials(x)
-        dims = _all_but_channels(acc)
+        dims = all_but_channels(acc)
         target = torch.where(self.inverted, 1 - rate, rate)
         start = self.threshold.float()
         half = (WINDOW * acc.std(dims)).nan_to_num().floor()
@@ -187,7 +186,7 @@ class IntegerReal(IntegerLayer):
     def calibrate(self, x: Tensor, mean: Tensor, largest: Tensor) -> None:
         """Set bias and range so that on the spikes `x` each channel has its `mean` and reaches its `largest` (C,)."""
         acc = self.accumulate(x)
-        dims = _all_but_channels(acc)
+        dims = all_but_channels(acc)
         shift = mean - acc.mean(dims).float() * self.weight_scale
         self.bias.copy_(shift)
         if not self.exact:
@@ -226,87 +225,6 @@ class QuantisedReal(IntegerReal):
         self.step.copy_(step)
         self.zero_point.copy_((-low / step).round())
         super().calibrate(x, mean, largest)
-
-
-class FixedPointConv(nn.Module):
-    """A convolution over real values, an image's, in fixed point: exact sums of products of 16-bit integers.
-
-        y = scale * sum of W * clip(round(x / step), -32767, 32767) + bias,   sum of |W| <= 65535, sums below 2^31
-
-    fifteen bits and a sign of the input, and as many of the weights as the sums permit. Weights are rounded so that
-    their sum over each kernel stays: where an image has one colour, as a background may, hardly a potential moves.
-
-    Args:
-        layer: a convolution padded by zeros, without groups or dilation.
-
-    Shape: as the layer's.
-
-    Attributes:
-        weight: int16, shape of the layer's.
-        step: float32 (), of the input.
-        scale, bias: float32 (C,).
-    """
-
-    def __init__(self, layer: nn.Conv2d) -> None:
-        super().__init__()
-        weight = layer.weight.detach().double()
-        flat = weight.abs().flatten(1)
-        room = (2**31 - 1) // FIXED_POINT - flat.shape[1]  # rounding adds up to a unit per weight
-        size = torch.maximum(flat.amax(1) / (FIXED_POINT - 1), flat.sum(1) / room)
-        size = torch.where(size > 0, size, 1.0)
-        self.stride, self.padding = layer.stride, layer.padding
-        self.register_buffer("weight", _round_together(weight / size.view(-1, 1, 1, 1)).to(torch.int16))
-        self.register_buffer("weight_scale", size)
-        self.register_buffer("step", torch.ones(()))
-        self.register_buffer("scale", size.float())
-        bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float()
-        self.register_buffer("bias", bias.clone())
-
-    @staticmethod
-    def suits(layer: nn.Module | None) -> bool:
-        """Return whether a layer is a convolution that can be one."""
-        plain = type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        return plain and layer.groups == 1 and layer.dilation == (1, 1) and layer.weight[0].numel() <= 2**13
-
-    def calibrate(self, x: Tensor, mean: Tensor, largest: Tensor) -> None:
-        """Set the range of the input, a little beyond that of `x`, and keep each channel's `mean` (C,)."""
-        largest = 1.05 * x.abs().max()
-        self.step.copy_(torch.where(largest > 0, largest, 1.0) / FIXED_POINT)
-        self.scale.copy_(self.weight_scale * self.step.double())
-        self.bias.add_(mean - self(x).mean(_all_but_channels(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        level = (x / self.step).clamp(-FIXED_POINT, FIXED_POINT).round()
-        acc = F.conv2d(level.double(), self.weight.double(), stride=self.stride, padding=self.padding)
-        return acc.float() * self.scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
-
-    def extra_repr(self) -> str:
-        return f"{'x'.join(map(str, self.weight.shape))}, stride={self.stride}, padding={self.padding}"
-
-
-def _round_together(weight: Tensor) -> Tensor:
-    """Return weights (C', C, kh, kw) rounded up or down, so that each kernel's sum is off by half a unit at most."""
-    rounded = weight.round()
-    error = (weight - rounded).flatten(2)
-    missing = error.sum(2, keepdim=True).round()
-    rank = error.argsort(2, descending=True).argsort(2)  # 0: the one that was rounded down furthest
-    step = (rank < missing).double() - (rank >= rank.shape[2] + missing).double()
-    return rounded + step.view_as(weight)
-
-
-class ChannelAffine(nn.Module):
-    """scale * x + shift per channel, two roundings: a BatchNorm that nothing could take in.
-
-    Shape: (N, C, H, W) -> (N, C, H, W).
-    """
-
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
-        super().__init__()
-        for name, value in zip(("scale", "shift"), norm_affine(norm), strict=True):
-            self.register_buffer(name, value.float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)
 
 
 def fix_size(folded: fx.GraphModule, example: Tensor) -> fx.GraphModule:
@@ -414,7 +332,9 @@ def to_integers(
         if may_change(node, nn.Conv2d) and not is_binary(integers, node.args[0]):
             node.target = add(QuantisedReal(module_of(integers, node)), f"{node.target}_integer", node)
     if exact:
-        _fix_points(integers, calibrations, statistics.found)
+        from .fixed_point import fix_points  # which needs this module
+
+        fix_points(integers, calibrations, statistics.found)
     if not calibrations:
         raise ValueError("no layer sees spikes: there is nothing to add up in integers")
     clean_up(integers)
@@ -422,24 +342,6 @@ def to_integers(
     with torch.no_grad():
         ShapeProp(integers).propagate(images[:1])
     return integers
-
-
-def _fix_points(
-    integers: fx.GraphModule,
-    calibrations: dict[str, tuple[Tensor, ...]],
-    statistics: dict[str, tuple[Tensor, ...]],
-) -> None:
-    """Replace the first convolution, and BatchNorms that are left, by modules that compute the same anywhere."""
-    first = next(
-        (n for n in integers.graph.nodes if isinstance(module_of(integers, n), (nn.Conv2d, IntegerLayer))), None
-    )
-    for node in list(integers.graph.nodes):
-        module = module_of(integers, node)
-        if node is first and FixedPointConv.suits(module):
-            node.target = add_module(integers, f"{node.target}_fixed_point", FixedPointConv(module))
-            calibrations[node.target] = statistics[node.name]
-        elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
-            node.target = add_module(integers, f"{node.target}_affine", ChannelAffine(module))
 
 
 class _Statistics(fx.Interpreter):
@@ -454,9 +356,9 @@ class _Statistics(fx.Interpreter):
         value = super().run_node(n)
         module = module_of(self.module, n)
         if isinstance(module, ChannelThreshold):
-            self.found[n.name] = (value.mean(_all_but_channels(value)),)
+            self.found[n.name] = (value.mean(all_but_channels(value)),)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            dims = _all_but_channels(value)
+            dims = all_but_channels(value)
             self.found[n.name] = value.mean(dims), value.abs().amax(dims)
         return value
 
@@ -476,5 +378,5 @@ class _Calibration(fx.Interpreter):
         return super().run_node(n)
 
 
-def _all_but_channels(x: Tensor) -> list[int]:
+def all_but_channels(x: Tensor) -> list[int]:
     return [dim for dim in range(x.dim()) if dim != 1]

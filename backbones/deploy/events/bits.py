@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import library
 
+PLACES = torch.arange(64)  # of the bits of a word
 NEVER = torch.iinfo(torch.int32).max
 LEAST_SUM = 32766  # of what 16 bits hold, less one: so a bound beyond it can be told from it
 
@@ -33,14 +33,14 @@ class Bits(NamedTuple):
         """Return the bits of a map (N, C, H, W) or (N, C) of 0 and other numbers."""
         x = x[..., None, None] if x.dim() == 2 else x
         number, channels, height, width = x.shape
-        bytes_ = np.zeros((number, height, width, words_of(channels) * 64), np.uint8)
-        bytes_[..., :channels] = x.ne(0).permute(0, 2, 3, 1).numpy()
-        return cls(torch.from_numpy(np.packbits(bytes_, axis=-1, bitorder="little").view(np.int64)), channels)
+        bits = torch.zeros((number, height, width, words_of(channels) * 64), dtype=torch.int64)
+        bits[..., :channels] = x.ne(0).permute(0, 2, 3, 1)
+        return cls((bits.unflatten(3, (-1, 64)) << PLACES).sum(4), channels)
 
     def unpack(self) -> Tensor:
         """Return the map, float32 (N, C, H, W) in the order N, H, W, C."""
-        bytes_ = np.unpackbits(self.words.numpy().view(np.uint8), axis=-1, bitorder="little")
-        return torch.from_numpy(bytes_[..., : self.channels]).float().permute(0, 3, 1, 2)
+        bits = (self.words[..., None] >> PLACES & 1).flatten(3)
+        return bits[..., : self.channels].float().permute(0, 3, 1, 2)
 
     def flatten(self) -> Bits:
         """Return the whole of each image as the channels of one pixel, its padding included: H, W, then C."""
@@ -50,7 +50,7 @@ class Bits(NamedTuple):
     @property
     def density(self) -> float:
         """Share of the neurons that fired."""
-        ones = int(np.bitwise_count(self.words.numpy().view(np.uint64)).sum())
+        ones = int((self.words[..., None] >> PLACES & 1).sum())
         return ones / (self.words[..., 0].numel() * self.channels)
 
 

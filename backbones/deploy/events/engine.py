@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from .bits import Bits, Comparison, EventLayer, Window, layer_options, max_pool, threshold
@@ -211,6 +209,8 @@ PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Callable[..., S
 
 def to_bytes(program: Program, description: Mapping[str, Any]) -> bytes:
     """Return the content of a file: safetensors, whose metadata have the graph, a description and their checksum."""
+    from safetensors.torch import save
+
     graph = json.dumps({"operations": program.operations, "outputs": program.outputs})
     tensors = {name: value.contiguous().clone() for name, value in program.tensors.items()}
     text = json.dumps(dict(description))
@@ -228,6 +228,9 @@ def from_bytes(content: bytes, source: str) -> tuple[Program, dict[str, Any]]:
     Raises:
         ValueError: damaged, none of this project, or of another version.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
         length = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}

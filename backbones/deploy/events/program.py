@@ -27,7 +27,7 @@ ARITHMETIC = {operator.add: "add", operator.sub: "sub", operator.mul: "mul", ope
 
 
 class Program(NamedTuple):
-    """What the engine computes.
+    """The operations of a network and their tensors.
 
     Attributes:
         operations: each {"op", "inputs", "outputs", "attributes", "tensors"}; inputs and outputs are names of values,

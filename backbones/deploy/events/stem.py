@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..integer import FIXED_POINT
+from ..fixed_point import FIXED_POINT
 from . import library
 from .bits import Bits, Comparison, Window, padded, words_of
 
