@@ -204,7 +204,7 @@ void check_threshold(Random &random) {
 void check_stem(Random &random) {
     EventStem c = {};
     c.images = random.upto(1, 2), c.channels = random.upto(1, 4), c.out_channels = random.upto(1, 100);
-    c.threads = random.upto(1, 3), c.step = 0.01f, c.limit = 4095;
+    c.threads = random.upto(1, 3), c.step = 0.01f, c.limit = 32767;
     int64_t *in[] = {&c.height, &c.width}, *out[] = {&c.out_height, &c.out_width};
     int64_t *kernel[] = {&c.kernel_h, &c.kernel_w}, *stride[] = {&c.stride_h, &c.stride_w};
     int64_t *pad[] = {&c.pad_h, &c.pad_w}, *pooled[] = {&c.pooled_height, &c.pooled_width};
@@ -218,12 +218,12 @@ void check_stem(Random &random) {
         *pooled[i] = (*out[i] + 2 * *edge[i] - *pool[i]) / *step[i] + 1;
     }
     const int64_t each = c.channels * c.kernel_h * c.kernel_w, padded = words_of(c.out_channels) * 64;
-    const int64_t most = std::min<int64_t>(2047, INT32_MAX / (4095 * each)), kind = random.upto(0, 1);
+    const int64_t most = std::min<int64_t>(32766, INT32_MAX / (32767 * each)), kind = random.upto(0, 1);
     const bool turned = random.one_of(2), more = random.one_of(2), normal = random.one_of(2);
     std::vector<int16_t> weight(c.out_channels * each);
     for (int16_t &value : weight) value = (int16_t)(kind ? most : random.upto(-most, most));
     std::vector<float> x(c.images * c.channels * c.height * c.width), mean(c.channels), std_(c.channels, 1.0f);
-    for (float &value : x) value = random.one_of(20) ? INFINITY : random.real() * (float)(kind ? 100 : 1);
+    for (float &value : x) value = random.one_of(20) ? INFINITY : random.real() * (float)(kind ? 1000 : 1);
     for (int64_t i = 0; normal && i < c.channels; ++i) mean[i] = random.real(), std_[i] = 0.3f + (float)i;
     std::vector<float> level(padded, INFINITY), sign(padded, 1.0f), scale(padded), bias(padded), factor(padded), shift(padded);
     for (int64_t o = 0; o < c.out_channels; ++o) {
@@ -239,7 +239,7 @@ void check_stem(Random &random) {
             if (row < 0 || row >= c.height || col < 0 || col >= c.width) continue;
             float v = x[((image * c.channels + channel) * c.height + row) * c.width + col];
             if (normal) v = (v - mean[channel]) / std_[channel];
-            sum += weight[o * each + i] * (int64_t)std::rint(std::max(-4095.0f, std::min(4095.0f, v / c.step)));
+            sum += weight[o * each + i] * (int64_t)std::rint(std::max(-c.limit, std::min(c.limit, v / c.step)));
         }
         const float product = (float)sum * scale[o];
         return product + bias[o];
@@ -328,11 +328,11 @@ void check_threads(Random &random) {
 int main(int, char **argv) {
     const double end = std::atof(argv[1]) * CLOCKS_PER_SEC;
     Random random{std::mt19937_64(std::atoi(argv[2]))};
-    int64_t rounds = 0, levels = 0;
+    int64_t rounds = 0, layers = 0, levels = 0;
     do {
         const int level = (int)(rounds % 4);
         if (events_use(level) != level) continue;
-        levels |= 1 << level;
+        levels |= 1 << level, layers += 6;
         std::vector<std::thread> callers;
         for (int number = 0; number < 2; ++number)
             callers.emplace_back([seed = random.engine()] {
@@ -342,5 +342,5 @@ int main(int, char **argv) {
             });
         for (std::thread &caller : callers) caller.join();
     } while (++rounds < 4 || (double)std::clock() < end);
-    std::printf("%lld layers, instruction sets %lld\n", (long long)(6 * rounds), (long long)levels);
+    std::printf("%lld layers, instruction sets %lld\n", (long long)layers, (long long)levels);
 }
