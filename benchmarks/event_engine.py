@@ -3,8 +3,8 @@
 
 Networks: VGG16 on 32x32, ResNet18 on 224x224 and a RetinaNet with spiking neck and head on 320x240, whole from images
 to boxes, with random weights and thresholds at which a given share of the neurons of every layer fires. Trained:
-networks of the zoo on real images, from decoded image to boxes or logits; their twins have random weights, so that
-hardly a box is left for the twin's non-maximum suppression. Layers: one layer alone, in units of the dense product that
+networks of the zoo on real images, from decoded image to boxes or logits; their twins have random weights, and boxes
+are made of the trained network's outputs for both. Layers: one layer alone, in units of the dense product that
 it replaces, beside the same layer as a dense 8-bit convolution (ONNX Runtime, the mean of a chain of four), the largest
 dense 8-bit product that was measured, and what memory gives if every weight of an input that fired is read once.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -37,7 +38,7 @@ import detection
 from backbones import find_neuron, fold, record_activity, spike_activity, to_integers
 from backbones.deploy.events import Bits, Comparison, Engine, EventLayer, Window, current, to_program
 from backbones.deploy.integer import fix_size
-from detection.exporters import import_extra, open_file, to_onnx
+from detection.exporters import OnnxFile, import_extra, open_file, to_onnx
 from detection.runs import Run as SavedRun
 from detection.tasks import task_of
 from detection.tasks.base import Task
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of bccd and cifar10 (default: data)")
     add_log_option(parser, "event_engine")
     options = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the processes below: idle threads must not slow others
     if options.rounds < 1 or min(options.threads) < 1:
         parser.error("--rounds and --threads: at least 1")
     packages = {name: import_extra(name).__version__ for name in ("onnx", "onnxruntime")}
@@ -147,6 +149,7 @@ def measure_trained(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         with record_activity(model) as activity:
             for image in images:
                 model(image)
+        answers = {id(image): answer_of(file, image) for image in images}
         calibration = task.calibration_images(model, 32)
         twin = run.config.model_copy(deep=True)
         twin.model.backbone.activation, twin.model.backbone.weights = "relu", None
@@ -163,7 +166,7 @@ def measure_trained(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 TWINS[0]: session(quantised.SerializeToString(), threads),
                 TWINS[1]: openvino_session(quantised, threads),
             }
-            forms = {name: twin_task.model_around(named(each, outputs)) for name, each in in_twin.items()}
+            forms = {name: around(twin_task, each, answers) for name, each in in_twin.items()}
             forms["events"] = file
             known = {"events": spike_activity(activity)}
             for row in rows_of(address, forms, images, threads, options.rounds, known):
@@ -180,9 +183,28 @@ def single_images(task: Task, dataset: Any) -> list[Any]:
     return found[:NUM_IMAGES]
 
 
-def named(run: Run, outputs: list[str]) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Return what gives the outputs by name."""
-    return lambda batch: dict(zip(outputs, run(batch), strict=True))
+def answer_of(file: OnnxFile, image: Any) -> dict[str, Tensor]:
+    """Return what the network in a file gives for an image, by the outputs' names."""
+    found: dict[str, Tensor] = {}
+    file.task.model_around(lambda batch: found.update(file.run(batch)) or found)(image)
+    return found
+
+
+def around(task: Task, run: Run, answers: dict[int, dict[str, Tensor]]) -> Callable[[Any], Any]:
+    """Return what computes a network of random weights, and makes boxes or logits of a trained one's answers."""
+    answer: dict[str, Tensor] = {}
+
+    def compute(batch: Tensor) -> dict[str, Tensor]:
+        run(batch)
+        return answer
+
+    whole = task.model_around(compute)
+
+    def form(image: Any) -> Any:
+        answer.update(answers[id(image)])
+        return whole(image)
+
+    return form
 
 
 def openvino_session(model: Any, threads: int) -> Run:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import library
 
+MOST_SHAPES = 256  # of inputs, for which a layer keeps a prepared call
 PLACES = torch.arange(64)  # of the bits of a word
 NEVER = torch.iinfo(torch.int32).max
 LEAST_SUM = 32766  # of what 16 bits hold, less one: so a bound beyond it can be told from it
@@ -201,6 +202,8 @@ class EventLayer:
             return self._reference(x, residual)
         key = (library.current(), x.words.shape)
         if key not in self._calls:
+            if len(self._calls) >= MOST_SHAPES:
+                self._calls.clear()
             self._calls[key] = self._call_for(x)
         template, shape, size, beside = self._calls[key]
         call = library.EventConv.from_buffer_copy(template)

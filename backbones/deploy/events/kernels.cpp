@@ -492,7 +492,7 @@ template <typename Work> int guarded(const Work &work) {
 
 extern "C" {
 
-int events_version(void) { return 1; }
+int events_version(void) { return 2; }
 
 int events_use(int level) {
     const Kernels *found = find_kernels(level);

@@ -47,7 +47,7 @@ struct EventStem {
     const float *input;
     const float *factor, *mean, *std;             // [channels], each may be null: x = (factor * input - mean) / std
     float step, limit;                            // q = round(clip(x / step, -limit, limit))
-    const float *scale, *bias;                    // y = scale * sum + bias, [padded channels]
+    const float *scale, *bias;                    // y = scale * sum + bias, [padded channels]; no scale is negative
     const float *more_scale, *more_bias;          // or null: the real map is more_scale * y + more_bias
     float *real;                                  // [N][pooled height][pooled width][channels], or null
     int64_t num_spikes;                           // where sign * y >= level

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 MAX_OUTPUTS = 8
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512vnni": 3}
 VARIABLE = "HOYER_DET_KERNELS"

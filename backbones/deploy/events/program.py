@@ -340,6 +340,8 @@ def _without_unused(program: Program) -> Program:
 
 
 def _pool(pool: nn.MaxPool2d) -> dict[str, Any]:
+    if pool.dilation not in (1, (1, 1)):
+        raise ValueError(f"the event-driven engine has no {pool}: dilation (allowed: 1)")
     keys: tuple[str, ...] = ("kernel_size", "stride", "padding", "dilation")
     values = {key: getattr(pool, key) for key in keys}
     pairs = {key: [value] * 2 if isinstance(value, int) else list(value) for key, value in values.items()}
