@@ -331,12 +331,18 @@ def to_integers(
     for node in convs[1:] if analogue else []:
         if may_change(node, nn.Conv2d) and not is_binary(integers, node.args[0]):
             node.target = add(QuantisedReal(module_of(integers, node)), f"{node.target}_integer", node)
+    if not calibrations:
+        raise ValueError("no layer sees spikes: there is nothing to add up in integers")
     if exact:
         from .fixed_point import fix_points  # which needs this module
 
         fix_points(integers, calibrations, statistics.found)
-    if not calibrations:
-        raise ValueError("no layer sees spikes: there is nothing to add up in integers")
+    return _calibrated(integers, calibrations, images)
+
+
+def _calibrated(
+    integers: fx.GraphModule, calibrations: dict[str, tuple[Tensor, ...]], images: Tensor
+) -> fx.GraphModule:
     clean_up(integers)
     _Calibration(integers, calibrations).run(images)
     with torch.no_grad():
@@ -379,4 +385,5 @@ class _Calibration(fx.Interpreter):
 
 
 def all_but_channels(x: Tensor) -> list[int]:
+    """Return the dimensions of a map or vector (N, C, *) but its channels."""
     return [dim for dim in range(x.dim()) if dim != 1]
