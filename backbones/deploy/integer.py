@@ -331,18 +331,22 @@ def to_integers(
     for node in convs[1:] if analogue else []:
         if may_change(node, nn.Conv2d) and not is_binary(integers, node.args[0]):
             node.target = add(QuantisedReal(module_of(integers, node)), f"{node.target}_integer", node)
-    if not calibrations:
-        raise ValueError("no layer sees spikes: there is nothing to add up in integers")
-    if exact:
-        from .fixed_point import fix_points  # which needs this module
-
-        fix_points(integers, calibrations, statistics.found)
-    return _calibrated(integers, calibrations, images)
+    return _calibrated(integers, calibrations, images, statistics.found if exact else None)
 
 
 def _calibrated(
-    integers: fx.GraphModule, calibrations: dict[str, tuple[Tensor, ...]], images: Tensor
+    integers: fx.GraphModule,
+    calibrations: dict[str, tuple[Tensor, ...]],
+    images: Tensor,
+    exact: dict[str, tuple[Tensor, ...]] | None,
 ) -> fx.GraphModule:
+    """Return the network, set on images; `exact` has the statistics of the network before, if it is to be exact."""
+    if not calibrations:
+        raise ValueError("no layer sees spikes: there is nothing to add up in integers")
+    if exact is not None:
+        from .fixed_point import fix_points  # which needs this module
+
+        fix_points(integers, calibrations, exact)
     clean_up(integers)
     _Calibration(integers, calibrations).run(images)
     with torch.no_grad():
