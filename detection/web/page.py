@@ -22,6 +22,7 @@ TITLE = "hoyer-det: networks at work"
 SCORE = 0.3
 NOBODY = "none"
 GREETING = "Give the network a picture: choose a file, paste one, use the camera, or take an example."
+COPIES = 100  # of components, per visitor
 BUSY = "The network looks at it."
 Values = Mapping[Any, Any]
 Updates = dict[Any, Any]
@@ -195,13 +196,14 @@ class Page:
             on(button.click, partial(self._step, by), explain=False)
         self.stop.click(self._stop, queue=False)
 
-    # What happens
+    # What happens. Changes are `gr.update`: a component that is made here would stay with the visitor.
 
     def _handler(self, act: Act) -> Callable[..., Updates]:
         """Return what Gradio calls: an error becomes a sentence on the page."""
 
         def call(values: dict, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Updates:  # noqa: B008
             visit = self.visits.of(request.session_hash)
+            forget_copies(request)
             try:
                 tell = lambda done, of: progress((done, of or None), unit="pictures")  # noqa: E731
                 with visit.lock:
@@ -219,7 +221,7 @@ class Page:
 
     def _begin(self) -> Updates:
         first = next(iter(self.networks))
-        return {self.beside: gr.Radio(self._others(first), value=NOBODY)}
+        return {self.beside: gr.update(choices=self._others(first), value=NOBODY)}
 
     def _others(self, name: str) -> list[str]:
         """Return the networks that take what a network takes."""
@@ -253,12 +255,12 @@ class Page:
         network, others = self.networks[name], self._others(name)
         beside = values[self.beside] if values[self.beside] in others else NOBODY
         samples = [[str(path)] for path in self.examples[name]]
-        updates[self.beside] = gr.Radio(others, value=beside)
-        updates[self.image_part] = gr.Column(visible=not network.takes_events)
-        updates[self.pictures] = gr.Dataset(samples=[] if network.takes_events else samples)
+        updates[self.beside] = gr.update(choices=others, value=beside)
+        updates[self.image_part] = gr.update(visible=not network.takes_events)
+        updates[self.pictures] = gr.update(samples=[] if network.takes_events else samples)
         names = [[path.name] for path in self.examples[name]]
-        updates[self.recordings] = gr.Dataset(samples=names, visible=network.takes_events)
-        updates[self.second] = gr.Column(visible=beside != NOBODY)
+        updates[self.recordings] = gr.update(samples=names, visible=network.takes_events)
+        updates[self.second] = gr.update(visible=beside != NOBODY)
         if visit.source is not None and is_recording(visit.source.path) != network.takes_events:
             visit.give(None)  # of the other kind
             updates |= self._emptied()
@@ -276,7 +278,7 @@ class Page:
         shown = self._show(visit, values, tell)
         words = visit.source.name + (f", stopped behind picture {number}" if stopped else "")
         return shown | {
-            self.time: gr.Slider(1, max(2, number), visit.index + 1, label=name, visible=long),
+            self.time: gr.update(minimum=1, maximum=max(2, number), value=visit.index + 1, label=name, visible=long),
             self.said: sentence(f"{words}; {self._found(visit, networks, values[self.score])}."),
         }
 
@@ -297,18 +299,20 @@ class Page:
             return {}
         paths = [visit.work(partial(visit.draw, network, score)) for network in networks]
         answers = {network.name: visit.answer(network) for network in networks}
-        updates: Updates = {self.score: gr.Slider(visible=any(network.has_boxes for network in networks))}
+        updates: Updates = {self.score: gr.update(visible=any(network.has_boxes for network in networks))}
         for index, network in enumerate(networks):
             top = answers[network.name].prediction.top()
-            updates[self.drawn[index]] = gr.Image(str(paths[index]), label=network.name)
-            updates[self.bars[index]] = gr.Label(dict(top) or None, visible=bool(top), label=f"classes, {network.name}")
+            updates[self.drawn[index]] = gr.update(value=str(paths[index]), label=network.name)
+            updates[self.bars[index]] = gr.update(
+                value=dict(top) or None, visible=bool(top), label=f"classes, {network.name}"
+            )
         updates[self.table] = summary(answers, score)
         words = "Boxes as COCO JSON" if networks[0].has_boxes else "Classes as JSON"
         file = str(visit.write_json(networks[0], score))
-        updates[self.json] = gr.DownloadButton(words, value=file, interactive=True)
-        updates[self.file] = gr.DownloadButton(value=str(paths[0]), interactive=True)
+        updates[self.json] = gr.update(label=words, value=file, interactive=True)
+        updates[self.file] = gr.update(value=str(paths[0]), interactive=True)
         words = f"{visit.source.name}, picture {visit.index + 1}: {self._found(visit, networks, score)}."
-        return updates | {self.second: gr.Column(visible=len(networks) > 1), self.said: sentence(words)}
+        return updates | {self.second: gr.update(visible=len(networks) > 1), self.said: sentence(words)}
 
     def _explain(self, visit: Visit, values: Values, tell: Tell) -> Updates:
         """Show what takes longer: where the networks fire, and what the picture costs."""
@@ -319,7 +323,7 @@ class Page:
         updates: Updates = {self.table: summary(answers, values[self.score]), self.costs: costs(answers)}
         stages = self._stages(visit, values)
         stage = values[self.stage] if values[self.stage] in stages else ALL_STAGES
-        updates[self.stage] = gr.Radio(stages, value=stage)
+        updates[self.stage] = gr.update(choices=stages, value=stage)
         return updates | self._show_maps(visit, {**values, self.stage: stage}, tell)
 
     def _stages(self, visit: Visit, values: Values) -> list[str]:
@@ -334,10 +338,10 @@ class Page:
         for index, network in enumerate(networks):
             path = visit.work(partial(visit.draw_maps, network, values[self.stage]))
             label = f"{values[self.stage]}, {network.name}"
-            updates[self.maps[index]] = gr.Image(
-                None if path is None else str(path), label=label, visible=path is not None
+            updates[self.maps[index]] = gr.update(
+                value=None if path is None else str(path), label=label, visible=path is not None
             )
-        return updates | ({} if len(networks) > 1 else {self.maps[1]: gr.Image(visible=False)})
+        return updates | ({} if len(networks) > 1 else {self.maps[1]: gr.update(visible=False)})
 
     def _step(self, by: int, visit: Visit, values: Values, tell: Tell) -> Updates:
         """Go to another stage, behind the last one to the first."""
@@ -358,8 +362,22 @@ class Page:
         """Return the page without a picture."""
         nothing = [*self.drawn, *self.bars, *self.maps, self.image, self.film, self.costs]
         table = {self.table: summary(dict.fromkeys([next(iter(self.networks))]), SCORE)}
-        buttons = {part: gr.DownloadButton(value=None, interactive=False) for part in (self.json, self.file)}
-        return dict.fromkeys(nothing) | table | buttons | {self.time: gr.Slider(visible=False)}
+        buttons = {part: gr.update(value=None, interactive=False) for part in (self.json, self.file)}
+        return dict.fromkeys(nothing) | table | buttons | {self.time: gr.update(visible=False)}
+
+
+def forget_copies(request: gr.Request) -> None:
+    """Drop old copies of components: Gradio keeps one for each input that has changed, event by event, for an hour.
+
+    The newest stay, since other events of the visitor may be about to use them.
+    """
+    state = request.request.app.state_holder[request.session_hash]
+    own = request.request.app.get_blocks().blocks
+    for table in (state.blocks_config.blocks, state.config_values):
+        copies = sorted(table.keys() - own.keys())
+        if len(copies) > 2 * COPIES:
+            for key in copies[:-COPIES]:
+                table.pop(key, None)
 
 
 def _in_words(error: Exception, source: Source | None) -> str:
