@@ -267,7 +267,7 @@ def test_a_torch_program_is_benchmarked_as_the_onnx_file_of_its_run(recipe, tmp_
     path.with_name("model.pt2.json").write_text("{}")
     with pytest.raises(ValueError, match=r"model\.pt2\.json: missing or damaged, and it says what model\.pt2 takes"):
         benchmark_file(path)
-    with pytest.raises(ValueError, match=r"a NIR file is run by .* \(allowed: \.onnx, \.pt2\)"):
+    with pytest.raises(ValueError, match=r"a NIR file is run by .* \(allowed: \.onnx, \.pt2, \.events\)"):
         benchmark_file(tmp_path / "model.nir")
 
 
