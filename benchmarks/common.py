@@ -13,6 +13,7 @@ values numbers and strings, apart from `each_...`, the single measurements behin
     scaling      series, value, way, seconds, cpu_seconds, peak_bytes; of training steps also network, batch, side,
                  width, spike_layers; of `processes` all_reduces and reduced_bytes per step, beside the gradients'
     predict      case, network, images, images_per_second, part, cpu_milliseconds (per image)
+    web          run, images, first_answer_seconds, everything_seconds, warm_bytes, end_bytes
     arithmetic   pass, way, seconds, cpu_seconds, peak_bytes
     event_engine part, network, form, threads, milliseconds, times_best_twin_int8, activity, accuracy; of layers: layer,
                  density or form, gmacs; `limits` of the machine
