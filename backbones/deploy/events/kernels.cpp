@@ -91,11 +91,11 @@ struct Kernels {
 
 inline int64_t words_of(int64_t channels) { return (channels + 63) / 64; }
 
-constexpr int64_t kNearest = 48 << 10;  // of the first
-constexpr int64_t kNear = 500 << 10;  // bytes of weights that stay in the second cache
-constexpr double kBytesPerNs = 30;       // from main memory
-constexpr double kWorthwhileNs = 30000;  // of work for another thread
-constexpr int64_t kAhead = 24;         // rows between the request for one and its use
+constexpr int64_t kNearest = 48 << 10;   // bytes of weights that stay in the first cache
+constexpr int64_t kNear = 500 << 10;     // in the second
+constexpr double kBytesPerNs = 30;       // read from main memory
+constexpr double kWorthwhileNs = 30000;  // of work, for which another thread is woken
+constexpr int64_t kAhead = 24;           // rows between the request for one and its use
 
 #define NAME portable
 #define WIDTH 16
