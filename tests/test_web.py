@@ -166,6 +166,11 @@ def cells(real_data) -> list[Path]:
     return sorted((real_data("bccd") / "bccd" / "BCCD" / "JPEGImages").glob("*.jpg"))[:2]
 
 
+def until(page, condition: str) -> None:
+    """Wait until a condition holds; it is looked at ten times a second, also on a page that is not in front."""
+    page.wait_for_function(condition, polling=100)
+
+
 def give(page, path: Path, *words: str, part: str = "image") -> str:
     """Give a file; return what is said of it, once it has these words and, without an error, all numbers are there."""
     page.set_input_files(f"#{part} input[type=file]", str(path))
@@ -174,9 +179,9 @@ def give(page, path: Path, *words: str, part: str = "image") -> str:
 
 def wait_said(page, *words: str) -> str:
     said = f"() => {json.dumps(words)}.every(word => document.querySelector('#said').innerText.includes(word))"
-    page.wait_for_function(said)
+    until(page, said)
     if not page.locator("#said .wrong").count():
-        page.wait_for_function(READY)
+        until(page, READY)
     return page.inner_text("#said .said")
 
 
@@ -239,11 +244,11 @@ def test_one_steps_through_the_stages(page, cells):
     seen = [shown()]
     for number in (1, 2):
         page.click("#next")
-        page.wait_for_function(f"document.querySelector('#maps-first img')?.getAttribute('src') !== '{seen[-1]}'")
+        until(page, f"document.querySelector('#maps-first img')?.getAttribute('src') !== '{seen[-1]}'")
         assert page.locator("#stage input:checked").get_attribute("value") == stages[number]
         seen.append(shown())
     page.locator("#back").press("Enter")
-    page.wait_for_function(f"document.querySelector('#maps-first img')?.getAttribute('src') !== '{seen[-1]}'")
+    until(page, f"document.querySelector('#maps-first img')?.getAttribute('src') !== '{seen[-1]}'")
     assert page.locator("#stage input:checked").get_attribute("value") == stages[1]
     page.get_by_role("tab", name="What it costs").click()
     layers = page.locator("#costs tbody tr").all_inner_texts()
@@ -262,8 +267,8 @@ def test_two_networks_side_by_side_and_noise(page, cells):
     assert page.locator("#drawn-second img").is_visible() and page.locator("#maps-second img").is_visible()
     page.click("#noise button")
     set_slider(page, "membrane", 0.4)
-    page.wait_for_function("document.querySelector('#summary').innerText.includes('of these')")
-    page.wait_for_function(READY)
+    until(page, "document.querySelector('#summary').innerText.includes('of these')")
+    until(page, READY)
     found = []
     for name in clean:
         predictor = detection.load(name)
@@ -291,7 +296,7 @@ def test_what_is_no_picture_gets_a_sentence(page, cells, tmp_path):
 
 def test_a_film_has_a_progress_bar_and_can_be_stopped(page, tmp_path):
     page.set_input_files("#film input[type=file]", str(write_film(tmp_path / "film.mp4", 150)))
-    page.wait_for_function("/\\d+\\/150 pictures/.test(document.body.innerText)")
+    until(page, "/\\d+\\/150 pictures/.test(document.body.innerText)")
     page.click("#stop")
     said = wait_said(page, "film.mp4", "stopped behind picture")
     number = int(re.search(r"picture (\d+)", said).group(1))
@@ -357,7 +362,7 @@ def test_the_keyboard_reaches_everything_and_small_screens_show_it(page):
     assert [name for name in wanted if name not in seen] == []
     page.locator("#score input[type=range]").press("ArrowRight")
     wait_said(page, "detections")
-    page.wait_for_function("document.querySelector('#score input[type=number]').value == '0.31'")
+    until(page, "document.querySelector('#score input[type=number]').value == '0.31'")
     for width in (1400, 800, 390):
         page.set_viewport_size({"width": width, "height": 1000})
         for tab in ("What it costs", "Where it fires"):
