@@ -349,8 +349,9 @@ def _calibrated(
         fix_points(integers, calibrations, exact)
     clean_up(integers)
     _Calibration(integers, calibrations).run(images)
-    with torch.no_grad():
-        ShapeProp(integers).propagate(images[:1])
+    if exact is not None:  # the engine's program asks for the shapes of what was put in, too
+        with torch.no_grad():
+            ShapeProp(integers).propagate(images[:1])
     return integers
 
 

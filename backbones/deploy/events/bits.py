@@ -65,6 +65,11 @@ def padded(value: Tensor, filler: float) -> Tensor:
     return F.pad(value, (0, words_of(len(value)) * 64 - len(value)), value=filler).contiguous()
 
 
+def mask_of(turned: Tensor) -> Tensor:
+    """Return bool (C,) as the bits of a pixel, int64 (words,)."""
+    return Bits.pack(turned[None]).words.flatten()
+
+
 class Comparison:
     """Spikes per channel of sums or real values, turned round in some channels.
 
@@ -81,7 +86,7 @@ class Comparison:
         self.sign: Tensor | None = None
         self.mask: Tensor | None = None
         if self.turned is not None and integer:
-            self.mask = Bits.pack(self.turned[None, :, None, None]).words.flatten()
+            self.mask = mask_of(self.turned)
         elif self.turned is not None:
             self.sign = padded(torch.where(self.turned, -1.0, 1.0), 1.0)
 
@@ -270,14 +275,7 @@ class EventLayer:
         call = library.EventConv(
             channels=weight.shape[1] * self.groups, out_channels=len(weight), groups=self.groups, beside=beside
         )
-        for name, pair in {
-            "kernel": tuple(weight.shape[2:]),
-            "stride": stride,
-            "pad": padding,
-            "dilation": dilation,
-        }.items():
-            setattr(call, f"{name}_h", pair[0])
-            setattr(call, f"{name}_w", pair[1])
+        library.set_pairs(call, kernel=weight.shape[2:], stride=stride, pad=padding, dilation=dilation)
         call.num_spikes, call.safe = len(self.spikes), self.safe
         kept = [torch.empty(library.LIBRARY.events_packed_bytes(call), dtype=torch.int8)]
         library.LIBRARY.events_pack(call, weight.data_ptr(), kept[0].data_ptr())
@@ -293,7 +291,7 @@ class EventLayer:
             levels = call.threshold if self.scale is None else call.level
             levels[index] = address(each.padded)
             if each.mask is not None:
-                mask = each.mask if beside == 1 else Bits.pack(each.turned.repeat(beside)[None]).words.flatten()
+                mask = mask_of(each.turned.repeat(beside))
                 kept.append(mask)
                 call.inverted[index] = mask.data_ptr()
             if each.sign is not None:

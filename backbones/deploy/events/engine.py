@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bits import Bits, Comparison, EventLayer, Window, layer_options, max_pool, threshold
+from .bits import Bits, Comparison, EventLayer, Window, layer_options, mask_of, max_pool, threshold
 from .program import Operation, Program
 from .stem import Affine, EventStem
 
@@ -146,7 +146,7 @@ def _window(attributes: Mapping[str, Any]) -> Window:
 
 def _pool_bits(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
     window, ceil, turned = _window(attributes), attributes["ceil_mode"], tensors.get("inverted")
-    mask = None if turned is None else Bits.pack(turned[None, :, None, None]).words.flatten()
+    mask = None if turned is None else mask_of(turned)
     return lambda x: [max_pool(x, window, ceil=ceil, inverted=mask)]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -78,6 +78,13 @@ class EventStem(ctypes.Structure):
         ("sign", _pointer * MAX_OUTPUTS),
         ("spikes", _pointer * MAX_OUTPUTS),
     )
+
+
+def set_pairs(call: EventConv | EventStem, **pairs: Sequence[int]) -> None:
+    """Set the fields NAME_h and NAME_w of a call to a pair, height first."""
+    for name, (height, width) in pairs.items():
+        setattr(call, f"{name}_h", height)
+        setattr(call, f"{name}_w", width)
 
 
 def _load() -> ctypes.CDLL | None:

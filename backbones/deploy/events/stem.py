@@ -111,11 +111,8 @@ class EventStem:
         pool = self.pool or Window((1, 1))
         call = library.EventStem(channels=channels, out_channels=out_channels, num_spikes=len(self.spikes))
         call.step, call.limit = self.step, FIXED_POINT
-        pairs = {"kernel": self.window.kernel, "stride": self.window.stride, "pad": self.window.padding}
-        pairs |= {"pool": pool.kernel, "pool_stride": pool.stride, "pool_pad": pool.padding}
-        for name, pair in pairs.items():
-            setattr(call, f"{name}_h", pair[0])
-            setattr(call, f"{name}_w", pair[1])
+        library.set_pairs(call, kernel=self.window.kernel, stride=self.window.stride, pad=self.window.padding)
+        library.set_pairs(call, pool=pool.kernel, pool_stride=pool.stride, pool_pad=pool.padding)
         weight = self.weight.contiguous()
         kept = [torch.empty(library.LIBRARY.events_packed_stem_bytes(call), dtype=torch.int8)]
         library.LIBRARY.events_pack_stem(call, weight.data_ptr(), kept[0].data_ptr())
