@@ -30,7 +30,8 @@ def load(run: str | Path, weights: Weights = "last", device: str | torch.device 
     Raises:
         FileNotFoundError: no such run, weights or file.
         ImportError: the package onnxruntime is not installed, for an ONNX file.
-        ValueError: the weights or the file are damaged or do not fit, or there is no such device or entry of the zoo.
+        ValueError: the weights or the file are damaged or do not fit, or there is no such device or entry of the zoo,
+            or weights or a device are named for a file.
     """
     from detection.files import is_exported
     from detection.predict import Predictor
@@ -39,6 +40,8 @@ def load(run: str | Path, weights: Weights = "last", device: str | torch.device 
     if is_exported(run):
         from detection.exporters import open_file
 
+        if weights != "last" or device is not None:
+            raise ValueError(f"{run}: a file has one set of weights and runs on the CPU: leave out weights and device")
         return open_file(run)
     return Predictor(Run.open(run), weights, device)
 

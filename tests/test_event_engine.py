@@ -303,6 +303,16 @@ def test_a_file_says_what_it_is_and_how_accurate(runs):
             assert measured["file"]["top5"] == 1 and abs(measured["file"]["top1"] - logged["top1"]) <= 0.3
 
 
+def test_a_file_is_measured_under_any_name_and_takes_no_weights_or_device(runs, tmp_path):
+    path, described = export_run(runs["classifier"], "events", tmp_path / "net.bin", evaluate=True)
+    assert described["evaluation"] == json.loads((runs["classifier"] / "model.events.json").read_text())["evaluation"]
+    upper = path.rename(tmp_path / "NET.EVENTS")
+    assert isinstance(detection.load(upper), EventsFile)
+    for options in ({"weights": "best"}, {"device": "cpu"}):
+        with pytest.raises(ValueError, match=r"NET\.EVENTS: a file has one set of weights and runs on the CPU"):
+            detection.load(upper, **options)
+
+
 def test_a_file_predicts_what_the_network_of_integers_does(runs, tmp_path):
     pixels = [np.random.default_rng(seed).integers(0, 255, (60 + seed, 81, 3), dtype=np.uint8) for seed in range(3)]
     images = [torch.from_numpy(each).permute(2, 0, 1) / 255 for each in pixels]

@@ -115,10 +115,6 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str], failures: lis
         if value is not None:
             check_unit_interval(f"--{name}", value)
     run = None if is_exported(options.run) else Run.open(options.run)
-    if run is None and (options.weights != "last" or options.device is not None):
-        raise ValueError(
-            f"{options.run}: a file has one set of weights and runs on the CPU: leave out --weights and --device"
-        )
     name = Path(options.run).stem if run is None else run.folder.resolve().name
     folder = free_folder(name) if options.out is None else Path(options.out)
     if not (folder / JOURNAL).is_file():

@@ -211,15 +211,15 @@ class EventsFile(OnnxFile):
 KINDS: dict[str, type[OnnxFile]] = {".onnx": OnnxFile, ".pt2": TorchFile, ".events": EventsFile}
 
 
-def open_file(path: str | Path, *, threads: int = 0) -> OnnxFile:
-    """Return an exported file as its network, by its suffix: .onnx, .pt2 or .events.
+def open_file(path: str | Path, *, threads: int = 0, suffix: str | None = None) -> OnnxFile:
+    """Return an exported file as its network, by its suffix or the given one: .onnx, .pt2 or .events.
 
     Raises:
         FileNotFoundError: no such file.
         ImportError: the package onnxruntime is not installed.
         ValueError: the file is damaged, or none that is run here.
     """
-    suffix = Path(path).suffix
+    suffix = suffix or Path(path).suffix.lower()
     if suffix == ".nir":
         raise ValueError(
             f"{path}: a NIR file is run by a neuromorphic chip or its simulator (allowed: {', '.join(KINDS)})"
@@ -255,7 +255,12 @@ class _OnTheCpu(nn.Module):
 
 
 def evaluate_file(
-    path: str | Path, folder: str | Path, weights: Weights = "last", *, data_root: str | Path | None = None
+    path: str | Path,
+    folder: str | Path,
+    weights: Weights = "last",
+    *,
+    data_root: str | Path | None = None,
+    suffix: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return an exported file's metrics on its run's evaluation images ("file"), beside the run's own ("run").
 
@@ -264,6 +269,7 @@ def evaluate_file(
         folder: the run that it was made of, as `Run.open` takes it.
         weights: the weights that it was made of.
         data_root: where the run's data lie now; None: where they lay when it was trained.
+        suffix: of files of its format; None: that of its name.
 
     Raises:
         FileNotFoundError: no such file, run, or data.
@@ -273,7 +279,7 @@ def evaluate_file(
     run = Run.open(folder, data_root)
     task = task_of(run.config)
     logged = run.logged(weights, task.best_by).metrics
-    file = open_file(path)
+    file = open_file(path, suffix=suffix)
     if file.task.name != task.name:
         raise ValueError(f"{path}: exported from a run of the task {file.task.name}, {run.folder} is of {task.name}")
     found = file.accuracy(task, read_evaluation_data(run))

@@ -154,7 +154,8 @@ def export_run(
     write_whole(path, content)
     if chosen.evaluate:
         try:
-            description["evaluation"] = evaluate_file(path, folder, chosen.weights, data_root=data_root)
+            where = {"data_root": data_root, "suffix": SUFFIXES[chosen.file_format]}  # --out may have another one
+            description["evaluation"] = evaluate_file(path, folder, chosen.weights, **where)
         except BaseException:
             path.unlink()  # there with its .json or not at all
             raise
