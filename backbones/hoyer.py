@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
 from .spiking import SpikeLayer, spike_layers
@@ -34,6 +35,7 @@ Reduction = Literal["sum", "mean", "network"]
 Window = tuple[float, float]
 Fire = Callable[[Tensor, Tensor | float], Tensor]
 
+LEAST = 1e-6  # |v_th|, only to keep z finite should it cross 0
 WINDOW: Window = (0.0, 2.0)  # of the surrogate gradient, in units of v_th
 CACHED = 2**19  # neurons, of which a CPU's cache holds some tensors in float32
 
@@ -230,6 +232,13 @@ class SpikesAndPenalty(torch.autograd.Function):
         return du.to(z.dtype), dv.to(v.dtype), *[None] * 7
 
 
+def track_(average: Tensor, count: Tensor, value: Tensor, momentum: float) -> None:
+    """Let a batch's value into a running average over `count` batches, both in place; see `HoyerSpike`."""
+    count += 1
+    weight = (1.0 / count).clamp_min(momentum)
+    average.copy_(torch.lerp(average.to(value.dtype), value, weight.to(value.dtype)))
+
+
 class HoyerSpike(SpikeLayer):
     """Spikes of one layer: 0/1 in the shape and dtype of the membrane potential.
 
@@ -283,7 +292,14 @@ class HoyerSpike(SpikeLayer):
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
 
     def forward(self, u: Tensor) -> Tensor:
-        v = self.v_th.abs().clamp_min(1e-6).to(u.dtype)  # the bound is only to keep z finite should v_th cross 0
+        if self.can_fuse(u):
+            from .fused import fused_layer  # made of the functions above
+
+            state = self.v_th, self.extremum, self.num_batches_tracked
+            spikes, penalty = fused_layer(u, *state, self.momentum, self.fixed, self.window)
+            self.add_penalty(penalty, u.numel())
+            return spikes
+        v = self.v_th.abs().clamp_min(LEAST).to(u.dtype)
         v = self.broadcast(v, u)
         if not self.training:
             z = u / v
@@ -298,7 +314,7 @@ class HoyerSpike(SpikeLayer):
             threshold: Tensor | float = 1.0
             if not self.fixed:
                 batch_extremum = extremum(sum_c, sum_c2)
-                self._track(batch_extremum)
+                track_(self.extremum, self.num_batches_tracked, batch_extremum, self.momentum)
                 threshold = self.broadcast(batch_extremum.to(z.dtype), z)
         if not torch.is_grad_enabled():
             return self.fire(z, threshold)
@@ -309,6 +325,13 @@ class HoyerSpike(SpikeLayer):
         spikes, penalty = layer(u, v, z, threshold, sum_c, sum_c2, self.fire, self.window, share)
         self.add_penalty(penalty, neurons)
         return spikes
+
+    def can_fuse(self, u: Tensor) -> bool:
+        """Return whether `fused_layer` computes a pass: in training on a GPU, unless something looks at operations."""
+        if not (u.is_cuda and self.training and torch.is_grad_enabled() and has_triton()):
+            return False
+        plain = type(self).fire is HoyerSpike.fire and not (self.v_th.dim() or self.per_channel or self.sync)
+        return plain and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
 
     def fire(self, z: Tensor, threshold: Tensor | float) -> Tensor:
         """Return the spikes at a normalised potential, in its shape and dtype."""
@@ -322,19 +345,12 @@ class HoyerSpike(SpikeLayer):
 
     def fold_threshold(self) -> Tensor:
         super().fold_threshold()  # refuses more levels than two
-        v_th = self.v_th.detach().double().abs().clamp_min(1e-6)
+        v_th = self.v_th.detach().double().abs().clamp_min(LEAST)
         return v_th if self.fixed else v_th * self.extremum.double()
 
     def logged(self) -> dict[str, float]:
         """Return |v_th| and the extremum's running average, means over the channels where each has its own."""
         return {"v_th": self.v_th.abs().mean().item(), "extremum": self.extremum.mean().item()}
-
-    @torch.no_grad()
-    def _track(self, batch_extremum: Tensor) -> None:
-        self.num_batches_tracked += 1
-        weight = (1.0 / self.num_batches_tracked).clamp_min(self.momentum)
-        average = torch.lerp(self.extremum.to(batch_extremum.dtype), batch_extremum, weight.to(batch_extremum.dtype))
-        self.extremum.copy_(average)
 
     def extra_repr(self) -> str:
         scope = "fixed" if self.fixed else "channel" if self.per_channel else "layer"
@@ -369,7 +385,10 @@ def hoyer_penalties(model: nn.Module, reduction: Reduction = "sum") -> dict[str,
     if reduction == "sum":
         return {name: penalty for name, (penalty, _) in found.items()}
     total = sum(neurons for _, neurons in found.values())
-    return {name: penalty / (neurons if reduction == "mean" else total) for name, (penalty, neurons) in found.items()}
+    if reduction == "network" and found:  # at once: on a GPU the number of kernels counts
+        shares = torch.stack([penalty for penalty, _ in found.values()]) / total
+        return dict(zip(found, shares.unbind(), strict=True))
+    return {name: penalty / neurons for name, (penalty, neurons) in found.items()}
 
 
 def hoyer_penalty(model: nn.Module, reduction: Reduction = "sum") -> Tensor:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .hoyer import HoyerSpike, extremum, moments, regulariser, spike
+from .hoyer import LEAST, HoyerSpike, extremum, moments, regulariser, spike, track_
 from .spiking import spike_layers
 
 Reset = Literal["subtract", "zero"]
@@ -193,7 +193,7 @@ class MultiStepSpike(HoyerSpike):
         return f"{super().extra_repr()}, time_steps={self.time_steps}, reset={self.reset}"
 
     def _threshold_for(self, u: Tensor) -> Tensor:
-        return self.broadcast(self.v_th.abs().clamp_min(1e-6).to(u.dtype), u)
+        return self.broadcast(self.v_th.abs().clamp_min(LEAST).to(u.dtype), u)
 
     def _spread(self, value: Tensor, u: Tensor) -> Tensor | float:
         return 1.0 if self.fixed else self.broadcast(value.to(u.dtype), u)
@@ -204,7 +204,7 @@ class MultiStepSpike(HoyerSpike):
         first = F.hardtanh(u.chunk(self.time_steps)[0] / v, 0.0, 1.0)
         start = extremum(*moments(first, per_channel=self.per_channel))
         found = extremum(*self._run(u, v, self._spread(start, u))[1:])
-        self._track(found)
+        track_(self.extremum, self.num_batches_tracked, found, self.momentum)
         return found
 
     def _run(self, u: Tensor, v: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:

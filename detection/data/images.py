@@ -141,10 +141,14 @@ def _folder(data: ImageData, split: Split, download: bool) -> Images | ImageFile
         if found.problem is not None or not data.in_memory:
             return found, None
         try:
-            image = Image.fromarray(decode_image(file[0]))
+            pixels = decode_image(file[0])
         except ValueError as error:
             return Look(f"the image does not decode: {error}"), None
-        return found, np.asarray(ImageOps.fit(image, (data.size, data.size), Image.Resampling.BILINEAR))
+        if pixels.shape[:2] == (data.size, data.size):
+            return found, pixels
+        return found, np.asarray(
+            ImageOps.fit(Image.fromarray(pixels), (data.size, data.size), Image.Resampling.BILINEAR)
+        )
 
     with ThreadPool(NUM_THREADS) as pool:
         looks, pixels = zip(*pool.map(look, files.files, chunksize=64), strict=True)

@@ -68,30 +68,35 @@ class Muon(AdamW):
         return loss
 
     def _step(self, group: dict[str, Any]) -> None:
-        due: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        for number, parameter in enumerate(parameters):
-            state = self.state[parameter]
+        if not parameters:
+            return
+        due: dict[tuple[int, int], list[int]] = defaultdict(list)
+        states = [self.state[parameter] for parameter in parameters]
+        for number, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.int64)
                 state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
             # In turn, so that every step has its part of the work; all of them in the first step.
             if "update" not in state or (int(state["step"]) + number) % group["interval"] == 0:
                 rows = parameter.shape[0]
-                due[rows, parameter.numel() // rows].append(parameter)
+                due[rows, parameter.numel() // rows].append(number)
             state["step"] += 1
+        # All at once: on a GPU the number of kernels counts.
+        momenta, grads = [state["momentum"] for state in states], [parameter.grad for parameter in parameters]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         for same in due.values():
-            updates = torch.stack([self._flat(parameter, group["momentum"]) for parameter in same])
-            for parameter, update in zip(same, orthogonalise_shared(updates, group["newton_steps"]), strict=True):
-                self.state[parameter]["update"] = _unflatten(update, parameter)
-        for parameter in parameters:
-            scale = math.sqrt(max(1.0, parameter.shape[0] ** 2 / parameter.numel()))
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(self.state[parameter]["update"], alpha=-group["lr"] * scale)
-
-    def _flat(self, parameter: Tensor, momentum: float) -> Tensor:
-        return parameter.grad.lerp(self.state[parameter]["momentum"], momentum).flatten(1).bfloat16()
+            blends = torch._foreach_lerp([grads[i] for i in same], [momenta[i] for i in same], group["momentum"])
+            matrices = torch.stack([blend.flatten(1).bfloat16() for blend in blends])
+            for number, update in zip(same, orthogonalise_shared(matrices, group["newton_steps"]), strict=True):
+                states[number]["update"] = _unflatten(update, parameters[number])
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        scales: dict[float, list[int]] = defaultdict(list)
+        for number, parameter in enumerate(parameters):
+            scales[math.sqrt(max(1.0, parameter.shape[0] ** 2 / parameter.numel()))].append(number)
+        for scale, same in scales.items():
+            updates = [states[number]["update"] for number in same]
+            torch._foreach_add_([parameters[number] for number in same], updates, alpha=-group["lr"] * scale)
 
 
 def orthogonalise_shared(matrices: Tensor, steps: int) -> Tensor:

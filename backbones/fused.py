@@ -1,0 +1,94 @@
+"""A Hoyer layer in training in a few kernels on a GPU, where their number is what a network of small layers waits for.
+
+Operation by operation a layer is some 80 of them. Networks that are compiled as a whole need none of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .hoyer import LEAST, Window, extremum, moments, regulariser, track_
+
+
+def fused_layer(
+    u: Tensor, v_th: Tensor, average: Tensor, count: Tensor, momentum: float, fixed: bool, window: Window
+) -> tuple[Tensor, Tensor]:
+    """Return spikes and H of a layer with one threshold and one extremum, as `HoyerSpike`'s but for rounding.
+
+    Its kernels are compiled by `torch.compile` at the first call, once for all layers and sizes.
+
+    Args:
+        u: potential, any shape.
+        v_th: trainable threshold, shape ().
+        average, count: the extremum's running average over so many batches, shape (); both are brought up to date.
+        momentum, fixed, window: those of the layer.
+
+    Shape: spikes as u, H ().
+    """
+    orders = (torch.contiguous_format, torch.channels_last)[: 1 + (u.dim() == 4)]
+    dense = u if any(u.is_contiguous(memory_format=order) for order in orders) else u.contiguous()
+    return _Layer.apply(dense, v_th, average, count, momentum, fixed, window)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, v_th: Tensor, average: Tensor, count: Tensor, momentum: float, fixed: bool, window: Window
+    ) -> tuple[Tensor, Tensor]:
+        found = _compiled(_forward)(_flat(u), v_th, average, count, momentum, fixed)
+        z, spikes, penalty, sum_c, sum_c2 = found
+        z, spikes = (x.as_strided(u.shape, u.stride()) for x in (z, spikes))
+        ctx.save_for_backward(z, v_th, sum_c, sum_c2)
+        ctx.window = window
+        return spikes, penalty
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ds: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
+        z, v_th, sum_c, sum_c2 = ctx.saved_tensors
+        if ds.stride() != z.stride():
+            ds = torch.empty_like(z).copy_(ds)
+        du, dv_th = _compiled(_backward)(_flat(z), v_th, sum_c, sum_c2, _flat(ds), dh, ctx.window)
+        return du.as_strided(z.shape, z.stride()), dv_th, *[None] * 5
+
+
+def _forward(
+    u: Tensor, v_th: Tensor, average: Tensor, count: Tensor, momentum: float, fixed: bool
+) -> tuple[Tensor, ...]:
+    z = (u / v_th.abs().clamp_min(LEAST)).to(u.dtype)
+    sum_c, sum_c2 = moments(z.float().clamp(0.0, 1.0))
+    threshold = torch.ones_like(sum_c)
+    if not fixed:
+        threshold = extremum(sum_c, sum_c2)
+        track_(average, count, threshold, momentum)
+    spikes = (z >= threshold.to(z.dtype)).to(z.dtype)
+    return z, spikes, regulariser(sum_c, sum_c2), sum_c, sum_c2
+
+
+def _backward(
+    z: Tensor, v_th: Tensor, sum_c: Tensor, sum_c2: Tensor, ds: Tensor, dh: Tensor, window: Window
+) -> tuple[Tensor, Tensor]:
+    wide, v = z.float(), v_th.abs().clamp_min(LEAST)
+    q = sum_c / torch.where(sum_c2 > 0, sum_c2, 1.0)
+    dz = torch.where((wide > 0) & (wide < 1), 2 * q * dh * (1 - wide * q), 0.0)
+    du = (dz + torch.where((wide > window[0]) & (wide < window[1]), 0.5 * ds.float(), 0.0)) / v
+    dv = -(wide * du).sum()
+    return du.to(z.dtype), torch.where(v_th.abs() >= LEAST, dv * v_th.sign(), 0.0).to(v_th.dtype)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """All elements of a dense tensor in the order of memory: one kernel, of any number of them, serves every layer."""
+    flat = x.as_strided((x.numel(),), (1,))
+    torch._dynamo.maybe_mark_dynamic(flat, 0)
+    return flat
