@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from torchvision.ops import box_iou
 import backbones
 import detection
 from backbones import create, load_weights, read_tensors, zoo
+from detection.cli import benchmark
 from detection.config import parse_recipe
 from detection.data import build_datasets
 from detection.evaluation import METRICS
@@ -31,6 +33,7 @@ from detection.tasks.recipes import ClassificationRecipe, DetectionRecipe
 from detection.tasks.run import load_model, load_teacher
 
 NAMES = ("bccd_retinanet_resnet18", "cifar10_vgg11", "scenes_retinanet_resnet18")
+EVENTS = {"model.events", "model.events.json"}
 FILES = {"config.yaml", "run.json", "metrics.jsonl", "last.safetensors"}
 
 
@@ -73,9 +76,14 @@ def test_names_and_folders():
 @pytest.mark.parametrize("name", zoo.names())
 def test_entry_is_whole_and_says_where_it_comes_from(name):
     folder, run = zoo.find(name), Run.open(f"zoo:{name}")
-    assert {path.name for path in folder.iterdir()} == FILES
+    files = {path.name for path in folder.iterdir()}
+    assert files in (FILES, FILES | EVENTS)
     file = folder / "last.safetensors"
-    assert file.stat().st_size <= 10_000_000
+    assert file.stat().st_size <= 26_000_000
+    if files >= EVENTS:
+        said, whole = json.loads((folder / "model.events.json").read_text()), (folder / "model.events").read_bytes()
+        assert said["sha256"] == hashlib.sha256(whole).hexdigest()
+        assert detection.load(f"zoo:{name}/model.events").classes == tuple(said["classes"])
     info = run.info()
     assert info.sha256 == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
     assert info.versions and info.machine.cpu != "unknown CPU" and info.command != "unknown"
@@ -328,6 +336,30 @@ def test_other_weights_of_a_run(trained, own_zoo, monkeypatch, capsys, which):
     assert "equal to the log in every digit" in capsys.readouterr().out
 
 
+def test_an_entry_has_a_file_for_the_engine(trained, own_zoo, monkeypatch, capsys):
+    run_tool(monkeypatch, "zoo", "add", trained, "tiny", "--events")
+    assert "model.events" in capsys.readouterr().out
+    (line,), root = Run.open("zoo:tiny").history(), Run.open(trained).config.data.root
+    description = json.loads((own_zoo / "tiny" / "model.events.json").read_text())
+    assert description["evaluation"]["run"]["AP50"] == line.metrics["AP50"]
+    image = next((root / "val").glob("*.png"))
+    prediction = detection.load("zoo:tiny/model.events").predict(image)
+    beside = detection.load(own_zoo / "tiny" / "model.events").predict(image)
+    assert np.array_equal(prediction.boxes, beside.boxes) and np.array_equal(prediction.scores, beside.scores)
+    before = content(own_zoo)
+    run_tool(monkeypatch, "predict", "zoo:tiny/model.events", image)
+    assert (Path("predictions/tiny") / image.name).is_file()
+    capsys.readouterr()
+    benchmark.main(["zoo:tiny/model.events", "--repeats", "2"])
+    assert "images per second" in capsys.readouterr().out
+    assert content(own_zoo) == before
+    for use in (detection.load, zoo.locate):
+        with pytest.raises(ValueError, match=r"no such file of the entry \(allowed: config.yaml, last"):
+            use("zoo:tiny/other.events")
+    with pytest.raises(ValueError, match="zoo:none: no such entry"):
+        zoo.locate("zoo:none/model.events")
+
+
 def test_what_is_made_from_an_entry_goes_elsewhere(trained, own_zoo, monkeypatch, capsys):
     run_tool(monkeypatch, "zoo", "add", trained, "tiny")
     before, root = content(own_zoo), Run.open(trained).config.data.root
@@ -399,8 +431,8 @@ def test_weights_that_are_too_large_or_too_many_are_refused(own_zoo, monkeypatch
         run.write_info(run.info().model_copy(update={"sha256": run.checksums()}))
         return run.folder
 
-    message = refused(monkeypatch, capsys, "zoo", "add", run_of("wide", 0.75, 1.0), "wide")
-    assert re.search(r"wide: its weights take 1\d\.\d MB in the zoo \(allowed: 10 MB\)", message)
+    message = refused(monkeypatch, capsys, "zoo", "add", run_of("wide", 1.25, 1.0), "wide")
+    assert re.search(r"wide: its weights take [34]\d\.\d MB in the zoo \(allowed: 26 MB\)", message)
     message = refused(monkeypatch, capsys, "zoo", "add", run_of("huge", 0.125, 70000.0), "huge")
     assert re.search(r"stem\.0\.weight: up to 70000, too large for 16 bits", message)
     assert list(own_zoo.iterdir()) == []
@@ -423,5 +455,8 @@ def test_classifier_becomes_an_entry(own_zoo, monkeypatch, capsys, tmp_path):
     assert zoo.settings("twin")["activation"] == "relu"
     run_tool(monkeypatch, "evaluate", "zoo:twin", "--data.root", tmp_path)
     assert "equal to the log in every digit" in capsys.readouterr().out
+    message = refused(monkeypatch, capsys, "zoo", "add", "run", "other", "--events")
+    assert "other has no spike layers" in message
+    assert zoo.names() == ["twin"]
     run_tool(monkeypatch, "zoo")
     assert re.search(r"twin .* vgg11 x0\.125 .* top1 [01]\.\d{4}, top5 [01]\.\d{4} .* none ", capsys.readouterr().out)

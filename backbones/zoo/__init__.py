@@ -1,4 +1,7 @@
-"""The zoo: trained networks that come with the package, each a run folder here, called "zoo:NAME" elsewhere."""
+"""The zoo: trained networks that come with the package, each a run folder here, called "zoo:NAME" elsewhere.
+
+A file of an entry, such as the one for the event-driven engine, is "zoo:NAME/model.events".
+"""
 
 from __future__ import annotations
 
@@ -42,12 +45,23 @@ def settings(name: str) -> dict[str, Any]:
 
 
 def locate(source: str | Path) -> Path:
-    """The folder of the entry where `source` is "zoo:NAME"; any other path as it is (so ./zoo:NAME is a file).
+    """The folder of the entry where `source` is "zoo:NAME", a file of it where it is "zoo:NAME/FILE".
+
+    Any other path is returned as it is (so ./zoo:NAME is a file).
 
     Raises:
-        ValueError: there is no such entry.
+        ValueError: there is no such entry, or no such file of it.
     """
-    return find(str(source).removeprefix(PREFIX)) if is_entry(source) else Path(source)
+    if not is_entry(source):
+        return Path(source)
+    name, _, file = str(source).removeprefix(PREFIX).partition("/")
+    folder = find(name)
+    if not file:
+        return folder
+    files = sorted(path.name for path in folder.iterdir())
+    if file not in files:
+        raise ValueError(f"{source}: no such file of the entry (allowed: {', '.join(files)})")
+    return folder / file
 
 
 def is_entry(source: object) -> bool:

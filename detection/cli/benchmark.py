@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from detection.cli.common import Parser, show_table
+from detection.cli.common import Parser, locate, show_table
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--repeats", type=int, default=50, metavar="N", help="calls that count (default: 50)")
     options = parser.parse_args(arguments)
-    if not Path(options.file).is_file():
+    if not locate(options.file).is_file():
         raise FileNotFoundError(f"{options.file}: no such file")
 
     from detection.exporters.benchmark import benchmark_file, spread_of

@@ -129,6 +129,11 @@ def check_run(source: str | Path) -> Path:
     return folder
 
 
+def locate(source: str | Path) -> Path:
+    """Return `backbones.zoo.locate` of a path; torch is not imported."""
+    return _zoo().locate(source)
+
+
 def _zoo() -> ModuleType:
     """`backbones.zoo`, without the package around it where that is not imported yet: it would import torch."""
     name = "backbones.zoo"

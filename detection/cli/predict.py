@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import get_args
 
 from detection.cli.call import Call
-from detection.cli.common import Parser, check_run, option_of
+from detection.cli.common import Parser, check_run, locate, option_of
 from detection.cli.output import JOURNAL, Output, arguments_of
 from detection.cli.sources import find_sources
 from detection.files import is_exported, is_recording, kind_of
@@ -106,7 +106,7 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str], failures: lis
         ValueError: an option that the run does not have, or out of range.
     """
     import detection
-    from backbones import spike_layers
+    from backbones import spike_layers, zoo
     from detection.models.inference import check_unit_interval
     from detection.runs import Run
 
@@ -114,8 +114,9 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str], failures: lis
     for name, value in given.items():
         if value is not None:
             check_unit_interval(f"--{name}", value)
-    run = None if is_exported(options.run) else Run.open(options.run)
-    name = Path(options.run).stem if run is None else run.folder.resolve().name
+    path = locate(options.run)
+    run = None if is_exported(path) else Run.open(options.run)
+    name = (zoo.name_of(path.parent) or path.stem) if run is None else run.folder.resolve().name
     folder = free_folder(name) if options.out is None else Path(options.out)
     if not (folder / JOURNAL).is_file():
         Run.check_free(folder)
@@ -137,7 +138,7 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str], failures: lis
     info |= {key: value for key, value in labels.items() if isinstance(value, str)}
     head = {"info": info, **{key: value for key, value in labels.items() if not isinstance(value, str)}}
     checksum = (
-        hashlib.sha256(Path(options.run).read_bytes()).hexdigest()
+        hashlib.sha256(path.read_bytes()).hexdigest()
         if run is None
         else run.checksums()[f"{options.weights}.safetensors"]
     )

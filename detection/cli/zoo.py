@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from detection.runs import Run
 
-MAX_BYTES = 10_000_000  # an entry lies in the repository and in every installation
+MAX_BYTES = 26_000_000  # an entry lies in the repository and in every installation
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -38,9 +38,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     add_saved_run_options(adding)
     help = "folder of the repository that keeps the training's log; its run.json must have these weights' SHA-256"
     adding.add_argument("--trained-in", type=Path, metavar="FOLDER", help=help)
+    help = "put its file for the event-driven engine beside it, measured: zoo:NAME/model.events"
+    adding.add_argument("--events", action="store_true", help=help)
     options = parser.parse_args(arguments)
     if options.action == "add":
-        add(options.run, options.name, options.weights, options.data_root, options.trained_in)
+        chosen = options.weights, options.data_root, options.trained_in, options.events
+        add(options.run, options.name, *chosen)
         return
 
     from backbones import zoo
@@ -68,9 +71,16 @@ def row_of(name: str) -> Sequence[str]:
 
 
 def add(
-    folder: str, name: str, weights: Weights, data_root: Path | None = None, trained_in: Path | None = None
+    folder: str,
+    name: str,
+    weights: Weights,
+    data_root: Path | None = None,
+    trained_in: Path | None = None,
+    events: bool = False,
 ) -> None:
     """Make the entry NAME of a run and say what the shorter weights have changed.
+
+    With `events` its file for the event-driven engine, too, made of the shorter weights and measured.
 
     Raises:
         FileExistsError: the name is taken.
@@ -117,6 +127,24 @@ def add(
     rows = [(key, f"{old[key]:.4f}", f"{new[key]:.4f}", f"{new[key] - old[key]:+.4f}") for key in keys]
     show_table(f"{zoo.PREFIX}{name}", ("metric", "trained", "stored", "change"), rows)
     say(f"{zoo.PREFIX}{name}: {len(content) / 1e6:.1f} MB, {entry}")
+    if events:
+        store_events(entry, run.config.data.root)
+
+
+def store_events(entry: Path, data_root: Path) -> None:
+    """Add the file for the event-driven engine to an entry; if that fails, the entry goes."""
+    from detection.exporters import export_run
+
+    try:
+        path, description = export_run(entry, "events", entry / "model.events", data_root=data_root, evaluate=True)
+    except BaseException:
+        shutil.rmtree(entry)
+        raise
+    found = description["evaluation"]
+    rows = [
+        (key, f"{found['run'][key]:.4f}", f"{value:.4f}") for key, value in found["file"].items() if key in found["run"]
+    ]
+    show_table(path.name, ("metric", "run", "file"), rows)
 
 
 def store(entry: Path, run: Run, content: bytes, info: RunInfo, line: EpochLog) -> EpochLog:

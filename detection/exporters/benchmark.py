@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from backbones import zoo
 from detection.exporters.inference import open_file
 
 WARM_UP = 5  # calls before those that count
@@ -79,7 +80,7 @@ def benchmark_file(
     finally:
         torch.set_num_threads(before)
     metrics = {} if data_root is None else file.evaluate(data_root)
-    return Benchmark(Path(path), (height, width), threads, alone, whole, metrics)
+    return Benchmark(zoo.locate(path), (height, width), threads, alone, whole, metrics)
 
 
 def _time(call: Callable[[], Any], repeats: int) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import find_device, send_to_device
 from torch import Tensor, nn
 
+from backbones import zoo
 from backbones.deploy.events import Engine, from_bytes
 from detection.config import Recipe, parse_recipe
 from detection.data.pictures import ImageLike
@@ -217,7 +218,7 @@ def open_file(path: str | Path, *, threads: int = 0, suffix: str | None = None) 
     Raises:
         FileNotFoundError: no such file.
         ImportError: the package onnxruntime is not installed.
-        ValueError: the file is damaged, or none that is run here.
+        ValueError: the file is damaged, or none that is run here, or the zoo has no such file.
     """
     suffix = suffix or Path(path).suffix.lower()
     if suffix == ".nir":
@@ -226,7 +227,7 @@ def open_file(path: str | Path, *, threads: int = 0, suffix: str | None = None) 
         )
     if suffix not in KINDS:
         raise ValueError(f"{path}: no exported network (allowed: {', '.join(KINDS)})")
-    return KINDS[suffix](path, threads=threads)
+    return KINDS[suffix](zoo.locate(path), threads=threads)
 
 
 def _recipe_of(description: Mapping[str, Any], source: str) -> Recipe:
