@@ -32,14 +32,15 @@ CONTROLLED = "controlled_"  # begins the names of folders that have a page of th
 ZOO = """These networks come with the package: `detection.load("zoo:NAME")`, or `zoo:NAME` wherever a command takes a
 run. Weights of convolutions and linear layers are stored in 16 bits, and measured so."""
 DATA = {"scenes": "drawn scenes", "bccd": "BCCD", "coco128": "COCO128", "cifar10": "CIFAR-10 (JPEG)"}
-DATA |= {"event_scenes": "made recordings"}
+DATA |= {"event_scenes": "made recordings", "VOCdevkit": "VOC07-320, internal split"}
+DATA |= {"tinyimagenet32": "Tiny ImageNet at 32x32", "imagenette112": "Imagenette-112"}
 # What README.md shows: one run of each kind.
 BEST = (
     "demo_scenes_retinanet_resnet18_hoyer",
     "c1_bccd_retinanet_resnet18_hoyer",
     "c1_bccd_retinanet_resnet18_spiking_head",
     "c3_coco128_fasterrcnn_resnet18_hoyer",
-    "c2_cifar10_vgg11_robustness/hoyer_seed0",
+    "c5_cifar10_vgg16/hoyer",
 )
 COMPARED = "compare_cifar10"  # the comparison that README.md shows
 # Keys that say nothing about an analogue network.
@@ -240,7 +241,7 @@ def results_page(folder: Path, runs: Sequence[Run]) -> str:
         parts.append(f"## Zoo\n\n{ZOO}\n\n{markdown(header, rows)}")
     if rows := list(export_rows(folder)):
         header = ["run", "file", "metric", "file's", "run's", "difference in points"]
-        title = "## Exported files\n\nAccuracy of ONNX files in ONNX Runtime, by `hoyer-det export RUN ... --evaluate`."
+        title = "## Exported files\n\nAccuracy of files by `hoyer-det export RUN ... --evaluate`, in ONNX Runtime or the engine."
         parts.append(f"{title}\n\n{markdown(header, rows)}")
     return "\n".join(parts)
 
@@ -274,6 +275,8 @@ def export_rows(folder: Path) -> Iterable[list[str]]:
         metric = headline(run)[0]
         found, logged = (described["evaluation"][key][metric] for key in ("file", "run"))
         kind = "8 bits, analogue layers too" if described["analogue_int8"] else "8 bits where spikes come in"
+        if described["format"] == "events":
+            kind = "8 bits, event-driven engine"
         yield [
             link(folder, run),
             f"[{kind if described['int8'] else 'float'}]({path.relative_to(folder).as_posix()})",

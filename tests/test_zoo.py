@@ -140,6 +140,15 @@ def test_cifar10_classifier_gives_its_numbers_again(real_data):
     assert found.activity == pytest.approx(logged.evaluation.activity, abs=0.005)
 
 
+def test_the_engine_file_of_vgg16_gives_its_numbers_again(real_data):
+    """The full network of results/c5_cifar10_vgg16: hoyer-det benchmark FILE --data.root CIFAR10."""
+    path = ROOT / "results" / "c5_cifar10_vgg16" / "hoyer" / "export" / "model.events"
+    logged = json.loads(path.with_name("model.events.json").read_text())["evaluation"]
+    found = detection.load(path).evaluate(real_data("cifar10") / "cifar10")
+    assert found["top1"] == logged["file"]["top1"]
+    assert found["top1"] == pytest.approx(logged["run"]["top1"], abs=0.002)
+
+
 # Where a run or weights are wanted
 
 
