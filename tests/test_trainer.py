@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from helpers import log_lines, run_tool
 from test_resume import CLASSIFICATION, DETECTION, write_recipe
+from torch import nn
 
 from backbones import HoyerSpike, tensors_to_bytes
 from detection.records import Evaluation, RunInfo
@@ -16,6 +17,7 @@ from detection.runs import Run
 from detection.tasks.recipes import ClassificationRecipe
 from detection.training.checkpoint import FILE, Checkpoint
 from detection.training.memory import forget_peak_memory, peak_memory
+from detection.training.precision import widen_narrow_maps
 from detection.training.trainer import Trainer
 
 # Numbers that went wrong
@@ -161,6 +163,29 @@ def test_precisions_agree(monkeypatch, tmp_path):
     assert curves["fp16"] != curves["no"] != curves["bf16"]  # they do compute otherwise
     for precision in ("bf16", "fp16"):
         assert curves[precision] == pytest.approx(curves["no"], rel=0.1)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_weights_of_strided_convolutions_get_whole_gradients_from_narrow_maps(kernel):
+    generator = torch.Generator().manual_seed(0)
+    convolution = nn.Conv2d(16, 16, kernel, stride=2, padding=kernel // 2)
+    widen_narrow_maps(nn.Sequential(convolution))
+    for shape in ((4, 16, 1, 1), (4, 16, 3, 1), (4, 16, 3, 4)):
+        x = torch.randn(shape, generator=generator).bfloat16().float()
+        with torch.no_grad():
+            convolution.weight.copy_(convolution.weight.bfloat16())
+            convolution.bias.zero_()
+        gradients = []
+        for enabled in (True, False):
+            waste = [torch.full((size,), torch.nan) for size in (16 * 16 * kernel**2, 4096, 65536) for _ in range(9)]
+            del waste  # whose memory is used next
+            convolution.weight.grad = None
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                y = convolution(x)
+            assert y.shape[2:] == ((shape[2] + 1) // 2, (shape[3] + 1) // 2)
+            y.float().sum().backward()
+            gradients.append(convolution.weight.grad.float())
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=0.02, atol=0.05)
 
 
 def test_no_overflow_where_sums_exceed_fp16():

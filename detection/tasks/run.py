@@ -27,7 +27,7 @@ from detection.training import checkpoint, loggers
 from detection.training.callbacks import Callback
 from detection.training.distillation import learn_from
 from detection.training.distributed import is_broken_connection, synchronise
-from detection.training.precision import choose_precision
+from detection.training.precision import choose_precision, widen_narrow_maps
 from detection.training.trainer import Losses, Trainer
 
 
@@ -201,6 +201,8 @@ def prepare_model(task: Task, model: nn.Module, accelerator: Accelerator) -> tup
         losses = learn_from(load_teacher(task), model, task, accelerator)
     if config.train.channels_last:  # of the weights; the feature maps follow them
         model.to(memory_format=torch.channels_last)
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision != "no":
+        widen_narrow_maps(model)
     if config.train.compile:
         model.backbone.compile()
     return model, losses

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 # Below it even the least gradients of a sane loss would be lost: what overflows then is not the precision's fault.
 LEAST_SCALE = 2.0**-10
@@ -27,6 +28,26 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(precision))
     usable = dtype is not None and not (dtype == torch.float16 and device.type == "cpu")
     return torch.autocast(device.type, dtype if usable else None, enabled=usable)
+
+
+def widen_narrow_maps(model: nn.Module) -> None:
+    """Let strided convolutions see maps of one column beside a second one of zeros, which changes no output.
+
+    oneDNN leaves parts of the gradient of such a convolution's weights unwritten in bfloat16 (seen with torch 2.11 and
+    2.14, for kernels of 3 and 7): what is in the memory by chance would be learnt.
+    """
+
+    def widen(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        x = inputs[0]
+        return (F.pad(x, (0, 1)), *inputs[1:]) if x.shape[-1] == 1 and torch.is_grad_enabled() else None
+
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.stride[1] > 1
+            and module.kernel_size[1] == 2 * module.padding[1] + 1
+        ):
+            module.register_forward_pre_hook(widen)
 
 
 def require_finite(
