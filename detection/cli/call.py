@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from detection.cli.output import Output
 from detection.text import say
 
@@ -106,11 +108,11 @@ class Call:
         say(f"{name}: {prediction}")
 
     def save_spikes(self, prediction: AnyPrediction, picture: Tensor, stem: str, title: str) -> str:
-        """Write a panel of spike maps, and return its file's name."""
+        """Write a panel of what was found and the spike maps, and return its file's name."""
         from detection.draw import draw_spike_maps
         from detection.figures import save_png
 
         maps = self.predictor.spike_maps(picture)
         path = self.output.free_name(stem, "_spikes.png")
-        save_png(draw_spike_maps(prediction.image, maps, title=title), path)
+        save_png(draw_spike_maps(np.asarray(prediction.draw()), maps, title=title), path)
         return path.name
