@@ -39,9 +39,12 @@ BEST = (
     "demo_scenes_retinanet_resnet18_hoyer",
     "c1_bccd_retinanet_resnet18_hoyer",
     "c1_bccd_retinanet_resnet18_spiking_head",
+    "c6_voc_retinanet_resnet18/spiking_taught",
     "c3_coco128_fasterrcnn_resnet18_hoyer",
     "c5_cifar10_vgg16/hoyer",
 )
+# Runs whose analogue counterpart is another recipe's, with its ordinary pyramid and head and no teacher.
+COUNTERPARTS = {"c6_voc_retinanet_resnet18/spiking_taught": "c6_voc_retinanet_resnet18/relu"}
 COMPARED = "compare_cifar10"  # the comparison that README.md shows
 # Keys that say nothing about an analogue network.
 SPIKING_KEYS = (
@@ -142,6 +145,9 @@ def twin_of(run: Run, runs: Iterable[Run]) -> Run | None:
     """Return the analogue run of the same recipe, one in the same folder first; None for an analogue run."""
     if run.config.model.backbone.activation == "relu":
         return None
+    for ours, theirs in COUNTERPARTS.items():
+        if run.folder.as_posix().endswith(ours):
+            return next((each for each in runs if each.folder.as_posix().endswith(theirs)), None)
 
     def key(config: Recipe) -> dict[str, Any]:
         values = flatten(config).items()
@@ -241,7 +247,8 @@ def results_page(folder: Path, runs: Sequence[Run]) -> str:
         parts.append(f"## Zoo\n\n{ZOO}\n\n{markdown(header, rows)}")
     if rows := list(export_rows(folder)):
         header = ["run", "file", "metric", "file's", "run's", "difference in points"]
-        title = "## Exported files\n\nAccuracy of files by `hoyer-det export RUN ... --evaluate`, in ONNX Runtime or the engine."
+        words = "Accuracy of files by `hoyer-det export RUN ... --evaluate`, in ONNX Runtime or the engine."
+        title = f"## Exported files\n\n{words}"
         parts.append(f"{title}\n\n{markdown(header, rows)}")
     return "\n".join(parts)
 
@@ -363,6 +370,15 @@ def read_benchmark(folder: Path, name: str) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
+def read_training(folder: Path) -> dict[str, Any]:
+    """Return the log of training steps in float32, with the rows and ratios of that in bf16 behind its own."""
+    found = read_benchmark(folder, "training")
+    if (folder / "training_bf16.json").is_file():
+        more = read_benchmark(folder, "training_bf16")
+        found |= {key: found[key] + more[key] for key in ("rows", "ratios")}
+    return found
+
+
 def engine_table(folder: Path, threads: int) -> str:
     """Return how fast the event-driven engine is, in units of the faster one of the twin's 8-bit forms."""
     log = read_benchmark(folder, "event_engine")
@@ -445,7 +461,7 @@ def trained_network(row: Mapping[str, Any]) -> str:
 
 def speed_tables(folder: Path) -> str:
     """Return README.md's tables of inference and training, by the logs of three benchmarks."""
-    inference, training = read_benchmark(folder, "inference"), read_benchmark(folder, "training")
+    inference, training = read_benchmark(folder, "inference"), read_training(folder)
     first = [row for row in inference["rows"] if (row["batch"], row["threads"]) == (1, 1)]
     ratios = {(trained_network(each), each["ours"], each["other"]): each for each in training["ratios"]}
     sizes = {trained_network(row): f"{row['batch']} images of {row['side']}x{row['side']}" for row in training["rows"]}
@@ -504,7 +520,7 @@ def cell(rows: dict[Any, dict[str, Any]], place: Any, key: str) -> str:
 def benchmark_tables(folder: Path) -> str:
     """Return the tables of benchmarks/README.md: all that five benchmarks have logged."""
     layer, scaling = read_benchmark(folder, "spike_layer"), read_benchmark(folder, "scaling")
-    training, inference = read_benchmark(folder, "training"), read_benchmark(folder, "inference")
+    training, inference = read_training(folder), read_benchmark(folder, "inference")
     parts = ["### Spike layer, forward and backward\n"]
     parts.append(layer_tables(layer))
     parts.append("### Training step\n")
