@@ -55,6 +55,26 @@ struct EventStem {
     uint64_t *spikes[EVENTS_MAX_OUTPUTS];
 };
 
+// An image, resized bilinearly, between pixels' corners, and padded with the mean on the right and below.
+struct EventResize {
+    int64_t channels, height, width;              // of the input, float [channels][height][width]
+    int64_t out_height, out_width;                // of what is resized
+    int64_t padded_height, padded_width;          // of the output, float [channels][padded height][padded width]
+    int64_t threads;
+    const float *input, *mean;                    // [channels]: resized is the image less it, which is added then
+    float *output;
+};
+
+// Boxes of which those go that overlap with a better one of their label.
+struct EventBoxes {
+    int64_t number, most;       // boxes, and the most that are kept
+    const float *boxes;         // [number][4]: x1, y1, x2, y2
+    const int64_t *order;       // [number]: the best first
+    const int64_t *labels;      // [number], of 32 bits, or null: all are alike
+    double threshold;           // of the overlap, over the union: larger ones go
+    int64_t *kept;              // [most]: numbers of the boxes that stay, the best first
+};
+
 // Chooses the instructions: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with VNNI, -1 the best of this processor. Returns what is used now, or
 // -1 if the processor lacks what was asked for. Weights are packed for one choice.
 int events_use(int level);
@@ -81,6 +101,12 @@ void events_pack_stem(const EventStem *stem, const int16_t *weight, void *packed
 
 // Computes the stem. Without a pool its sizes are 1, its strides 1 and its paddings 0. Returns as events_conv.
 int events_stem(const EventStem *stem);
+
+// Resizes an image. Returns as events_conv.
+int events_resize(const EventResize *image);
+
+// Returns how many boxes stay, or -1 if there is not enough memory.
+int64_t events_suppress(const EventBoxes *boxes);
 
 // Spikes where sign * x >= level, x float [pixels][channels]; sign may be null; both padded as in EventConv.
 void events_threshold(const float *x, int64_t pixels, int64_t channels, const float *level, const float *sign,
