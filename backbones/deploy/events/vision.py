@@ -1,4 +1,4 @@
-"""What a detector does beside its network, by the kernels: images resized and padded, and overlapping boxes left out.
+"""Images resized and padded and overlapping boxes left out, for detectors, by the kernels.
 
 Results have the bits of torch's and torchvision's own operations, which take several times as long.
 """
