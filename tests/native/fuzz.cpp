@@ -348,7 +348,9 @@ void check_threads(Random &random) {
     c.packed = packed.data(), c.input = map.data(), c.num_spikes = 1, c.threshold[0] = threshold.data();
     for (int i = 0; i < 2; ++i) {
         c.threads = 1 + i * random.upto(1, 2), c.spikes[0] = spikes[i].data();
-        if (events_conv(&c)) fail("memory", c, 0);
+        const EventStep step = {0, &c};
+        int64_t wanting;
+        if (i ? events_run(&step, 1, &wanting) : events_conv(&c)) fail("memory", c, 0);
     }
     if (spikes[0] != spikes[1]) fail("threads", c, 0);
 }

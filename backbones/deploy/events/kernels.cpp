@@ -710,4 +710,27 @@ void events_pool(const uint64_t *x, int64_t images, int64_t height, int64_t widt
     }
 }
 
+int events_run(const EventStep *steps, int64_t number, int64_t *wanting) {
+    *wanting = 0;
+    for (const EventStep *step = steps; step < steps + number; ++step) {
+        int failed = 0;
+        if (step->kind == 0) {
+            EventConv *c = static_cast<EventConv *>(step->call);
+            failed = events_conv(c);
+            *wanting += c->wants_dense && !c->dense;
+        } else if (step->kind == 1) {
+            failed = events_stem(static_cast<const EventStem *>(step->call));
+        } else if (step->kind == 2) {
+            const EventThreshold &c = *static_cast<const EventThreshold *>(step->call);
+            events_threshold(c.x, c.pixels, c.channels, c.level, c.sign, c.spikes, c.threads);
+        } else {
+            const EventPool &c = *static_cast<const EventPool *>(step->call);
+            events_pool(c.x, c.images, c.height, c.width, c.words, c.out_height, c.out_width, c.kernel_h, c.kernel_w,
+                        c.stride_h, c.stride_w, c.pad_h, c.pad_w, c.inverted, c.out);
+        }
+        if (failed) return failed;
+    }
+    return 0;
+}
+
 }  // extern "C"

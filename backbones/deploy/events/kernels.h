@@ -55,6 +55,29 @@ struct EventStem {
     uint64_t *spikes[EVENTS_MAX_OUTPUTS];
 };
 
+// A comparison, and a max-pool of bits, as the arguments of events_threshold and events_pool.
+struct EventThreshold {
+    const float *x;
+    int64_t pixels, channels;
+    const float *level, *sign;
+    uint64_t *spikes;
+    int64_t threads;
+};
+
+struct EventPool {
+    const uint64_t *x;
+    int64_t images, height, width, words, out_height, out_width;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+    const uint64_t *inverted;
+    uint64_t *out;
+};
+
+// A call of the library: 0 EventConv, 1 EventStem, 2 EventThreshold, 3 EventPool.
+struct EventStep {
+    int64_t kind;
+    void *call;
+};
+
 // An image, resized bilinearly, between pixels' corners, and padded with the mean on the right and below.
 struct EventResize {
     int64_t channels, height, width;              // of the input, float [channels][height][width]
@@ -107,6 +130,10 @@ int events_resize(const EventResize *image);
 
 // Returns how many boxes stay, or -1 if there is not enough memory.
 int64_t events_suppress(const EventBoxes *boxes);
+
+// Makes calls one after the other. Returns as events_conv; `wanting` becomes the number of convolutions that want to be
+// dense layers, and lack the weights for it.
+int events_run(const EventStep *steps, int64_t number, int64_t *wanting);
 
 // Spikes where sign * x >= level, x float [pixels][channels]; sign may be null; both padded as in EventConv.
 void events_threshold(const float *x, int64_t pixels, int64_t channels, const float *level, const float *sign,

@@ -80,6 +80,43 @@ class EventStem(ctypes.Structure):
     )
 
 
+class EventThreshold(ctypes.Structure):
+    """`struct EventThreshold` of kernels.h, in its order."""
+
+    _fields_ = (
+        ("x", _pointer),
+        *((name, _int64) for name in ("pixels", "channels")),
+        *((name, _pointer) for name in ("level", "sign", "spikes")),
+        ("threads", _int64),
+    )
+
+
+class EventPool(ctypes.Structure):
+    """`struct EventPool` of kernels.h, in its order."""
+
+    _fields_ = (
+        ("x", _pointer),
+        *(
+            (name, _int64)
+            for name in (
+                *("images", "height", "width", "words", "out_height", "out_width"),
+                *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w"),
+            )
+        ),
+        ("inverted", _pointer),
+        ("out", _pointer),
+    )
+
+
+class EventStep(ctypes.Structure):
+    """`struct EventStep` of kernels.h, in its order."""
+
+    _fields_ = (("kind", _int64), ("call", _pointer))
+
+
+KINDS: tuple[type[ctypes.Structure], ...] = (EventConv, EventStem, EventThreshold, EventPool)  # of an `EventStep`
+
+
 class EventResize(ctypes.Structure):
     """`struct EventResize` of kernels.h, in its order."""
 
@@ -140,6 +177,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.events_pack_stem.argtypes, library.events_pack_stem.restype = [stem, _pointer, _pointer], None
     library.events_stem.argtypes = [stem]
     library.events_resize.argtypes = [ctypes.POINTER(EventResize)]
+    library.events_run.argtypes = [ctypes.POINTER(EventStep), _int64, ctypes.POINTER(_int64)]
     library.events_suppress.argtypes, library.events_suppress.restype = [ctypes.POINTER(EventBoxes)], _int64
     library.events_threshold.argtypes = [_pointer, _int64, _int64, _pointer, _pointer, _pointer, _int64]
     library.events_threshold.restype = None
