@@ -30,7 +30,7 @@ namespace {
 struct Pixel {
     int64_t start;
     int32_t listed, active;
-    bool complement;  // more than half fired: the list has those that did not
+    bool complement;  // well more than half fired: the list has those that did not
 };
 
 // A layer, prepared for its kernels.
@@ -114,6 +114,7 @@ constexpr int64_t kNearest = 48 << 10;   // bytes of weights that stay in the fi
 constexpr int64_t kNear = 500 << 10;     // in the second
 constexpr double kBytesPerNs = 30;       // read from main memory
 constexpr double kWorthwhileNs = 30000;  // of work, for which another thread is woken
+constexpr int64_t kWorthwhileRows = 32;  // that are saved, for which those that did not fire are listed
 constexpr int64_t kAhead = 24;           // rows between the request for one and its use
 
 #define NAME portable
@@ -352,11 +353,13 @@ Estimate estimate(const EventConv &c, const Layer &layer, const Kernels &used) {
     if (places == 0) return {0, 0};
     const int64_t active = used.count(c.input, places * words_of(c.channels));
     const double density = (double)active / ((double)places * (double)c.channels);
-    const double rows = (density < 0.5 ? density : 1 - density) * (double)(layer.taps * c.channels / c.groups);
+    const int64_t each = c.channels / c.groups;
+    const bool complement = 2 * density * (double)each > (double)(each + kWorthwhileRows);
+    const double rows = (complement ? 1 - density : density) * (double)(layer.taps * each);
     const double words = (double)(layer.words * layer.blocks * c.groups);
     const bool nearest = layer.taps * c.channels * c.out_channels <= kNearest;
     double events = rows * (costs.row_ns * (double)layer.blocks + (nearest ? 1 : 1.5) * costs.word_ns * words);
-    if (density > 0.5) events += 20 * (double)layer.taps;  // complements: sums over all inputs are added
+    if (complement) events += 20 * (double)layer.taps;  // complements: sums over all inputs are added
     else if (rows > (double)c.safe) events *= layer.words == 4 ? 1.2 : 1.8;  // sums of 32 bits
     events += costs.neuron_ns;
     const int64_t inputs = layer.taps * c.channels, computed = (c.out_channels + 31) / 32 * 32;
@@ -410,9 +413,10 @@ void convolve(EventConv &c) {
     thread_local std::vector<uint32_t> lists, flat;
     thread_local std::vector<int64_t> complements;
     thread_local std::vector<int32_t> wide;
-    layer.row_room = c.width * (each / 2 + 1) + kRoom;
+    const int64_t longest = std::min(each, (each + kWorthwhileRows) / 2) + 1;  // list of a pixel
+    layer.row_room = c.width * longest + kRoom;
     const int64_t per_group = in_rows * layer.row_room + kRoom, most = layer.taps * each + 2 * kRoom;
-    const int64_t columns = c.width * c.kernel_h * (each / 2 + 1) + 2 * kRoom, per_thread = 2 * most + columns;
+    const int64_t columns = c.width * c.kernel_h * longest + 2 * kRoom, per_thread = 2 * most + columns;
     const int64_t places = layer.taps + c.width + 1;
     const int64_t padded = words_of(c.out_channels) * 64;
     if (!layer.depthwise) {
