@@ -332,6 +332,26 @@ void check_vision(Random &random) {
     if (std::vector<int64_t>(kept.begin(), kept.begin() + left) != expected) fail("boxes", {}, left);
 }
 
+// A map and a smaller one, added up in place, and the spikes of the sum: its odd channels.
+void check_sum(Random &random) {
+    EventSum c = {};
+    c.images = random.upto(1, 2), c.height = random.upto(1, 9), c.width = random.upto(1, 9), c.threads = random.upto(1, 3);
+    c.channels = random.upto(1, 140), c.other_height = random.upto(1, c.height), c.other_width = random.upto(1, c.width);
+    const int64_t pixels = c.images * c.height * c.width, words = words_of(c.channels);
+    std::vector<float> map(pixels * c.channels), level(words * 64, INFINITY);
+    std::vector<float> other(c.images * c.other_height * c.other_width * c.channels, 2);
+    for (size_t i = 0; i < map.size(); ++i) map[i] = (float)(i % c.channels % 2);
+    std::fill(level.begin(), level.begin() + c.channels, 3.0f);
+    Words spikes(pixels * words, ~0ull);
+    c.input = c.sum = map.data(), c.other = other.data();
+    c.num_spikes = 1, c.level[0] = level.data(), c.spikes[0] = spikes.data();
+    if (events_sum(&c)) fail("memory", {}, 0);
+    for (int64_t i = 0; i < (int64_t)map.size(); ++i)
+        if (map[i] != 2 + i % c.channels % 2 ||
+            bit(spikes, i / c.channels, c.channels, i % c.channels) != (bool)(i % c.channels % 2))
+            fail("sums", {}, i);
+}
+
 // So large a layer that threads do overlap, on one core too: as one thread computes it.
 void check_threads(Random &random) {
     EventConv c = {};
@@ -371,7 +391,7 @@ int main(int, char **argv) {
                 Random own{std::mt19937_64(seed)};
                 for (int i = 0; i < 3; ++i) {
                     check_layer(own), check_threshold(own), check_pool(own), check_stem(own);
-                    check_vision(own);
+                    check_vision(own), check_sum(own);
                 }
                 check_threads(own);  // last: it leaves large buffers to this caller, whose ends nobody would miss
             });

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import library
 from .bits import Bits, Comparison, EventLayer, Window, layer_options, mask_of, max_pool, threshold
-from .plan import FOREVER, Plan, Run, Step
+from .plan import FOREVER, Maker, Plan, Run, Step
 from .program import Operation, Program
 from .stem import Affine, EventStem
 
@@ -95,7 +95,7 @@ class _ByKernels(NamedTuple):
     """What runs an operation, and what plans it."""
 
     run: Run
-    plan: Run | None
+    plan: Callable[..., Sequence[Value] | None] | None
 
 
 def _real(value: Value) -> Tensor:
@@ -215,13 +215,13 @@ PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Run | _ByKernel
     "pool_bits": _pool_bits,
     "flatten_bits": lambda attributes, tensors: lambda x: [x.flatten()],  # a view, which is planned as one
     "constant": _constant,
-    "add": _with_weights(torch.add),
+    "add": lambda attributes, tensors: _ByKernels(_analogue(torch.add), Maker.sum),
     "sub": _with_weights(torch.sub),
     "mul": _with_weights(lambda a, b: a * b),
     "div": _with_weights(torch.true_divide),
     "relu": _with_weights(torch.relu),
     "cat": _with_weights(lambda *parts, dim: torch.cat(parts, dim)),
-    "resize_as": _with_weights(_resize_as),
+    "resize_as": lambda attributes, tensors: _ByKernels(_analogue(_resize_as), Maker.enlarge),
     "conv2d": _with_weights(F.conv2d, "weight", "bias"),
     "linear": _with_weights(F.linear, "weight", "bias"),
     "batch_norm": _with_weights(F.batch_norm, "running_mean", "running_var", "weight", "bias"),

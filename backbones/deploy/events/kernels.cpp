@@ -105,6 +105,7 @@ struct Kernels {
     void (*dense_row)(const EventConv &, const Tiles &, const uint8_t *, int64_t, int32_t *);
     void (*resize_row)(const Resize &, const float *, const float *, float, float, float *);
     void (*mark_overlapping)(const Boxes &, int64_t, int64_t);
+    void (*sum_row)(const EventSum &, int64_t, const float *, const int64_t *);
     Costs costs;
 };
 
@@ -541,6 +542,23 @@ void resize(const EventResize &c) {
     });
 }
 
+// The pixel nearest to one of an enlarged row or column, as torch computes it.
+int64_t nearest(int64_t place, int64_t length, int64_t out_length) {
+    const float scale = (float)length / (float)out_length;
+    return std::min((int64_t)std::floor((float)place * scale), length - 1);
+}
+
+void sum(const EventSum &c) {
+    const Kernels &used = kernels();
+    std::vector<int64_t> columns;
+    for (int64_t x = 0; x < c.width; ++x) columns.push_back(nearest(x, c.other_width, c.width));
+    const int64_t threads = threads_for(c.threads, 0.3 * (double)(c.images * c.height * c.width * c.channels));
+    pool().run(c.images * c.height, threads, [&](int64_t row, int64_t) {
+        const int64_t from = row / c.height * c.other_height + nearest(row % c.height, c.other_height, c.height);
+        used.sum_row(c, row, c.other + from * c.other_width * c.channels, columns.data());
+    });
+}
+
 // Returns how many boxes are left.
 int64_t suppress(const EventBoxes &c) {
     constexpr int64_t kBehind = 16;
@@ -714,6 +732,10 @@ void events_pool(const uint64_t *x, int64_t images, int64_t height, int64_t widt
     }
 }
 
+int events_sum(const EventSum *maps) {
+    return guarded([&] { sum(*maps); });
+}
+
 int events_run(const EventStep *steps, int64_t number, int64_t *wanting) {
     *wanting = 0;
     for (const EventStep *step = steps; step < steps + number; ++step) {
@@ -727,6 +749,8 @@ int events_run(const EventStep *steps, int64_t number, int64_t *wanting) {
         } else if (step->kind == 2) {
             const EventThreshold &c = *static_cast<const EventThreshold *>(step->call);
             events_threshold(c.x, c.pixels, c.channels, c.level, c.sign, c.spikes, c.threads);
+        } else if (step->kind == 4) {
+            failed = events_sum(static_cast<const EventSum *>(step->call));
         } else {
             const EventPool &c = *static_cast<const EventPool *>(step->call);
             events_pool(c.x, c.images, c.height, c.width, c.words, c.out_height, c.out_width, c.kernel_h, c.kernel_w,

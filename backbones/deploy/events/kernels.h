@@ -72,7 +72,19 @@ struct EventPool {
     uint64_t *out;
 };
 
-// A call of the library: 0 EventConv, 1 EventStem, 2 EventThreshold, 3 EventPool.
+// A real map and another one, enlarged to its size by the nearest pixel, added up, and the spikes of the sum.
+struct EventSum {
+    int64_t images, height, width, channels;      // float [N][height][width][channels]
+    int64_t other_height, other_width;
+    int64_t threads;
+    const float *input, *other;
+    float *sum;                                   // perhaps the input itself
+    int64_t num_spikes;                           // where sign * sum >= level, as in EventConv
+    const float *level[EVENTS_MAX_OUTPUTS], *sign[EVENTS_MAX_OUTPUTS];
+    uint64_t *spikes[EVENTS_MAX_OUTPUTS];
+};
+
+// A call of the library: 0 EventConv, 1 EventStem, 2 EventThreshold, 3 EventPool, 4 EventSum.
 struct EventStep {
     int64_t kind;
     void *call;
@@ -130,6 +142,9 @@ int events_resize(const EventResize *image);
 
 // Returns how many boxes stay, or -1 if there is not enough memory.
 int64_t events_suppress(const EventBoxes *boxes);
+
+// Adds up two maps. Returns as events_conv.
+int events_sum(const EventSum *maps);
 
 // Makes calls one after the other. Returns as events_conv; `wanting` becomes the number of convolutions that want to be
 // dense layers, and lack the weights for it.

@@ -108,13 +108,35 @@ class EventPool(ctypes.Structure):
     )
 
 
+class EventSum(ctypes.Structure):
+    """`struct EventSum` of kernels.h, in its order."""
+
+    _fields_ = (
+        *(
+            (name, _int64)
+            for name in ("images", "height", "width", "channels", "other_height", "other_width", "threads")
+        ),
+        *((name, _pointer) for name in ("input", "other", "sum")),
+        ("num_spikes", _int64),
+        ("level", _pointer * MAX_OUTPUTS),
+        ("sign", _pointer * MAX_OUTPUTS),
+        ("spikes", _pointer * MAX_OUTPUTS),
+    )
+
+
 class EventStep(ctypes.Structure):
     """`struct EventStep` of kernels.h, in its order."""
 
     _fields_ = (("kind", _int64), ("call", _pointer))
 
 
-KINDS: tuple[type[ctypes.Structure], ...] = (EventConv, EventStem, EventThreshold, EventPool)  # of an `EventStep`
+KINDS: tuple[type[ctypes.Structure], ...] = (
+    EventConv,
+    EventStem,
+    EventThreshold,
+    EventPool,
+    EventSum,
+)  # of an `EventStep`
 
 
 class EventResize(ctypes.Structure):

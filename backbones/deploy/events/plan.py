@@ -23,6 +23,12 @@ Run = Callable[..., Sequence[Value]]
 FOREVER = 1 << 60
 
 
+class _Enlarged(NamedTuple):
+    """A map that is to be added to a larger one, each of whose pixels takes the nearest of it."""
+
+    small: Tensor
+
+
 class Step(NamedTuple):
     """An operation of a program.
 
@@ -30,13 +36,13 @@ class Step(NamedTuple):
         inputs: names of values, and numbers.
         outputs: names.
         run: from inputs to outputs.
-        plan: from a `Maker` and the inputs to the outputs, if the kernels compute them all; None: torch does.
+        plan: from a `Maker` and the inputs to the outputs, or None where torch computes them; None: it always does.
     """
 
     inputs: list[Any]
     outputs: list[str]
     run: Run
-    plan: Callable[..., Sequence[Value]] | None
+    plan: Callable[..., Sequence[Value] | None] | None
 
 
 class _Patch(NamedTuple):
@@ -82,10 +88,10 @@ class _Memory:
         self.free: list[Tensor] = []
         self.last: dict[int, int] = {}  # of blocks in use: the step after which nobody needs them
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def take(self, shape: Sequence[int], dtype: torch.dtype, *, new: bool = False) -> Tensor:
         """Return memory for a map: the block given back last that is large enough, or a new one."""
         size = max(math.prod(shape), 1) * dtype.itemsize
-        fitting = [each for each in self.free if size <= len(each) <= 2 * size + 4096]
+        fitting = [each for each in self.free if not new and size <= len(each) <= 2 * size + 4096]
         block = fitting[-1] if fitting else torch.empty(-(-size // 64) * 64, dtype=torch.uint8)
         self.free = [each for each in self.free if each is not block]
         self.blocks[block.data_ptr()] = block
@@ -107,7 +113,7 @@ class _Memory:
 
 
 def _address(value: Any) -> int:
-    tensor = value.words if isinstance(value, Bits) else value
+    tensor = value.words if isinstance(value, Bits) else value.small if isinstance(value, _Enlarged) else value
     return tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else 0
 
 
@@ -120,13 +126,17 @@ class Maker:
         self.parts: list[_Calls | Step] = []
         self.pending = _Calls()
         self.fixed: dict[str, Value] = {}
+        self.kept: list[Tensor] = []  # to which calls point
+        self.sources: dict[int, tuple[Any, int, tuple[int, ...]]] = {}  # of real maps: call, neurons beside, shape
+        self.steps = steps
         for self.index, step in enumerate(steps):
             self.names = step.inputs
             entering = [self.values[each] if isinstance(each, str) else each for each in step.inputs]
-            found = step.run(*entering) if step.plan is None else step.plan(self, *entering)
+            planned = None if step.plan is None else step.plan(self, *entering)
+            found = step.run(*entering) if planned is None else planned
             named = dict(zip(step.outputs, found, strict=True))
             ours = {name: value for name, value in named.items() if self.memory.owns(value)}
-            if step.plan is None and len(ours) < len(named):  # else views of what is known, the same ones every time
+            if planned is None and len(ours) < len(named):  # else views of what is known, the same ones every time
                 self._end_calls()
                 self.parts.append(step)
             else:
@@ -170,7 +180,10 @@ class Maker:
         self.pending.calls.append(call)
         self.pending.layers.append((layer, template, call, beside))
         found: list[Value] = [Bits(words, size[3]) for words in spikes]
-        return found if real is None else [real.view(size[0], -1) if flat else real.permute(0, 3, 1, 2), *found]
+        if real is None:
+            return found
+        self.sources[real.data_ptr()] = call, beside, size
+        return [real.view(size[0], -1) if flat else real.permute(0, 3, 1, 2), *found]
 
     def stem(self, layer: EventStem, x: Tensor) -> list[Value]:
         """Return the outputs of a stem."""
@@ -182,18 +195,63 @@ class Maker:
         self._enters(call, "input", 0, x, Tensor.contiguous)
         self.pending.calls.append(call)
         found: list[Value] = [Bits(words, size[3]) for words in spikes]
-        return found if real is None else [real.permute(0, 3, 1, 2), *found]
+        if real is None:
+            return found
+        if layer.more is None:
+            self.sources[real.data_ptr()] = call, 1, size
+        return [real.permute(0, 3, 1, 2), *found]
 
     def threshold(self, comparison: Comparison, x: Tensor) -> list[Value]:
-        """Return the spikes of real values, (N, C, H, W) or (N, C)."""
+        """Return the spikes of real values, (N, C, H, W) or (N, C), by the call that makes these, if there is one."""
         rows = _arranged(x)
-        words = self.memory.take((*rows.shape[:3], words_of(rows.shape[3])), torch.int64)
-        call = library.EventThreshold(None, math.prod(rows.shape[:3]), rows.shape[3], comparison.padded.data_ptr())
+        shape = (*rows.shape[:3], words_of(rows.shape[3]))
+        source, beside, size = self.sources.get(rows.data_ptr(), (None, 1, ()))
+        if source is not None and size == tuple(rows.shape) and source.num_spikes < library.MAX_OUTPUTS:
+            words = self.memory.take(shape, torch.int64, new=True)  # which nobody else has until now
+            for name, value in (("level", comparison.padded), ("sign", comparison.sign)):
+                if value is not None:
+                    self.kept.append(value if beside == 1 else value[: size[3]].repeat(beside))
+                    getattr(source, name)[source.num_spikes] = self.kept[-1].data_ptr()
+            source.spikes[source.num_spikes] = words.data_ptr()
+            source.num_spikes += 1
+            return [Bits(words, size[3])]
+        words = self.memory.take(shape, torch.int64)
+        call = library.EventThreshold(None, math.prod(shape[:3]), rows.shape[3], comparison.padded.data_ptr())
         call.sign = None if comparison.sign is None else comparison.sign.data_ptr()
         call.spikes, call.threads = words.data_ptr(), torch.get_num_threads()
         self._enters(call, "x", 0, x, _arranged)
         self.pending.calls.append(call)
         return [Bits(words, rows.shape[3])]
+
+    def enlarge(self, x: Value, like: Value) -> Sequence[Any] | None:
+        """Return a map that is to have the size of another one, if a sum alone sees it; None: torch enlarges it."""
+        (name,) = self.steps[self.index].outputs
+        users = [step for step in self.steps if name in step.inputs]
+        if len(users) != 1 or users[0].plan is not Maker.sum or not self._is_ours(x) or not isinstance(like, Tensor):
+            return None
+        others = [self.values.get(each) for each in users[0].inputs if each != name]
+        fits = [self._is_ours(each) and each.shape == (*x.shape[:2], *like.shape[2:]) for each in others]
+        return [_Enlarged(x)] if fits == [True] else None
+
+    def sum(self, a: Any, b: Any) -> Sequence[Value] | None:
+        """Return the sum of two maps, in place of the larger one where that ends here; None: torch adds them."""
+        large, small = (b, a.small) if isinstance(a, _Enlarged) else (a, b.small if isinstance(b, _Enlarged) else b)
+        enlarged = isinstance(a, _Enlarged) or isinstance(b, _Enlarged)
+        if not enlarged and not (self._is_ours(a) and self._is_ours(b) and a.shape == b.shape):
+            return None
+        rows, other = _rows(large), _rows(small)
+        ends = self.memory.last.get(_address(large)) == self.index
+        out = rows if ends else self.memory.take(rows.shape, torch.float32)
+        call = library.EventSum(*rows.shape, *other.shape[1:3], torch.get_num_threads())
+        call.input, call.other, call.sum = rows.data_ptr(), other.data_ptr(), out.data_ptr()
+        self.sources[out.data_ptr()] = call, 1, tuple(rows.shape)
+        self.pending.calls.append(call)
+        return [out.permute(0, 3, 1, 2)]
+
+    def _is_ours(self, value: Any) -> bool:
+        """Return whether a value is a real map (N, C, H, W) in the memory of the plan, in the order N, H, W, C."""
+        real = isinstance(value, Tensor) and value.dim() == 4 and value.dtype == torch.float32
+        return real and self.memory.owns(value) and _rows(value).is_contiguous()
 
     def pool(self, window: Window, ceil: bool, inverted: Tensor | None, x: Bits) -> list[Value]:
         """Return a max-pool of spikes."""
@@ -229,7 +287,7 @@ class Plan:
         self, steps: Sequence[Step], last_use: Mapping[str, int], outputs: Sequence[str], images: Tensor
     ) -> None:
         made = Maker(steps, last_use, images)
-        self.parts, self.fixed, self.outputs = made.parts, made.fixed, outputs
+        self.parts, self.fixed, self.outputs, self.kept = made.parts, made.fixed, outputs, made.kept
 
     def run(self, images: Tensor) -> list[Value]:
         """Return the outputs for images of this plan's shape."""
