@@ -118,6 +118,13 @@ constexpr double kWorthwhileNs = 30000;  // of work, for which another thread is
 constexpr int64_t kWorthwhileRows = 32;  // that are saved, for which those that did not fire are listed
 constexpr int64_t kAhead = 24;           // rows between the request for one and its use
 
+// Keeps what was loaded in a register: compilers would load it again for every use.
+#ifdef EVENTS_X86
+#define EVENTS_ONCE(vector) __asm__("" : "+v"(vector))
+#else
+#define EVENTS_ONCE(vector)
+#endif
+
 #define NAME portable
 #define WIDTH 16
 #define MAX_WORDS 1
