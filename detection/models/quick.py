@@ -20,7 +20,7 @@ from backbones.deploy.events.vision import has_vision, resize_and_pad, suppress
 MOST_SIZES = 256  # of images, for which something is kept
 BY_LABEL = 1000  # boxes, from which on torchvision compares those of each label; of fewer it moves labels apart
 SURE = 0.99  # of scores up to it a logit tells well enough whether they are reached
-MARGIN = 1e-3  # of the logit, for the rounding of the score
+MARGIN = 1e-4  # of the logit, for the rounding of the score
 VECTORS = 64  # numbers of which torch computes none one by one, which may round otherwise
 
 
@@ -113,7 +113,8 @@ def retinanet_boxes(
         values = logits_of.flatten()[places]
         scores = torch.sigmoid(nn.functional.pad(values, (0, -len(values) % VECTORS)))[: len(values)]
         enough = scores > least
-        scores, places = scores[enough], places[enough]
+        if not bool(enough.all()):
+            scores, places = scores[enough], places[enough]
         scores, best = scores.topk(min(detector.topk_candidates, len(scores)))
         places = places[best]
         rows = torch.div(places, columns, rounding_mode="floor")
