@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -15,6 +14,7 @@ from torchvision.models.detection.transform import resize_boxes
 
 from detection.models.inference import pad_for, within
 from detection.models.neck import BackboneWithNeck
+from detection.models.quick import KeptAnchors, PlainBatch
 
 
 class DensePredictions(nn.Module):
@@ -103,11 +103,10 @@ class DetectorOf(nn.Module):
 
     def __init__(self, detector: nn.Module, predict: Callable[[Tensor], dict[str, Tensor]]) -> None:
         super().__init__()
-        transform = detector.transform
-        # Divided by 1 and padded with 0 after the mean is taken off: padded with the mean colour, that is.
-        mean, transform.image_std = torch.tensor(transform.image_mean).view(-1, 1, 1), [1.0] * len(transform.image_mean)
-        bridge = _Bridge(detector.backbone.to("meta").eval(), lambda shifted: predict(shifted + mean))
+        bridge = _Bridge(detector.backbone.to("meta").eval(), predict)
         detector.backbone, detector.head = bridge, _BridgeHead(bridge)
+        detector.transform = PlainBatch(detector.transform)
+        detector.anchor_generator = KeptAnchors(detector.anchor_generator)
         self.detector = detector.eval()
 
     @torch.no_grad()
@@ -192,7 +191,4 @@ def resize_and_pad(transform: nn.Module, images: Sequence[Tensor]) -> Tensor:
         transform: of a torchvision detector.
         images: (3, H_i, W_i) in [0, 1].
     """
-    shifting = copy.copy(transform)
-    shifting.image_std = [1.0] * len(transform.image_mean)
-    mean = torch.tensor(transform.image_mean).view(-1, 1, 1)
-    return shifting.eval()([pad_for(transform, image) for image in images])[0].tensors + mean
+    return PlainBatch(transform)([pad_for(transform, image) for image in images])[0].tensors

@@ -18,10 +18,12 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
 
 from backbones import Backbone, SpikeFactory, average_steps
+from backbones.deploy.events.vision import has_vision
 from backbones.networks.base import conv
 from detection.config.schema import Model
 from detection.models.inference import AnyShape
 from detection.models.neck import BackboneWithNeck, normalised_spikes
+from detection.models.quick import retinanet_boxes
 
 POOLED_SIDE = 7  # cells of a pooled region
 MakeTower = Callable[[], "SpikingTower"]
@@ -115,6 +117,18 @@ class AnyShapeFasterRCNN(AnyShape, FasterRCNN):
 
 class ForegroundRetinaNet(ForegroundOnly, AnyShape, RetinaNet):
     """A RetinaNet for labels 1 to K."""
+
+    def postprocess_detections(
+        self, head_outputs: dict[str, list[Tensor]], anchors: list[list[Tensor]], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Return torchvision's detections without those of the background."""
+        logits, regression = head_outputs["cls_logits"], head_outputs["bbox_regression"]
+        if not all(map(has_vision, (*logits, *regression))):
+            return super().postprocess_detections(head_outputs, anchors, image_shapes)
+        return [
+            retinanet_boxes(self, [x[i] for x in logits], [x[i] for x in regression], anchors[i], size)
+            for i, size in enumerate(image_shapes)
+        ]
 
 
 class ForegroundFCOS(ForegroundOnly, AnyShape, FCOS):

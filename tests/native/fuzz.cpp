@@ -302,6 +302,56 @@ void check_pool(Random &random) {
     });
 }
 
+// An image of one value stays so; the best box stays, and so do those that others do not touch.
+void check_vision(Random &random) {
+    EventResize c = {};
+    c.channels = 2, c.height = random.upto(1, 40), c.width = random.upto(1, 90), c.threads = random.upto(1, 3);
+    c.out_height = random.upto(1, 40), c.out_width = random.upto(1, 90);
+    c.padded_height = c.out_height + random.upto(0, 3), c.padded_width = c.out_width + random.upto(0, 3);
+    const std::vector<float> image(2 * c.height * c.width, 3), mean(2, 1);
+    std::vector<float> out(2 * c.padded_height * c.padded_width);
+    c.input = image.data(), c.mean = mean.data(), c.output = out.data();
+    if (events_resize(&c)) fail("memory", {}, 0);
+    for (int64_t i = 0; i < (int64_t)out.size(); ++i) {
+        const bool inside = i % c.padded_width < c.out_width && i / c.padded_width % c.padded_height < c.out_height;
+        if (std::fabs(out[i] - (inside ? 3 : 1)) > 1e-5f) fail("resizes", {}, i);
+    }
+    EventBoxes b = {};
+    b.number = random.upto(0, 70), b.most = random.upto(0, 70), b.threshold = 0.5;
+    std::vector<float> boxes(4 * b.number);
+    std::vector<int64_t> order(b.number), labels(b.number), kept(std::min(b.most, b.number));
+    for (int64_t i = 0; i < b.number; ++i) {  // neighbours by two have the same box
+        for (int side = 0; side < 4; ++side) boxes[4 * i + side] = (float)(i / 2 * 10 + side / 2 * 5);
+        order[i] = b.number - 1 - i, labels[i] = random.one_of(2);
+    }
+    b.boxes = boxes.data(), b.order = order.data(), b.labels = labels.data(), b.kept = kept.data();
+    std::vector<int64_t> expected;
+    for (int64_t i = b.number - 1; i >= 0 && (int64_t)expected.size() < b.most; --i)
+        if (i % 2 || i == b.number - 1 || labels[i] != labels[i + 1]) expected.push_back(i);
+    const int64_t left = events_suppress(&b);
+    if (std::vector<int64_t>(kept.begin(), kept.begin() + left) != expected) fail("boxes", {}, left);
+}
+
+// A map and a smaller one, added up in place, and the spikes of the sum: its odd channels.
+void check_sum(Random &random) {
+    EventSum c = {};
+    c.images = random.upto(1, 2), c.height = random.upto(1, 9), c.width = random.upto(1, 9), c.threads = random.upto(1, 3);
+    c.channels = random.upto(1, 140), c.other_height = random.upto(1, c.height), c.other_width = random.upto(1, c.width);
+    const int64_t pixels = c.images * c.height * c.width, words = words_of(c.channels);
+    std::vector<float> map(pixels * c.channels), level(words * 64, INFINITY);
+    std::vector<float> other(c.images * c.other_height * c.other_width * c.channels, 2);
+    for (size_t i = 0; i < map.size(); ++i) map[i] = (float)(i % c.channels % 2);
+    std::fill(level.begin(), level.begin() + c.channels, 3.0f);
+    Words spikes(pixels * words, ~0ull);
+    c.input = c.sum = map.data(), c.other = other.data();
+    c.num_spikes = 1, c.level[0] = level.data(), c.spikes[0] = spikes.data();
+    if (events_sum(&c)) fail("memory", {}, 0);
+    for (int64_t i = 0; i < (int64_t)map.size(); ++i)
+        if (map[i] != 2 + i % c.channels % 2 ||
+            bit(spikes, i / c.channels, c.channels, i % c.channels) != (bool)(i % c.channels % 2))
+            fail("sums", {}, i);
+}
+
 // So large a layer that threads do overlap, on one core too: as one thread computes it.
 void check_threads(Random &random) {
     EventConv c = {};
@@ -318,7 +368,9 @@ void check_threads(Random &random) {
     c.packed = packed.data(), c.input = map.data(), c.num_spikes = 1, c.threshold[0] = threshold.data();
     for (int i = 0; i < 2; ++i) {
         c.threads = 1 + i * random.upto(1, 2), c.spikes[0] = spikes[i].data();
-        if (events_conv(&c)) fail("memory", c, 0);
+        const EventStep step = {0, &c};
+        int64_t wanting;
+        if (i ? events_run(&step, 1, &wanting) : events_conv(&c)) fail("memory", c, 0);
     }
     if (spikes[0] != spikes[1]) fail("threads", c, 0);
 }
@@ -337,7 +389,10 @@ int main(int, char **argv) {
         for (int number = 0; number < 2; ++number)
             callers.emplace_back([seed = random.engine()] {
                 Random own{std::mt19937_64(seed)};
-                for (int i = 0; i < 3; ++i) check_layer(own), check_threshold(own), check_pool(own), check_stem(own);
+                for (int i = 0; i < 3; ++i) {
+                    check_layer(own), check_threshold(own), check_pool(own), check_stem(own);
+                    check_vision(own), check_sum(own);
+                }
                 check_threads(own);  // last: it leaves large buffers to this caller, whose ends nobody would miss
             });
         for (std::thread &caller : callers) caller.join();

@@ -205,34 +205,28 @@ class EventLayer:
         """
         if library.current() == "torch":
             return self._reference(x, residual)
+        template, shape, size, beside = self.call_for(x)
+        found = [torch.empty(shape, dtype=torch.int64) for _ in self.spikes]
+        real = torch.empty(size) if self.keeps_real else None
+        if residual is not None:
+            residual = residual.permute(0, 2, 3, 1).contiguous()
+        call = bind(template, x, residual, real, found)
+        if library.LIBRARY.events_conv(call):
+            raise MemoryError(f"not enough memory for a layer of {size[3]} channels over {tuple(x.words.shape)}")
+        if call.wants_dense and not call.dense and self.may_be_dense:
+            template.dense = self.pack_dense(template, beside)
+        return None if real is None else real.permute(0, 3, 1, 2), [Bits(words, size[3]) for words in found]
+
+    def call_for(self, x: Bits) -> tuple[library.EventConv, tuple[int, ...], tuple[int, ...], int]:
+        """Return a call for inputs of this shape, the shape of its spikes, that of its real values, and `beside`."""
         key = (library.current(), x.words.shape)
         if key not in self._calls:
             if len(self._calls) >= MOST_SHAPES:
                 self._calls.clear()
             self._calls[key] = self._call_for(x)
-        template, shape, size, beside = self._calls[key]
-        call = library.EventConv.from_buffer_copy(template)
-        call.threads, call.input = torch.get_num_threads(), x.words.data_ptr()
-        found = []
-        for index in range(len(self.spikes)):
-            words = torch.empty(shape, dtype=torch.int64)
-            call.spikes[index] = words.data_ptr()
-            found.append(Bits(words, size[3]))
-        real = None
-        if self.keeps_real:
-            real = torch.empty(size)
-            call.real = real.data_ptr()
-        if residual is not None:
-            residual = residual.permute(0, 2, 3, 1).contiguous()
-            call.residual = residual.data_ptr()
-        if library.LIBRARY.events_conv(call):
-            raise MemoryError(f"not enough memory for a layer of {size[3]} channels over {tuple(x.words.shape)}")
-        if call.wants_dense and not call.dense and self.may_be_dense:
-            template.dense = self._pack_dense(template, beside)
-        return None if real is None else real.permute(0, 3, 1, 2), found
+        return self._calls[key]
 
     def _call_for(self, x: Bits) -> tuple[library.EventConv, tuple[int, ...], tuple[int, ...], int]:
-        """Return a call for inputs of this shape, the shape of its spikes and that of its real values."""
         number, height, width, _ = x.words.shape
         out_height, out_width = self.window.out_size((height, width))
         beside = self._beside(out_width)
@@ -304,7 +298,7 @@ class EventLayer:
         ends = [(index * step, (beside - 1 - index) * step) for index in range(beside)]
         return torch.cat([F.pad(self.weight, end) for end in ends])
 
-    def _pack_dense(self, call: library.EventConv, beside: int) -> int:
+    def pack_dense(self, call: library.EventConv, beside: int) -> int:
         """Return the address of the weights for a dense layer, packed when they are wanted for the first time."""
         key = (library.current(), beside, "dense")
         if key not in self._packed:
@@ -319,6 +313,27 @@ class EventLayer:
         """The number of weights of a neuron that never add up to more than 16 bits hold, whichever they are."""
         sizes = self.weight.flatten(1).abs().int().sort(1, descending=True).values.cumsum(1)
         return max(1, int((sizes <= LEAST_SUM).sum(1).min()))
+
+
+def bind(
+    template: library.EventConv, x: Bits, residual: Tensor | None, real: Tensor | None, spikes: Sequence[Tensor]
+) -> library.EventConv:
+    """Return a call of a layer with what enters it and leaves it.
+
+    Args:
+        template: by `call_for`.
+        x: spikes.
+        residual: float32 (N, H, W, C), contiguous; as `real` it may be the same memory.
+        real: likewise; None: it is not wanted.
+        spikes: of `words` of a `Bits`, each.
+    """
+    call = library.EventConv.from_buffer_copy(template)
+    call.threads, call.input = torch.get_num_threads(), x.words.data_ptr()
+    call.residual = None if residual is None else residual.data_ptr()
+    call.real = None if real is None else real.data_ptr()
+    for index, words in enumerate(spikes):
+        call.spikes[index] = words.data_ptr()
+    return call
 
 
 def layer_options(weight: Tensor, conv: dict[str, Any] | None) -> dict[str, Any]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import library
 from .bits import Bits, Comparison, EventLayer, Window, layer_options, mask_of, max_pool, threshold
+from .plan import FOREVER, Maker, Plan, Run, Step
 from .program import Operation, Program
 from .stem import Affine, EventStem
 
 FORMAT = "hoyer-det events"
 VERSION = 1
+MOST_PLANS = 8  # for images of other shapes and numbers of threads
 Value = Tensor | Bits
 
 
@@ -39,19 +42,17 @@ class Engine:
         if unknown:
             raise ValueError(f"unknown operation {unknown[0]!r}: written by a later version")
         self.steps = [self._prepare(each) for each in program.operations]
-        last_use = {}
+        self.last_use: dict[str, int] = {}
         for index, each in enumerate(program.operations):
-            last_use |= {name: index for name in each["inputs"] if isinstance(name, str)}
-        kept = {*program.outputs}
-        self.expired: list[list[str]] = [[] for _ in self.steps]
-        for name, index in last_use.items():
-            if name not in kept:
-                self.expired[index].append(name)
+            self.last_use |= {name: index for name in each["inputs"] if isinstance(name, str)}
+        self.last_use |= dict.fromkeys(program.outputs, FOREVER)
+        self.plans: dict[Any, list[Plan]] = {}  # those that nobody runs
 
-    def _prepare(self, operation: Operation) -> tuple[list[Any], list[str], Callable[..., Sequence[Value]]]:
+    def _prepare(self, operation: Operation) -> Step:
         tensors = {key: self.program.tensors[name] for key, name in operation["tensors"].items()}
         run = PREPARE[operation["op"]](operation["attributes"], tensors)
-        return operation["inputs"], operation["outputs"], run
+        by_kernels = run if isinstance(run, _ByKernels) else _ByKernels(run, None)
+        return Step(operation["inputs"], operation["outputs"], *by_kernels)
 
     @torch.no_grad()
     def __call__(
@@ -63,15 +64,38 @@ class Engine:
             images: on the CPU.
             observe: called with each operation and what enters it.
         """
+        if observe is None and library.current() != "torch" and images.numel():
+            return self._planned(images)
         values: dict[str, Value] = {"images": images.contiguous()}
-        for index, (inputs, outputs, run) in enumerate(self.steps):
+        for index, (inputs, outputs, run, _) in enumerate(self.steps):
             entering = [values[name] if isinstance(name, str) else name for name in inputs]
             if observe is not None:
                 observe(self.program.operations[index], entering)
             values.update(zip(outputs, run(*entering), strict=True))
-            for name in self.expired[index]:
-                del values[name]
+            for name in [name for name in inputs if isinstance(name, str) and self.last_use[name] == index]:
+                values.pop(name, None)
         return [_real(values[name]) for name in self.program.outputs]
+
+    def _planned(self, images: Tensor) -> list[Tensor]:
+        """Return the outputs by a plan that no other thread runs."""
+        key = (library.current(), torch.get_num_threads(), images.shape, images.dtype)
+        if key not in self.plans and len(self.plans) >= MOST_PLANS:
+            self.plans.clear()
+        idle = self.plans.setdefault(key, [])
+        try:
+            plan = idle.pop()
+        except IndexError:
+            plan = Plan(self.steps, self.last_use, self.program.outputs, images)
+        found = plan.run(images)
+        idle.append(plan)
+        return [_real(each) for each in found]
+
+
+class _ByKernels(NamedTuple):
+    """What runs an operation, and what plans it."""
+
+    run: Run
+    plan: Callable[..., Sequence[Value] | None] | None
 
 
 def _real(value: Value) -> Tensor:
@@ -88,7 +112,7 @@ def _comparisons(tensors: Mapping[str, Tensor], name: str) -> list[Comparison]:
     return [Comparison(tensors[f"{name}_{index}"], tensors.get(f"turned_{index}")) for index in range(number)]
 
 
-def _layer(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
+def _layer(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> _ByKernels:
     real = "scale" in tensors
     layer = EventLayer(
         **layer_options(tensors["weight"], attributes["conv"]),
@@ -105,10 +129,10 @@ def _layer(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[.
             return list(spikes)
         return [y.flatten(1) if flat else y, *spikes]
 
-    return run
+    return _ByKernels(run, lambda maker, *inputs: maker.layer(layer, flat, *inputs))
 
 
-def _stem(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
+def _stem(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> _ByKernels:
     pool, more = attributes["pool"], tensors.get("more_scale")
     stem = EventStem(
         tensors["weight"],
@@ -127,16 +151,19 @@ def _stem(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..
         y, spikes = stem(x)
         return [*spikes] if y is None else [y, *spikes]
 
-    return run
+    return _ByKernels(run, lambda maker, x: maker.stem(stem, x))
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
 
 
-def _threshold(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
+def _threshold(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> _ByKernels:
     (comparison,) = _comparisons(tensors, "level")
-    return lambda x: [threshold(x[..., None, None] if x.dim() == 2 else x, comparison)]
+    return _ByKernels(
+        lambda x: [threshold(x[..., None, None] if x.dim() == 2 else x, comparison)],
+        lambda maker, x: maker.threshold(comparison, x),
+    )
 
 
 def _window(attributes: Mapping[str, Any]) -> Window:
@@ -144,10 +171,12 @@ def _window(attributes: Mapping[str, Any]) -> Window:
     return Window(*(tuple(attributes[key]) for key in keys))
 
 
-def _pool_bits(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
+def _pool_bits(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> _ByKernels:
     window, ceil, turned = _window(attributes), attributes["ceil_mode"], tensors.get("inverted")
     mask = None if turned is None else mask_of(turned)
-    return lambda x: [max_pool(x, window, ceil=ceil, inverted=mask)]
+    return _ByKernels(
+        lambda x: [max_pool(x, window, ceil=ceil, inverted=mask)], lambda maker, x: maker.pool(window, ceil, mask, x)
+    )
 
 
 def _with_weights(
@@ -178,21 +207,21 @@ def _resize_as(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, size=like.shape[-2:], mode="nearest")
 
 
-PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Callable[..., Sequence[Value]]]] = {
+PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Run | _ByKernels]] = {
     "layer": _layer,
     "stem": _stem,
     "affine": _with_weights(_affine, "scale", "shift"),
     "threshold": _threshold,
     "pool_bits": _pool_bits,
-    "flatten_bits": lambda attributes, tensors: lambda x: [x.flatten()],
+    "flatten_bits": lambda attributes, tensors: lambda x: [x.flatten()],  # a view, which is planned as one
     "constant": _constant,
-    "add": _with_weights(torch.add),
+    "add": lambda attributes, tensors: _ByKernels(_analogue(torch.add), Maker.sum),
     "sub": _with_weights(torch.sub),
     "mul": _with_weights(lambda a, b: a * b),
     "div": _with_weights(torch.true_divide),
     "relu": _with_weights(torch.relu),
     "cat": _with_weights(lambda *parts, dim: torch.cat(parts, dim)),
-    "resize_as": _with_weights(_resize_as),
+    "resize_as": lambda attributes, tensors: _ByKernels(_analogue(_resize_as), Maker.enlarge),
     "conv2d": _with_weights(F.conv2d, "weight", "bias"),
     "linear": _with_weights(F.linear, "weight", "bias"),
     "batch_norm": _with_weights(F.batch_norm, "running_mean", "running_var", "weight", "bias"),

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstring>
 #include <exception>
@@ -29,7 +30,7 @@ namespace {
 struct Pixel {
     int64_t start;
     int32_t listed, active;
-    bool complement;  // more than half fired: the list has those that did not
+    bool complement;  // well more than half fired: the list has those that did not
 };
 
 // A layer, prepared for its kernels.
@@ -67,6 +68,22 @@ struct Stem {
     int64_t row_length;  // int16 of a row of the quantised image
 };
 
+// The columns of a resized row: `out_width` of them, and more of the last one up to whole vectors.
+struct Resize {
+    int64_t width, out_width;
+    const int32_t *left, *right;
+    const float *weight;  // of the right one
+};
+
+// Boxes in the order of their scores, each list with room for a vector behind it.
+struct Boxes {
+    const float *x1, *y1, *x2, *y2, *area;
+    const int32_t *label;
+    int32_t *marked;
+    int64_t number;
+    float limit;
+};
+
 // What a layer takes, measured on a core of Zen 5: per neuron, per row added up, per 64 channels of it, and a dense
 // layer's products. Only their ratios count.
 struct Costs {
@@ -86,6 +103,9 @@ struct Kernels {
     void (*stem_rows)(const Stem &, int64_t, const uint8_t *, int64_t, int64_t, int32_t *, float *);
     void (*expand_row)(const EventConv &, int64_t, uint8_t *);
     void (*dense_row)(const EventConv &, const Tiles &, const uint8_t *, int64_t, int32_t *);
+    void (*resize_row)(const Resize &, const float *, const float *, float, float, float *);
+    void (*mark_overlapping)(const Boxes &, int64_t, int64_t);
+    void (*sum_row)(const EventSum &, int64_t, const float *, const int64_t *);
     Costs costs;
 };
 
@@ -95,7 +115,15 @@ constexpr int64_t kNearest = 48 << 10;   // bytes of weights that stay in the fi
 constexpr int64_t kNear = 500 << 10;     // in the second
 constexpr double kBytesPerNs = 30;       // read from main memory
 constexpr double kWorthwhileNs = 30000;  // of work, for which another thread is woken
+constexpr int64_t kWorthwhileRows = 32;  // that are saved, for which those that did not fire are listed
 constexpr int64_t kAhead = 24;           // rows between the request for one and its use
+
+// Keeps what was loaded in a register: compilers would load it again for every use.
+#ifdef EVENTS_X86
+#define EVENTS_ONCE(vector) __asm__("" : "+v"(vector))
+#else
+#define EVENTS_ONCE(vector)
+#endif
 
 #define NAME portable
 #define WIDTH 16
@@ -109,10 +137,10 @@ constexpr int64_t kAhead = 24;           // rows between the request for one and
 
 #ifdef EVENTS_X86
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,bmi2,popcnt,lzcnt"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2,popcnt,lzcnt")
+#pragma GCC target("avx2,fma,bmi,bmi2,popcnt,lzcnt")
 #endif
 #define NAME avx2
 #define WIDTH 32
@@ -166,7 +194,8 @@ constexpr int64_t kAhead = 24;           // rows between the request for one and
 const Kernels *find_kernels(int level) {
 #ifdef EVENTS_X86
     __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
+                          __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("avx512dq");
     if (has_avx512 && __builtin_cpu_supports("avx512vnni") && (level == 3 || level < 0)) return &avx512vnni::kernels;
@@ -332,11 +361,13 @@ Estimate estimate(const EventConv &c, const Layer &layer, const Kernels &used) {
     if (places == 0) return {0, 0};
     const int64_t active = used.count(c.input, places * words_of(c.channels));
     const double density = (double)active / ((double)places * (double)c.channels);
-    const double rows = (density < 0.5 ? density : 1 - density) * (double)(layer.taps * c.channels / c.groups);
+    const int64_t each = c.channels / c.groups;
+    const bool complement = 2 * density * (double)each > (double)(each + kWorthwhileRows);
+    const double rows = (complement ? 1 - density : density) * (double)(layer.taps * each);
     const double words = (double)(layer.words * layer.blocks * c.groups);
     const bool nearest = layer.taps * c.channels * c.out_channels <= kNearest;
     double events = rows * (costs.row_ns * (double)layer.blocks + (nearest ? 1 : 1.5) * costs.word_ns * words);
-    if (density > 0.5) events += 20 * (double)layer.taps;  // complements: sums over all inputs are added
+    if (complement) events += 20 * (double)layer.taps;  // complements: sums over all inputs are added
     else if (rows > (double)c.safe) events *= layer.words == 4 ? 1.2 : 1.8;  // sums of 32 bits
     events += costs.neuron_ns;
     const int64_t inputs = layer.taps * c.channels, computed = (c.out_channels + 31) / 32 * 32;
@@ -390,9 +421,10 @@ void convolve(EventConv &c) {
     thread_local std::vector<uint32_t> lists, flat;
     thread_local std::vector<int64_t> complements;
     thread_local std::vector<int32_t> wide;
-    layer.row_room = c.width * (each / 2 + 1) + kRoom;
+    const int64_t longest = std::min(each, (each + kWorthwhileRows) / 2) + 1;  // list of a pixel
+    layer.row_room = c.width * longest + kRoom;
     const int64_t per_group = in_rows * layer.row_room + kRoom, most = layer.taps * each + 2 * kRoom;
-    const int64_t columns = c.width * c.kernel_h * (each / 2 + 1) + 2 * kRoom, per_thread = 2 * most + columns;
+    const int64_t columns = c.width * c.kernel_h * longest + 2 * kRoom, per_thread = 2 * most + columns;
     const int64_t places = layer.taps + c.width + 1;
     const int64_t padded = words_of(c.out_channels) * 64;
     if (!layer.depthwise) {
@@ -479,6 +511,88 @@ void run_stem(const EventStem &c) {
     });
 }
 
+// Where a row or column of a resized image lies between two of the image's, as torch computes it.
+struct Between {
+    int64_t first, second;
+    float weight;  // of the second
+};
+
+Between between(int64_t place, int64_t length, int64_t out_length) {
+    const float scale = (float)length / (float)out_length;
+    const float real = std::max(0.0f, __builtin_fmaf(scale, (float)place + 0.5f, -0.5f));
+    const int64_t first = std::min((int64_t)real, length - 1);
+    return {first, std::min(first + 1, length - 1), std::min(std::max(real - (float)first, 0.0f), 1.0f)};
+}
+
+void resize(const EventResize &c) {
+    const int64_t room = (c.out_width + 15) / 16 * 16;
+    std::vector<int32_t> left, right;
+    std::vector<float> weight;
+    for (int64_t x = 0; x < room; ++x) {
+        const Between place = between(std::min(x, c.out_width - 1), c.width, c.out_width);
+        left.push_back((int32_t)place.first);
+        right.push_back((int32_t)place.second);
+        weight.push_back(place.weight);
+    }
+    const Resize r = {c.width, c.out_width, left.data(), right.data(), weight.data()};
+    const Kernels &used = kernels();
+    const int64_t threads = threads_for(c.threads, 0.3 * (double)(c.channels * c.padded_height * c.padded_width));
+    pool().run(c.channels * c.padded_height, threads, [&](int64_t item, int64_t) {
+        const int64_t channel = item / c.padded_height, y = item % c.padded_height;
+        const Between place = between(y, c.height, c.out_height);
+        const float *plane = c.input + channel * c.height * c.width, mean = c.mean[channel];
+        float *out = c.output + item * c.padded_width;
+        const int64_t inside = y < c.out_height ? c.out_width : 0;
+        if (inside)
+            used.resize_row(r, plane + place.first * c.width, plane + place.second * c.width, place.weight, mean, out);
+        std::fill(out + inside, out + c.padded_width, mean);
+    });
+}
+
+// The pixel nearest to one of an enlarged row or column, as torch computes it.
+int64_t nearest(int64_t place, int64_t length, int64_t out_length) {
+    const float scale = (float)length / (float)out_length;
+    return std::min((int64_t)std::floor((float)place * scale), length - 1);
+}
+
+void sum(const EventSum &c) {
+    const Kernels &used = kernels();
+    std::vector<int64_t> columns;
+    for (int64_t x = 0; x < c.width; ++x) columns.push_back(nearest(x, c.other_width, c.width));
+    const int64_t threads = threads_for(c.threads, 0.3 * (double)(c.images * c.height * c.width * c.channels));
+    pool().run(c.images * c.height, threads, [&](int64_t row, int64_t) {
+        const int64_t from = row / c.height * c.other_height + nearest(row % c.height, c.other_height, c.height);
+        used.sum_row(c, row, c.other + from * c.other_width * c.channels, columns.data());
+    });
+}
+
+// Returns how many boxes are left.
+int64_t suppress(const EventBoxes &c) {
+    constexpr int64_t kBehind = 16;
+    const int64_t room = c.number + kBehind;
+    std::vector<float> sides((size_t)(5 * room), 0.0f);
+    std::vector<int32_t> labels((size_t)room, 0), marked((size_t)room, 0);
+    float *side[5];
+    for (int64_t k = 0; k < 5; ++k) side[k] = sides.data() + k * room;
+    for (int64_t i = 0; i < c.number; ++i) {
+        const float *box = c.boxes + 4 * c.order[i];
+        for (int64_t k = 0; k < 4; ++k) side[k][i] = box[k];
+        side[4][i] = (box[2] - box[0]) * (box[3] - box[1]);
+        labels[(size_t)i] = c.labels ? (int32_t)c.labels[c.order[i]] : 0;
+    }
+    float limit = (float)c.threshold;  // the largest that is not above it: overlaps are float, too
+    if ((double)limit > c.threshold) limit = std::nextafterf(limit, -2.0f);
+    const Boxes boxes = {side[0], side[1], side[2], side[3], side[4], labels.data(), marked.data(), c.number, limit};
+    const Kernels &used = kernels();
+    int64_t left = 0;
+    for (int64_t i = 0; i < c.number && left < c.most; ++i) {
+        if (marked[(size_t)i]) continue;
+        c.kept[left++] = c.order[i];
+        used.mark_overlapping(boxes, i, i + 1);
+    }
+    return left;
+}
+
 template <typename Work> int guarded(const Work &work) {
     try {
         work();
@@ -492,7 +606,7 @@ template <typename Work> int guarded(const Work &work) {
 
 extern "C" {
 
-int events_version(void) { return 2; }
+int events_version(void) { return 3; }
 
 int events_use(int level) {
     const Kernels *found = find_kernels(level);
@@ -589,6 +703,15 @@ int events_stem(const EventStem *stem) {
     return guarded([&] { run_stem(*stem); });
 }
 
+int events_resize(const EventResize *image) {
+    return guarded([&] { resize(*image); });
+}
+
+int64_t events_suppress(const EventBoxes *boxes) {
+    int64_t left = 0;
+    return guarded([&] { left = suppress(*boxes); }) ? -1 : left;
+}
+
 void events_threshold(const float *x, int64_t pixels, int64_t channels, const float *level, const float *sign,
                       uint64_t *spikes, int64_t threads) {
     threads = threads_for(threads, 0.3 * (double)(pixels * channels));
@@ -614,6 +737,35 @@ void events_pool(const uint64_t *x, int64_t images, int64_t height, int64_t widt
             out[pixel * words + w] = inverted ? bits ^ inverted[w] : bits;
         }
     }
+}
+
+int events_sum(const EventSum *maps) {
+    return guarded([&] { sum(*maps); });
+}
+
+int events_run(const EventStep *steps, int64_t number, int64_t *wanting) {
+    *wanting = 0;
+    for (const EventStep *step = steps; step < steps + number; ++step) {
+        int failed = 0;
+        if (step->kind == 0) {
+            EventConv *c = static_cast<EventConv *>(step->call);
+            failed = events_conv(c);
+            *wanting += c->wants_dense && !c->dense;
+        } else if (step->kind == 1) {
+            failed = events_stem(static_cast<const EventStem *>(step->call));
+        } else if (step->kind == 2) {
+            const EventThreshold &c = *static_cast<const EventThreshold *>(step->call);
+            events_threshold(c.x, c.pixels, c.channels, c.level, c.sign, c.spikes, c.threads);
+        } else if (step->kind == 4) {
+            failed = events_sum(static_cast<const EventSum *>(step->call));
+        } else {
+            const EventPool &c = *static_cast<const EventPool *>(step->call);
+            events_pool(c.x, c.images, c.height, c.width, c.words, c.out_height, c.out_width, c.kernel_h, c.kernel_w,
+                        c.stride_h, c.stride_w, c.pad_h, c.pad_w, c.inverted, c.out);
+        }
+        if (failed) return failed;
+    }
+    return 0;
 }
 
 }  // extern "C"

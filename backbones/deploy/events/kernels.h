@@ -55,6 +55,61 @@ struct EventStem {
     uint64_t *spikes[EVENTS_MAX_OUTPUTS];
 };
 
+// A comparison, and a max-pool of bits, as the arguments of events_threshold and events_pool.
+struct EventThreshold {
+    const float *x;
+    int64_t pixels, channels;
+    const float *level, *sign;
+    uint64_t *spikes;
+    int64_t threads;
+};
+
+struct EventPool {
+    const uint64_t *x;
+    int64_t images, height, width, words, out_height, out_width;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+    const uint64_t *inverted;
+    uint64_t *out;
+};
+
+// A real map and another one, enlarged to its size by the nearest pixel, added up, and the spikes of the sum.
+struct EventSum {
+    int64_t images, height, width, channels;      // float [N][height][width][channels]
+    int64_t other_height, other_width;
+    int64_t threads;
+    const float *input, *other;
+    float *sum;                                   // perhaps the input itself
+    int64_t num_spikes;                           // where sign * sum >= level, as in EventConv
+    const float *level[EVENTS_MAX_OUTPUTS], *sign[EVENTS_MAX_OUTPUTS];
+    uint64_t *spikes[EVENTS_MAX_OUTPUTS];
+};
+
+// A call of the library: 0 EventConv, 1 EventStem, 2 EventThreshold, 3 EventPool, 4 EventSum.
+struct EventStep {
+    int64_t kind;
+    void *call;
+};
+
+// An image, resized bilinearly, between pixels' corners, and padded with the mean on the right and below.
+struct EventResize {
+    int64_t channels, height, width;              // of the input, float [channels][height][width]
+    int64_t out_height, out_width;                // of what is resized
+    int64_t padded_height, padded_width;          // of the output, float [channels][padded height][padded width]
+    int64_t threads;
+    const float *input, *mean;                    // [channels]: resized is the image less it, which is added then
+    float *output;
+};
+
+// Boxes of which those go that overlap with a better one of their label.
+struct EventBoxes {
+    int64_t number, most;       // boxes, and the most that are kept
+    const float *boxes;         // [number][4]: x1, y1, x2, y2
+    const int64_t *order;       // [number]: the best first
+    const int64_t *labels;      // [number], of 32 bits, or null: all are alike
+    double threshold;           // of the overlap, over the union: larger ones go
+    int64_t *kept;              // [most]: numbers of the boxes that stay, the best first
+};
+
 // Chooses the instructions: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with VNNI, -1 the best of this processor. Returns what is used now, or
 // -1 if the processor lacks what was asked for. Weights are packed for one choice.
 int events_use(int level);
@@ -81,6 +136,19 @@ void events_pack_stem(const EventStem *stem, const int16_t *weight, void *packed
 
 // Computes the stem. Without a pool its sizes are 1, its strides 1 and its paddings 0. Returns as events_conv.
 int events_stem(const EventStem *stem);
+
+// Resizes an image. Returns as events_conv.
+int events_resize(const EventResize *image);
+
+// Returns how many boxes stay, or -1 if there is not enough memory.
+int64_t events_suppress(const EventBoxes *boxes);
+
+// Adds up two maps. Returns as events_conv.
+int events_sum(const EventSum *maps);
+
+// Makes calls one after the other. Returns as events_conv; `wanting` becomes the number of convolutions that want to be
+// dense layers, and lack the weights for it.
+int events_run(const EventStep *steps, int64_t number, int64_t *wanting);
 
 // Spikes where sign * x >= level, x float [pixels][channels]; sign may be null; both padded as in EventConv.
 void events_threshold(const float *x, int64_t pixels, int64_t channels, const float *level, const float *sign,

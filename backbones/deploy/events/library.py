@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-VERSION = 2
+VERSION = 3
 MAX_OUTPUTS = 8
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512vnni": 3}
 VARIABLE = "HOYER_DET_KERNELS"
@@ -80,6 +80,91 @@ class EventStem(ctypes.Structure):
     )
 
 
+class EventThreshold(ctypes.Structure):
+    """`struct EventThreshold` of kernels.h, in its order."""
+
+    _fields_ = (
+        ("x", _pointer),
+        *((name, _int64) for name in ("pixels", "channels")),
+        *((name, _pointer) for name in ("level", "sign", "spikes")),
+        ("threads", _int64),
+    )
+
+
+class EventPool(ctypes.Structure):
+    """`struct EventPool` of kernels.h, in its order."""
+
+    _fields_ = (
+        ("x", _pointer),
+        *(
+            (name, _int64)
+            for name in (
+                *("images", "height", "width", "words", "out_height", "out_width"),
+                *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w"),
+            )
+        ),
+        ("inverted", _pointer),
+        ("out", _pointer),
+    )
+
+
+class EventSum(ctypes.Structure):
+    """`struct EventSum` of kernels.h, in its order."""
+
+    _fields_ = (
+        *(
+            (name, _int64)
+            for name in ("images", "height", "width", "channels", "other_height", "other_width", "threads")
+        ),
+        *((name, _pointer) for name in ("input", "other", "sum")),
+        ("num_spikes", _int64),
+        ("level", _pointer * MAX_OUTPUTS),
+        ("sign", _pointer * MAX_OUTPUTS),
+        ("spikes", _pointer * MAX_OUTPUTS),
+    )
+
+
+class EventStep(ctypes.Structure):
+    """`struct EventStep` of kernels.h, in its order."""
+
+    _fields_ = (("kind", _int64), ("call", _pointer))
+
+
+KINDS: tuple[type[ctypes.Structure], ...] = (
+    EventConv,
+    EventStem,
+    EventThreshold,
+    EventPool,
+    EventSum,
+)  # of an `EventStep`
+
+
+class EventResize(ctypes.Structure):
+    """`struct EventResize` of kernels.h, in its order."""
+
+    _fields_ = (
+        *(
+            (name, _int64)
+            for name in (
+                *("channels", "height", "width", "out_height", "out_width", "padded_height", "padded_width"),
+                "threads",
+            )
+        ),
+        *((name, _pointer) for name in ("input", "mean", "output")),
+    )
+
+
+class EventBoxes(ctypes.Structure):
+    """`struct EventBoxes` of kernels.h, in its order."""
+
+    _fields_ = (
+        *((name, _int64) for name in ("number", "most")),
+        *((name, _pointer) for name in ("boxes", "order", "labels")),
+        ("threshold", ctypes.c_double),
+        ("kept", _pointer),
+    )
+
+
 def set_pairs(call: EventConv | EventStem, **pairs: Sequence[int]) -> None:
     """Set the fields NAME_h and NAME_w of a call to a pair, height first."""
     for name, (height, width) in pairs.items():
@@ -113,6 +198,9 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.events_packed_stem_bytes.argtypes, library.events_packed_stem_bytes.restype = [stem], _int64
     library.events_pack_stem.argtypes, library.events_pack_stem.restype = [stem, _pointer, _pointer], None
     library.events_stem.argtypes = [stem]
+    library.events_resize.argtypes = [ctypes.POINTER(EventResize)]
+    library.events_run.argtypes = [ctypes.POINTER(EventStep), _int64, ctypes.POINTER(_int64)]
+    library.events_suppress.argtypes, library.events_suppress.restype = [ctypes.POINTER(EventBoxes)], _int64
     library.events_threshold.argtypes = [_pointer, _int64, _int64, _pointer, _pointer, _pointer, _int64]
     library.events_threshold.restype = None
     library.events_pool.argtypes = [_pointer, *[_int64] * 12, _pointer, _pointer]

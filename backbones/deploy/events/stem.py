@@ -62,29 +62,37 @@ class EventStem:
             MemoryError: there is not enough memory.
             ValueError: images of another type, or with other channels.
         """
+        self.check(x)
+        if library.current() == "torch":
+            return self._reference(x)
+        x = x.contiguous()
+        call, shape, size = self.call_for(x.shape)
+        found = [torch.empty(shape, dtype=torch.int64) for _ in self.spikes]
+        real = torch.empty(size) if self.keeps_real else None
+        call.input = x.data_ptr()
+        bind(call, real, found)
+        if library.LIBRARY.events_stem(call):
+            raise MemoryError(f"not enough memory for a convolution of {tuple(x.shape)}")
+        return None if real is None else real.permute(0, 3, 1, 2), [Bits(words, size[3]) for words in found]
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError for images of another type, or with other channels."""
         channels = self.weight.shape[1]
         if x.dtype != torch.float32 or x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(
                 f"images of {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}: expected float32 "
                 f"(N, {channels}, height, width)"
             )
-        if library.current() == "torch":
-            return self._reference(x)
-        x = x.contiguous()
+
+    def call_for(self, shape: Sequence[int]) -> tuple[library.EventStem, tuple[int, ...], tuple[int, ...]]:
+        """Return a call of one's own for images of a shape, the shape of its spikes and that of its real values."""
         call, _ = self._prepared()
-        number, _, call.height, call.width = x.shape
-        out_channels, out_size = len(self.weight), self.window.out_size(x.shape[2:])
+        number, _, call.height, call.width = shape
+        out_channels, out_size = len(self.weight), self.window.out_size(shape[2:])
         size = out_size if self.pool is None else self.pool.out_size(out_size, ceil=self.ceil)
-        call.images, call.threads, call.input = number, torch.get_num_threads(), x.data_ptr()
+        call.images, call.threads = number, torch.get_num_threads()
         (call.out_height, call.out_width), (call.pooled_height, call.pooled_width) = out_size, size
-        found = [torch.empty((number, *size, words_of(out_channels)), dtype=torch.int64) for _ in self.spikes]
-        for index, words in enumerate(found):
-            call.spikes[index] = words.data_ptr()
-        real = torch.empty((number, *size, out_channels)) if self.keeps_real else None
-        call.real = None if real is None else real.data_ptr()
-        if library.LIBRARY.events_stem(call):
-            raise MemoryError(f"not enough memory for a convolution of {tuple(x.shape)}")
-        return None if real is None else real.permute(0, 3, 1, 2), [Bits(words, out_channels) for words in found]
+        return call, (number, *size, words_of(out_channels)), (number, *size, out_channels)
 
     def _reference(self, x: Tensor) -> tuple[Tensor | None, list[Bits]]:
         x = x * self.normalise["factor"].view(-1, 1, 1) if "factor" in self.normalise else x
@@ -132,3 +140,10 @@ class EventStem:
             if each.sign is not None:
                 call.sign[index] = address(each.sign)
         return call, kept
+
+
+def bind(call: library.EventStem, real: Tensor | None, spikes: Sequence[Tensor]) -> None:
+    """Set what leaves a stem: real values, float32 (N, H, W, C), and `words` of each `Bits`."""
+    call.real = None if real is None else real.data_ptr()
+    for index, words in enumerate(spikes):
+        call.spikes[index] = words.data_ptr()
