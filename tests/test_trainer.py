@@ -170,6 +170,7 @@ def test_weights_of_strided_convolutions_get_whole_gradients_from_narrow_maps(ke
     generator = torch.Generator().manual_seed(0)
     convolution = nn.Conv2d(16, 16, kernel, stride=2, padding=kernel // 2)
     widen_narrow_maps(nn.Sequential(convolution))
+    assert isinstance(convolution, nn.Conv2d) and set(convolution.state_dict()) == {"weight", "bias"}
     for shape in ((4, 16, 1, 1), (4, 16, 3, 1), (4, 16, 3, 4)):
         x = torch.randn(shape, generator=generator).bfloat16().float()
         with torch.no_grad():

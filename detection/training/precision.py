@@ -30,24 +30,22 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype if usable else None, enabled=usable)
 
 
+class _OfNarrowMaps(nn.Conv2d):
+    """A strided convolution that sees a map of one column beside a second one of zeros: that changes no output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1)) if x.shape[-1] == 1 and torch.is_grad_enabled() else x)
+
+
 def widen_narrow_maps(model: nn.Module) -> None:
-    """Let strided convolutions see maps of one column beside a second one of zeros, which changes no output.
+    """Let strided convolutions train on maps of one column in bfloat16 on a CPU; changes their class.
 
-    oneDNN leaves parts of the gradient of such a convolution's weights unwritten in bfloat16 (seen with torch 2.11 and
-    2.14, for kernels of 3 and 7): what is in the memory by chance would be learnt.
+    oneDNN leaves parts of the gradient of such a convolution's weights unwritten (seen with torch 2.11 and 2.14, for
+    kernels of 3 and 7): what is in the memory by chance would be learnt.
     """
-
-    def widen(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        x = inputs[0]
-        return (F.pad(x, (0, 1)), *inputs[1:]) if x.shape[-1] == 1 and torch.is_grad_enabled() else None
-
     for module in model.modules():
-        if (
-            isinstance(module, nn.Conv2d)
-            and module.stride[1] > 1
-            and module.kernel_size[1] == 2 * module.padding[1] + 1
-        ):
-            module.register_forward_pre_hook(widen)
+        if type(module) is nn.Conv2d and module.stride[1] > 1 and module.kernel_size[1] == 2 * module.padding[1] + 1:
+            module.__class__ = _OfNarrowMaps
 
 
 def require_finite(
