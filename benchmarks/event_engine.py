@@ -50,11 +50,7 @@ DENSITIES = (*RATES, 0.5, 0.8, 1.0)
 NUM_IMAGES = 8
 FLOAT = "twin float, ONNX Runtime"
 TWINS = ("twin int8, ONNX Runtime", "twin int8, OpenVINO")
-TRAINED = {
-    "zoo:cifar10_vgg11": "cifar10",
-    "zoo:bccd_retinanet_resnet18_spiking": "bccd",
-    "zoo:voc_retinanet_resnet18_spiking": "VOCdevkit",
-}
+TRAINED = {"zoo:cifar10_vgg11": "cifar10", "zoo:bccd_retinanet_resnet18_spiking": "bccd"}
 # Channels in and out, side of the map, kernel.
 LAYERS = (
     (64, 64, 56, 3),
