@@ -83,7 +83,7 @@ def test_entry_is_whole_and_says_where_it_comes_from(name):
     if files >= EVENTS:
         said, whole = json.loads((folder / "model.events.json").read_text()), (folder / "model.events").read_bytes()
         assert said["sha256"] == hashlib.sha256(whole).hexdigest()
-        assert detection.load(f"zoo:{name}/model.events").classes == tuple(said["classes"])
+        assert detection.load(f"zoo:{name}/model.events").description["classes"] == said["classes"]
     info = run.info()
     assert info.sha256 == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
     assert info.versions and info.machine.cpu != "unknown CPU" and info.command != "unknown"
@@ -96,7 +96,8 @@ def test_entry_is_whole_and_says_where_it_comes_from(name):
         assert len(info.category_ids) == len(run.config.data.classes)
         assert line.evaluation.tables["per_class"].keys() == set(run.config.data.classes)
     backbone = yaml.safe_load((folder / "config.yaml").read_text())["model"]["backbone"]
-    assert zoo.settings(name) == {key: value for key, value in backbone.items() if key != "weights"}
+    assert zoo.settings(name) == {key: value for key, value in backbone.items() if key not in ("weights", "options")}
+    assert not backbone.get("options")
     for text in ((folder / "config.yaml").read_text(), json.dumps([info.command, info.trained_in])):
         assert not re.search(r"""(^|[\s"'=])(/|~)""", text), "a path of one machine"
 

@@ -41,7 +41,8 @@ def settings(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such entry.
     """
-    return json.loads((find(name) / "run.json").read_text(encoding="utf-8"))["backbone"]
+    found = json.loads((find(name) / "run.json").read_text(encoding="utf-8"))["backbone"]
+    return found | found.pop("options", {})  # the neuron's own
 
 
 def locate(source: str | Path) -> Path:
