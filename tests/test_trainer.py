@@ -12,6 +12,7 @@ from test_resume import CLASSIFICATION, DETECTION, write_recipe
 from torch import nn
 
 from backbones import HoyerSpike, tensors_to_bytes
+from backbones.arithmetic import BinaryConv2d
 from detection.records import Evaluation, RunInfo
 from detection.runs import Run
 from detection.tasks.recipes import ClassificationRecipe
@@ -165,13 +166,24 @@ def test_precisions_agree(monkeypatch, tmp_path):
         assert curves[precision] == pytest.approx(curves["no"], rel=0.1)
 
 
-@pytest.mark.parametrize("kernel", [1, 3, 7])
-def test_weights_of_strided_convolutions_get_whole_gradients_from_narrow_maps(kernel):
+@pytest.mark.parametrize(
+    ("kind", "kernel", "stride", "groups"),
+    [
+        (nn.Conv2d, 1, 2, 1),
+        (nn.Conv2d, 3, 2, 1),
+        (nn.Conv2d, 7, 2, 1),
+        (nn.Conv2d, 3, 3, 1),
+        (nn.Conv2d, 3, 4, 1),
+        (nn.Conv2d, 3, 2, 4),
+        (BinaryConv2d, 3, 2, 1),
+    ],
+)
+def test_weights_of_strided_convolutions_get_whole_gradients_from_narrow_maps(kind, kernel, stride, groups):
     generator = torch.Generator().manual_seed(0)
-    convolution = nn.Conv2d(16, 16, kernel, stride=2, padding=kernel // 2)
+    convolution = kind(16, 16, kernel, stride=stride, padding=kernel // 2, groups=groups)
     widen_narrow_maps(nn.Sequential(convolution))
-    assert isinstance(convolution, nn.Conv2d) and set(convolution.state_dict()) == {"weight", "bias"}
-    for shape in ((4, 16, 1, 1), (4, 16, 3, 1), (4, 16, 3, 4)):
+    assert isinstance(convolution, kind) and set(convolution.state_dict()) == {"weight", "bias"}
+    for shape in ((4, 16, 1, 1), (4, 16, 3, 1), (4, 16, 3, 2), (4, 16, 3, 4)):
         x = torch.randn(shape, generator=generator).bfloat16().float()
         with torch.no_grad():
             convolution.weight.copy_(convolution.weight.bfloat16())
@@ -183,7 +195,7 @@ def test_weights_of_strided_convolutions_get_whole_gradients_from_narrow_maps(ke
             convolution.weight.grad = None
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 y = convolution(x)
-            assert y.shape[2:] == ((shape[2] + 1) // 2, (shape[3] + 1) // 2)
+            assert y.shape[2:] == ((shape[2] - 1) // stride + 1, (shape[3] - 1) // stride + 1)
             y.float().sum().backward()
             gradients.append(convolution.weight.grad.float())
         torch.testing.assert_close(gradients[0], gradients[1], rtol=0.02, atol=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,21 +32,28 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 class _OfNarrowMaps(nn.Conv2d):
-    """A strided convolution that sees a map of one column beside a second one of zeros: that changes no output."""
+    """A convolution that sees a map narrower than its stride beside columns of zeros: they change no output."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, 1)) if x.shape[-1] == 1 and torch.is_grad_enabled() else x)
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        missing = self.stride[1] - x.shape[-1]
+        return super()._conv_forward(F.pad(x, (0, missing)) if missing > 0 else x, weight, bias)
 
 
 def widen_narrow_maps(model: nn.Module) -> None:
-    """Let strided convolutions train on maps of one column in bfloat16 on a CPU; changes their class.
+    """Let strided convolutions train on maps narrower than the stride in bfloat16 on a CPU; changes their class.
 
     oneDNN leaves parts of the gradient of such a convolution's weights unwritten (seen with torch 2.11 and 2.14, for
-    kernels of 3 and 7): what is in the memory by chance would be learnt.
+    kernels of 3, 5 and 7): what is in the memory by chance would be learnt.
     """
     for module in model.modules():
-        if type(module) is nn.Conv2d and module.stride[1] > 1 and module.kernel_size[1] == 2 * module.padding[1] + 1:
-            module.__class__ = _OfNarrowMaps
+        strided = isinstance(module, nn.Conv2d) and module.stride[1] > 1
+        if strided and module.kernel_size[1] == 2 * module.padding[1] + 1:
+            module.__class__ = _with_narrow_maps(type(module))
+
+
+@cache
+def _with_narrow_maps(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
+    return type(kind.__name__, (_OfNarrowMaps, kind), {})
 
 
 def require_finite(
