@@ -1,6 +1,6 @@
 """A Hoyer layer in training in a few kernels on a GPU, where their number is what a network of small layers waits for.
 
-Operation by operation a layer is some 80 of them. Networks that are compiled as a whole need none of this.
+Operation by operation a layer is dozens of them. Networks that are compiled as a whole need none of this.
 """
 
 from __future__ import annotations

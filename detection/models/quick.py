@@ -1,4 +1,4 @@
-"""The work of torchvision's detectors around their networks, in evaluation on a CPU, in a third of the time.
+"""The work of torchvision's detectors around their networks, in evaluation on a CPU, by kernels.
 
 Images are resized and overlapping boxes left out by `backbones.deploy.events.vision`; scores are computed of boxes that
 can have enough of it, and anchors once per size. Without those kernels, on a GPU and in training all is torchvision's.

@@ -1,6 +1,6 @@
 """Images resized and padded and overlapping boxes left out, for detectors, by the kernels.
 
-Results have the bits of torch's and torchvision's own operations, which take several times as long.
+Results have the bits of torch's and torchvision's own operations.
 """
 
 from __future__ import annotations
