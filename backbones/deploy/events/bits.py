@@ -330,10 +330,15 @@ def bind(
     call = library.EventConv.from_buffer_copy(template)
     call.threads, call.input = torch.get_num_threads(), x.words.data_ptr()
     call.residual = None if residual is None else residual.data_ptr()
+    bind_outputs(call, real, spikes)
+    return call
+
+
+def bind_outputs(call: library.EventConv | library.EventStem, real: Tensor | None, spikes: Sequence[Tensor]) -> None:
+    """Set what leaves a layer or stem: real values, float32 (N, H, W, C), and `words` of each `Bits`."""
     call.real = None if real is None else real.data_ptr()
     for index, words in enumerate(spikes):
         call.spikes[index] = words.data_ptr()
-    return call
 
 
 def layer_options(weight: Tensor, conv: dict[str, Any] | None) -> dict[str, Any]:

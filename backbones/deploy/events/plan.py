@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import bits, library, stem
+from . import bits, library
 from .bits import Bits, Comparison, EventLayer, Window, words_of
 from .stem import EventStem
 
@@ -191,7 +191,7 @@ class Maker:
         call, shape, size = layer.call_for(x.shape)
         spikes = [self.memory.take(shape, torch.int64) for _ in layer.spikes]
         real = self.memory.take(size, torch.float32) if layer.keeps_real else None
-        stem.bind(call, real, spikes)
+        bits.bind_outputs(call, real, spikes)
         self._enters(call, "input", 0, x, Tensor.contiguous)
         self.pending.calls.append(call)
         found: list[Value] = [Bits(words, size[3]) for words in spikes]

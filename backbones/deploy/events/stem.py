@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..fixed_point import FIXED_POINT
 from . import library
-from .bits import Bits, Comparison, Window, padded, words_of
+from .bits import Bits, Comparison, Window, bind_outputs, padded, words_of
 
 
 class Affine(NamedTuple):
@@ -70,7 +70,7 @@ class EventStem:
         found = [torch.empty(shape, dtype=torch.int64) for _ in self.spikes]
         real = torch.empty(size) if self.keeps_real else None
         call.input = x.data_ptr()
-        bind(call, real, found)
+        bind_outputs(call, real, found)
         if library.LIBRARY.events_stem(call):
             raise MemoryError(f"not enough memory for a convolution of {tuple(x.shape)}")
         return None if real is None else real.permute(0, 3, 1, 2), [Bits(words, size[3]) for words in found]
@@ -140,10 +140,3 @@ class EventStem:
             if each.sign is not None:
                 call.sign[index] = address(each.sign)
         return call, kept
-
-
-def bind(call: library.EventStem, real: Tensor | None, spikes: Sequence[Tensor]) -> None:
-    """Set what leaves a stem: real values, float32 (N, H, W, C), and `words` of each `Bits`."""
-    call.real = None if real is None else real.data_ptr()
-    for index, words in enumerate(spikes):
-        call.spikes[index] = words.data_ptr()
