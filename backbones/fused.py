@@ -1,6 +1,7 @@
-"""A Hoyer layer in training in a few kernels on a GPU, where their number is what a network of small layers waits for.
+"""A Hoyer layer in training in a few passes over its neurons, where torch takes dozens of operations.
 
-Operation by operation a layer is dozens of them. Networks that are compiled as a whole need none of this.
+On a GPU they are kernels that `torch.compile` makes, whose number is what a network of small layers waits for; on a
+CPU, in bfloat16, those that come with the package. Networks that are compiled as a whole need none of this.
 """
 
 from __future__ import annotations
@@ -12,8 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._triton import has_triton
 
+from .deploy.events import training
 from .hoyer import LEAST, Window, extremum, moments, regulariser, track_
+
+
+def can_fuse(u: Tensor) -> bool:
+    """Return whether `fused_layer` is the fast way for a potential, and nothing looks at its operations."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return has_triton() if u.is_cuda else training.takes(u)
 
 
 def fused_layer(
@@ -21,7 +31,7 @@ def fused_layer(
 ) -> tuple[Tensor, Tensor]:
     """Return spikes and H of a layer with one threshold and one extremum, as `HoyerSpike`'s but for rounding.
 
-    Its kernels are compiled by `torch.compile` at the first call, once for all layers and sizes.
+    Kernels that are compiled are so at the first call, once for all layers and sizes.
 
     Args:
         u: potential, any shape.
@@ -41,21 +51,25 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, v_th: Tensor, average: Tensor, count: Tensor, momentum: float, fixed: bool, window: Window
     ) -> tuple[Tensor, Tensor]:
-        found = _compiled(_forward)(_flat(u), v_th, average, count, momentum, fixed)
-        z, spikes, penalty, sum_c, sum_c2 = found
-        z, spikes = (x.as_strided(u.shape, u.stride()) for x in (z, spikes))
-        ctx.save_for_backward(z, v_th, sum_c, sum_c2)
-        ctx.window = window
-        return spikes, penalty
+        ctx.window, ctx.native = window, training.takes(u)
+        run = training.forward if ctx.native else _compiled(_forward)
+        found = run(_flat(u, ctx.native), v_th, average, count, momentum, fixed)
+        kept, spikes, penalty, sum_c, sum_c2 = found
+        kept = u if ctx.native else kept.as_strided(u.shape, u.stride())
+        ctx.save_for_backward(kept, v_th)
+        ctx.sums = sum_c, sum_c2
+        return spikes.as_strided(u.shape, u.stride()), penalty
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ds: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
-        z, v_th, sum_c, sum_c2 = ctx.saved_tensors
-        if ds.stride() != z.stride():
-            ds = torch.empty_like(z).copy_(ds)
-        du, dv_th = _compiled(_backward)(_flat(z), v_th, sum_c, sum_c2, _flat(ds), dh, ctx.window)
-        return du.as_strided(z.shape, z.stride()), dv_th, *[None] * 5
+        kept, v_th = ctx.saved_tensors
+        if ds.stride() != kept.stride():
+            ds = torch.empty_like(kept).copy_(ds)
+        run = training.backward if ctx.native else _compiled(_backward)
+        flat, flat_ds = _flat(kept, ctx.native), _flat(ds, ctx.native)
+        du, dv_th = run(flat, v_th, *ctx.sums, flat_ds, dh, ctx.window)
+        return du.as_strided(kept.shape, kept.stride()), dv_th, *[None] * 5
 
 
 def _forward(
@@ -87,8 +101,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def _flat(x: Tensor) -> Tensor:
+def _flat(x: Tensor, native: bool) -> Tensor:
     """All elements of a dense tensor in the order of memory: one kernel, of any number of them, serves every layer."""
     flat = x.as_strided((x.numel(),), (1,))
-    torch._dynamo.maybe_mark_dynamic(flat, 0)
+    if not native:
+        torch._dynamo.maybe_mark_dynamic(flat, 0)
     return flat

@@ -26,7 +26,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
 from .spiking import SpikeLayer, spike_layers
@@ -37,7 +36,6 @@ Fire = Callable[[Tensor, Tensor | float], Tensor]
 
 LEAST = 1e-6  # |v_th|, only to keep z finite should it cross 0
 WINDOW: Window = (0.0, 2.0)  # of the surrogate gradient, in units of v_th
-CACHED = 2**19  # neurons, of which a CPU's cache holds some tensors in float32
 
 
 def moments(c: Tensor, *, per_channel: bool = False, overwrite: bool = False) -> tuple[Tensor, Tensor]:
@@ -58,27 +56,14 @@ def moments(c: Tensor, *, per_channel: bool = False, overwrite: bool = False) ->
 
 def moments_of_potential(z: Tensor, *, per_channel: bool = False) -> tuple[Tensor, Tensor]:
     """`moments` of clip(z, 0, 1), z of shape (N, C, *)."""
-    found = []
-    for part in z.split(images_at_once(z)):
-        wide = widen(part)
-        c = F.hardtanh(wide, 0.0, 1.0, inplace=wide is not part)
-        found.append(moments(c, per_channel=per_channel, overwrite=True))
-    if len(found) == 1:
-        return found[0]
-    sum_c, sum_c2 = (torch.stack(sums).sum(0) for sums in zip(*found, strict=True))
-    return sum_c, sum_c2
+    wide = widen(z)
+    c = F.hardtanh(wide, 0.0, 1.0, inplace=wide is not z)
+    return moments(c, per_channel=per_channel, overwrite=True)
 
 
 def widen(x: Tensor) -> Tensor:
     """Return x in float32: a copy, or x itself where it has that or more."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def images_at_once(z: Tensor) -> int:
-    """Return how many images' copies in float32 stay in a CPU's cache; all where there are none, or compiled."""
-    if z.dtype.itemsize > 2 or z.device.type != "cpu" or torch.compiler.is_compiling():
-        return max(1, len(z))
-    return max(1, CACHED * len(z) // max(1, z.numel()))
 
 
 def extremum(sum_c: Tensor, sum_c2: Tensor) -> Tensor:
@@ -208,28 +193,17 @@ class SpikesAndPenalty(torch.autograd.Function):
     def backward(ctx: Any, ds: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         z, v, sum_c, sum_c2 = ctx.saved_tensors
 
-        def gradients(z: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
-            wide = widen(z)
-            dz = regulariser_gradient(wide, sum_c, sum_c2, dh * ctx.share)
-            dz = add_surrogate_(dz, ds, wide, ctx.window)
-            if torch.compiler.is_compiling():  # du alone is written, and BatchNorm's sums, over the same, take dv along
-                du = (dz / v).to(z.dtype)
-                dims = [dim for dim in range(z.dim()) if dim != 1]
-                return du, -(wide * du).sum(dims, keepdim=True).sum_to_size(v.shape)
-            dv = -(wide * dz if wide is z else wide.mul_(dz)).sum_to_size(v.shape) / v
-            return dz.div_(v), dv
-
-        num = images_at_once(z)
-        if num >= len(z):
-            du, dv = gradients(z, ds)
+        wide = widen(z)
+        dz = regulariser_gradient(wide, sum_c, sum_c2, dh * ctx.share)
+        dz = add_surrogate_(dz, ds, wide, ctx.window)
+        if torch.compiler.is_compiling():  # du alone is written, and BatchNorm's sums, over the same, take dv along
+            du = (dz / v).to(z.dtype)
+            dims = [dim for dim in range(z.dim()) if dim != 1]
+            dv = -(wide * du).sum(dims, keepdim=True).sum_to_size(v.shape)
         else:
-            du, parts = torch.empty_like(z), []
-            for part_z, part_ds, part_du in zip(z.split(num), ds.split(num), du.split(num), strict=True):
-                part, dv = gradients(part_z, part_ds)
-                part_du.copy_(part)
-                parts.append(dv)
-            dv = torch.stack(parts).sum(0)
-        return du.to(z.dtype), dv.to(v.dtype), *[None] * 7
+            dv = -(wide * dz if wide is z else wide.mul_(dz)).sum_to_size(v.shape) / v
+            du = dz.div_(v).to(z.dtype)
+        return du, dv.to(v.dtype), *[None] * 7
 
 
 def track_(average: Tensor, count: Tensor, value: Tensor, momentum: float) -> None:
@@ -293,7 +267,7 @@ class HoyerSpike(SpikeLayer):
 
     def forward(self, u: Tensor) -> Tensor:
         if self.can_fuse(u):
-            from .fused import fused_layer  # made of the functions above
+            from .fused import fused_layer
 
             state = self.v_th, self.extremum, self.num_batches_tracked
             spikes, penalty = fused_layer(u, *state, self.momentum, self.fixed, self.window)
@@ -327,11 +301,12 @@ class HoyerSpike(SpikeLayer):
         return spikes
 
     def can_fuse(self, u: Tensor) -> bool:
-        """Return whether `fused_layer` computes a pass: in training on a GPU, unless something looks at operations."""
-        if not (u.is_cuda and self.training and torch.is_grad_enabled() and has_triton()):
+        """Return whether `fused_layer` computes a pass: in training, of a layer with one threshold and extremum."""
+        if not (self.training and torch.is_grad_enabled() and type(self).fire is HoyerSpike.fire):
             return False
-        plain = type(self).fire is HoyerSpike.fire and not (self.v_th.dim() or self.per_channel or self.sync)
-        return plain and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+        from . import fused  # made of the functions above
+
+        return not (self.v_th.dim() or self.per_channel or self.sync) and fused.can_fuse(u)
 
     def fire(self, z: Tensor, threshold: Tensor | float) -> Tensor:
         """Return the spikes at a normalised potential, in its shape and dtype."""

@@ -1,4 +1,4 @@
-"""The layer in a few kernels is the layer: compiled for the CPU here, where no GPU is needed."""
+"""The layer in a few kernels is the layer: by those of the package, and compiled for the CPU, where no GPU is needed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from backbones import HoyerSpike
+from backbones.deploy.events import available, library, training, using
 
 SHAPES = [(4, 6, 5, 5), (4, 6), (2, 6, 1, 1), (8, 6, 16, 12)]
 
@@ -53,7 +54,8 @@ def test_of_a_potential_with_gaps() -> None:
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_differs_by_rounding_alone() -> None:
+def test_compiled_bfloat16_differs_by_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "takes", lambda u: False)
     plain, fused = layers()
     u = torch.randn(8, 6, 16, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
     one, other = one_pass(plain, u, u), one_pass(fused, u, u)
@@ -62,14 +64,106 @@ def test_bfloat16_differs_by_rounding_alone() -> None:
     torch.testing.assert_close(other[4], one[4], rtol=2e-3, atol=0)
 
 
+NATIVE = [name for name in available() if name != "torch"]
+without_kernels = pytest.mark.skipif(not NATIVE, reason="the package was installed without a compiler")
+
+
+@without_kernels
+@pytest.mark.parametrize("kernels", NATIVE)
+@pytest.mark.parametrize("v_th", [1.0, -1.3, 0.0])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_kernels_are_the_layer(kernels: str, v_th: float, fixed: bool) -> None:
+    plain, fused = layers(fixed=fixed, window=(-0.5, 1.5))
+    plain.can_fuse = lambda u: False
+    for layer in (plain, fused):
+        layer.v_th.data.fill_(v_th)
+    generator = torch.Generator().manual_seed(0)
+    with using(kernels):
+        for shape in [*SHAPES, (3, 6, 33, 41), (0, 6)]:
+            u, weights = torch.randn(2, *shape, generator=generator).mul(1.2).bfloat16()
+            if len(shape) == 4:
+                u = u.contiguous(memory_format=torch.channels_last)
+            assert training.takes(u)
+            (spikes, penalty, du, dv, *state), found = one_pass(plain, u, weights), one_pass(fused, u, weights)
+            assert torch.equal(found[0], spikes)
+            torch.testing.assert_close(found[1], penalty, rtol=1e-5, atol=0)
+            torch.testing.assert_close(found[2], du, rtol=2**-7, atol=1e-6)  # one step of bfloat16, where sums differ
+            assert (found[2] != du).sum() <= 0.01 * du.numel()
+            torch.testing.assert_close(found[3], dv, rtol=2**-7, atol=1e-6)  # rounded, by torch, as u is
+            torch.testing.assert_close(found[4:], state, rtol=1e-5, atol=0)
+
+
+@without_kernels
+@pytest.mark.parametrize("kernels", NATIVE)
+def test_kernels_give_the_same_whatever_the_threads(kernels: str) -> None:
+    u = torch.randn(5, 6, 70, 70, generator=torch.Generator().manual_seed(0)).bfloat16()
+    one = run_with(kernels, 1, u)
+    for threads in (2, 3):
+        assert all(map(torch.equal, one, run_with(kernels, threads, u)))
+
+
+def run_with(kernels: str, threads: int, u: torch.Tensor) -> list[torch.Tensor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with using(kernels):
+            return one_pass(layers()[1], u, u)
+    finally:
+        torch.set_num_threads(before)
+
+
+@without_kernels
+def test_threads_of_the_library_where_torch_has_none_to_lend(monkeypatch: pytest.MonkeyPatch) -> None:
+    u = torch.randn(5, 6, 70, 70, generator=torch.Generator().manual_seed(0)).bfloat16()
+    lent = run_with(NATIVE[0], 2, u)
+    monkeypatch.setattr(training, "_torch_threads", lambda: None)
+    assert all(map(torch.equal, lent, run_with(NATIVE[0], 2, u)))
+
+
+@without_kernels
+def test_values_that_are_no_numbers_are_not_hidden() -> None:
+    u = torch.randn(4, 6, 20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    u[1, 2, 3] = float("nan")
+    spikes, penalty, du, dv, *_ = one_pass(layers()[1], u, u)
+    assert spikes[1, 2, 3] == 0 and spikes.isfinite().all()
+    assert penalty.isnan() and du[1, 2, 3].isnan() and dv.isnan()
+
+
+@without_kernels
+def test_every_quotient_is_rounded_as_a_division() -> None:
+    numbers = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    numbers = numbers[numbers.isfinite() & (numbers >= 2.0**-100) & (numbers < 2.0**100)]
+    for v in (1.0, 0.7265625, 1.9921875, 3.015625):
+        layer = layers(fixed=True)[1]
+        layer.v_th.data.fill_(v)
+        expected = (numbers / torch.tensor(v).bfloat16()).ge(1.0)
+        assert torch.equal(layer(numbers[:, None].expand(-1, 6)).bool()[:, 0], expected), v
+        layer.take_penalty()
+
+
+def test_without_kernels_torch_computes_and_nobody_is_warned(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(library, "LIBRARY", None)
+    assert not HoyerSpike(6).can_fuse(torch.randn(2, 6).bfloat16())
+    assert not recwarn.list
+
+
 def test_silent_layer_has_no_gradient_of_h() -> None:
     _, fused = layers()
     spikes, penalty, du, *_ = one_pass(fused, torch.full((2, 6, 3, 3), -2.0), torch.ones(2, 6, 3, 3))
     assert spikes.sum() == penalty == du.abs().sum() == 0
 
 
-def test_is_for_gpus_alone() -> None:
+def test_float32_on_a_cpu_is_left_to_torch() -> None:
     assert not HoyerSpike(6).can_fuse(torch.randn(2, 6))
+
+
+def test_who_looks_at_operations_sees_them() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False):
+        assert not HoyerSpike(6).can_fuse(torch.randn(2, 6).bfloat16())
 
 
 class OnGpu(torch.Tensor):
@@ -79,7 +173,7 @@ class OnGpu(torch.Tensor):
 
 
 def test_what_has_more_than_one_threshold_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backbones.hoyer.has_triton", lambda: True)
+    monkeypatch.setattr("backbones.fused.has_triton", lambda: True)
     u = torch.randn(2, 6).as_subclass(OnGpu)
     assert HoyerSpike(6).can_fuse(u)
     assert not HoyerSpike(6).eval().can_fuse(u)

@@ -493,12 +493,10 @@ def test_state_dict_has_the_threshold_the_average_and_its_count():
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_moments_of_slices_are_exact_to_float32(monkeypatch, dtype, per_channel):
-    monkeypatch.setattr(hoyer, "CACHED", 3 * 4 * 25)  # three images of seven at once
+def test_moments_are_exact_to_float32(dtype, per_channel):
     torch.manual_seed(0)
     z = (1.5 * torch.randn(7, 4, 5, 5)).to(dtype)
     before = z.clone()
-    assert hoyer.images_at_once(z) == 3 and hoyer.images_at_once(z.float()) == 7
     found = hoyer.moments_of_potential(z, per_channel=per_channel)
     c = z.double().clamp(0, 1)
     dims = (0, 2, 3) if per_channel else (0, 1, 2, 3)
@@ -510,9 +508,10 @@ def test_moments_of_slices_are_exact_to_float32(monkeypatch, dtype, per_channel)
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("threshold_per_channel", [False, True])
-@pytest.mark.parametrize("cached", [hoyer.CACHED, 1], ids=["whole", "slices"])
-def test_half_precision_gradients_are_the_formulas(monkeypatch, dtype, threshold_per_channel, cached):
-    monkeypatch.setattr(hoyer, "CACHED", cached)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused where it can be", "by torch"])
+def test_half_precision_gradients_are_the_formulas(monkeypatch, dtype, threshold_per_channel, fused):
+    if not fused:
+        monkeypatch.setattr(HoyerSpike, "can_fuse", lambda self, u: False)
     torch.manual_seed(0)
     layer = HoyerSpike(4, threshold_per_channel=threshold_per_channel)
     layer.v_th.data.fill_(0.75)

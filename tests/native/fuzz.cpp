@@ -375,6 +375,59 @@ void check_threads(Random &random) {
     if (spikes[0] != spikes[1]) fail("threads", c, 0);
 }
 
+// A bfloat16 rounded as a processor rounds.
+uint16_t brief(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float real_of(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// A Hoyer layer's passes in training, with threads of their own and with those of the caller.
+void check_training(Random &random) {
+    const int64_t number = random.one_of(4) ? random.upto(16000, 50000) : random.upto(0, 200);
+    std::vector<uint16_t> u(number), ds(number), spikes(number), du(number);
+    for (int64_t i = 0; i < number; ++i) u[i] = brief(random.real()), ds[i] = brief(random.real());
+    HoyerLayer layer = {};
+    layer.number = number, layer.threads = random.upto(1, 3);
+    if (random.one_of(2))
+        layer.parallel = [](void (*work)(void *), void *argument, unsigned threads, unsigned) {
+            std::vector<std::thread> others;
+            for (unsigned i = 1; i < threads; ++i) others.emplace_back(work, argument);
+            work(argument);
+            for (std::thread &other : others) other.join();
+        };
+    const float v = (float)random.upto(1, 40) / 16, threshold = (float)random.upto(1, 16) / 16;
+    const float low = 0, high = 2, q = (float)random.upto(1, 40) / 16, pull = (float)random.upto(-8, 8) / 16;
+    layer.potential = u.data(), layer.v = v, layer.threshold = threshold;
+    layer.low = low, layer.high = high, layer.q = q, layer.pull = pull;
+    double sums[3] = {};
+    std::vector<uint16_t> wanted_spikes(number), wanted_du(number);
+    for (int64_t i = 0; i < number; ++i) {
+        const float z = real_of(brief(real_of(u[i]) / v)), c = std::fmin(std::fmax(z, 0.0f), 1.0f);
+        float dz = z > 0 && z < 1 ? (z * -q + 1.0f) * pull : 0.0f;
+        dz += real_of(ds[i]) * 0.5f;
+        if (!(z > low && z < high)) dz = 0;
+        wanted_spikes[i] = z >= threshold ? 0x3f80 : 0, wanted_du[i] = brief(dz / v);
+        sums[0] += c, sums[1] += c * c, sums[2] -= z * dz / v;
+    }
+    if (events_hoyer(&layer, 0)) fail("memory", {}, 0);
+    const auto near = [&](double found, double wanted) { return std::fabs(found - wanted) <= 1e-3 * (double)(number + 1); };
+    if (!near(layer.sums[0], sums[0]) || !near(layer.sums[1], sums[1])) fail("moments", {}, 0);
+    layer.output = spikes.data();
+    if (events_hoyer(&layer, 1) || spikes != wanted_spikes) fail("spikes of a layer in training", {}, 0);
+    layer.output = du.data(), layer.arriving = ds.data();
+    if (events_hoyer(&layer, 2) || !near(layer.sums[0], sums[2])) fail("gradients", {}, 0);
+    for (int64_t i = 0; i < number; ++i)
+        if (real_of(du[i]) != real_of(wanted_du[i])) fail("du", {}, 0);  // 0 and -0 are equal
+}
+
 }  // namespace
 
 int main(int, char **argv) {
@@ -391,7 +444,7 @@ int main(int, char **argv) {
                 Random own{std::mt19937_64(seed)};
                 for (int i = 0; i < 3; ++i) {
                     check_layer(own), check_threshold(own), check_pool(own), check_stem(own);
-                    check_vision(own), check_sum(own);
+                    check_vision(own), check_sum(own), check_training(own);
                 }
                 check_threads(own);  // last: it leaves large buffers to this caller, whose ends nobody would miss
             });

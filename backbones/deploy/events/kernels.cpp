@@ -106,6 +106,7 @@ struct Kernels {
     void (*resize_row)(const Resize &, const float *, const float *, float, float, float *);
     void (*mark_overlapping)(const Boxes &, int64_t, int64_t);
     void (*sum_row)(const EventSum &, int64_t, const float *, const int64_t *);
+    void (*hoyer[3])(const HoyerLayer &, int64_t, int64_t, double *);  // passes, see events_hoyer
     Costs costs;
 };
 
@@ -593,6 +594,35 @@ int64_t suppress(const EventBoxes &c) {
     return left;
 }
 
+// Calls pass(layer, from, to, sums) for pieces of a layer that stay in the nearest cache, and adds up their sums in order.
+void run_hoyer(HoyerLayer &layer, void (*pass)(const HoyerLayer &, int64_t, int64_t, double *)) {
+    constexpr int64_t kNeurons = 1 << 14;
+    const int64_t pieces = (layer.number + kNeurons - 1) / kNeurons;
+    std::vector<double> sums((size_t)pieces * 2);
+    const auto work = [&](int64_t piece, int64_t) {
+        const int64_t from = piece * kNeurons;
+        pass(layer, from, std::min(from + kNeurons, layer.number), &sums[(size_t)piece * 2]);
+    };
+    const int64_t threads = std::min(layer.threads, pieces);
+    if (layer.parallel && threads > 1) {
+        struct Task {
+            const decltype(work) *of;
+            const int64_t pieces;
+            std::atomic<int64_t> next;
+        } task = {&work, pieces, {0}};
+        const auto serve = [](void *argument) {
+            Task &task = *static_cast<Task *>(argument);
+            for (int64_t piece; (piece = task.next.fetch_add(1)) < task.pieces;) (*task.of)(piece, 0);
+        };
+        layer.parallel(serve, &task, (unsigned)threads, 0);
+    } else {
+        pool().run(pieces, threads, work);
+    }
+    layer.sums[0] = layer.sums[1] = 0;
+    for (size_t piece = 0; piece < (size_t)pieces; ++piece)
+        for (size_t k = 0; k < 2; ++k) layer.sums[k] += sums[piece * 2 + k];
+}
+
 template <typename Work> int guarded(const Work &work) {
     try {
         work();
@@ -606,7 +636,7 @@ template <typename Work> int guarded(const Work &work) {
 
 extern "C" {
 
-int events_version(void) { return 3; }
+int events_version(void) { return 4; }
 
 int events_use(int level) {
     const Kernels *found = find_kernels(level);
@@ -737,6 +767,10 @@ void events_pool(const uint64_t *x, int64_t images, int64_t height, int64_t widt
             out[pixel * words + w] = inverted ? bits ^ inverted[w] : bits;
         }
     }
+}
+
+int events_hoyer(HoyerLayer *layer, int pass) {
+    return guarded([&] { run_hoyer(*layer, kernels().hoyer[pass]); });
 }
 
 int events_sum(const EventSum *maps) {

@@ -110,6 +110,21 @@ struct EventBoxes {
     int64_t *kept;              // [most]: numbers of the boxes that stay, the best first
 };
 
+// A Hoyer layer in training, see backbones/hoyer.py: a pass over its neurons, in bfloat16.
+struct HoyerLayer {
+    int64_t number, threads;
+    // Calls a function with its argument in so many threads, as GOMP_parallel does with those that torch computes by,
+    // which otherwise would wait for work beside the library's own; or null.
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+    const uint16_t *potential;  // u
+    const uint16_t *arriving;   // gradients: ds
+    uint16_t *output;           // spikes: 1 or 0; gradients: du
+    float v;                    // |v_th|, to be rounded to bfloat16: z = u / v
+    float threshold;            // spikes: on z, to be rounded likewise
+    float low, high, q, pull;   // gradients: ends of the surrogate gradient's window, sum c / sum c^2, 2 q dH
+    double sums[2];             // moments: sum c, sum c^2; gradients: d|v_th|
+};
+
 // Chooses the instructions: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with VNNI, -1 the best of this processor. Returns what is used now, or
 // -1 if the processor lacks what was asked for. Weights are packed for one choice.
 int events_use(int level);
@@ -142,6 +157,9 @@ int events_resize(const EventResize *image);
 
 // Returns how many boxes stay, or -1 if there is not enough memory.
 int64_t events_suppress(const EventBoxes *boxes);
+
+// Pass 0, moments, 1, spikes, or 2, gradients. Sums are the same whatever the number of threads. Returns as events_conv.
+int events_hoyer(HoyerLayer *layer, int pass);
 
 // Adds up two maps. Returns as events_conv.
 int events_sum(const EventSum *maps);

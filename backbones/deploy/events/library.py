@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-VERSION = 3
+VERSION = 4
 MAX_OUTPUTS = 8
 LEVELS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512vnni": 3}
 VARIABLE = "HOYER_DET_KERNELS"
@@ -165,6 +165,17 @@ class EventBoxes(ctypes.Structure):
     )
 
 
+class HoyerLayer(ctypes.Structure):
+    """`struct HoyerLayer` of kernels.h, in its order."""
+
+    _fields_ = (
+        *((name, _int64) for name in ("number", "threads")),
+        *((name, _pointer) for name in ("parallel", "potential", "arriving", "output")),
+        *((name, ctypes.c_float) for name in ("v", "threshold", "low", "high", "q", "pull")),
+        ("sums", ctypes.c_double * 2),
+    )
+
+
 def set_pairs(call: EventConv | EventStem, **pairs: Sequence[int]) -> None:
     """Set the fields NAME_h and NAME_w of a call to a pair, height first."""
     for name, (height, width) in pairs.items():
@@ -201,6 +212,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.events_resize.argtypes = [ctypes.POINTER(EventResize)]
     library.events_run.argtypes = [ctypes.POINTER(EventStep), _int64, ctypes.POINTER(_int64)]
     library.events_suppress.argtypes, library.events_suppress.restype = [ctypes.POINTER(EventBoxes)], _int64
+    library.events_hoyer.argtypes = [ctypes.POINTER(HoyerLayer), ctypes.c_int]
     library.events_threshold.argtypes = [_pointer, _int64, _int64, _pointer, _pointer, _pointer, _int64]
     library.events_threshold.restype = None
     library.events_pool.argtypes = [_pointer, *[_int64] * 12, _pointer, _pointer]
