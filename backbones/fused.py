@@ -1,7 +1,7 @@
 """A Hoyer layer in training in a few passes over its neurons, where torch takes dozens of operations.
 
 On a GPU they are kernels that `torch.compile` makes, whose number is what a network of small layers waits for; on a
-CPU, in bfloat16, those that come with the package. Networks that are compiled as a whole need none of this.
+CPU those that come with the package. Networks that are compiled as a whole need none of this.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from .networks.base import Backbone
 
 # The one entry in the metadata of a file that this project wrote: the checksum, and behind it a text. One, because the
 # order of several in the file would be random; of a shape that is known even where its name is damaged.
+STEP = "#step"  # behind the name of a tensor of integers
 CHECKSUM = "sha256"
 LEAK = ".leak"  # of `MultiStepSpike`
 PICKLED = (b"PK\x03\x04", b"\x80\x02")  # begin files of torch.save, new and old
@@ -96,6 +97,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     """Tensors, on the CPU, and text of a .safetensors file; nothing is unpickled.
 
     A file by `tensors_to_bytes` must have the content that its checksum says; files of others have none, and no text.
+    Tensors of integers that come with their step are those numbers times it, in float32.
 
     Raises:
         FileNotFoundError: no such file.
@@ -124,11 +126,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
             ) from None
         raise ValueError(f"{path}: damaged weights file ({' '.join(str(error).split())})") from None
     if not (CHECKSUM in metadata or any(DIGEST.match(value) for value in metadata.values())):
-        return tensors, ""
+        return times_steps(tensors), ""
     entry = metadata.get(CHECKSUM, "")
     if entry[:64] != checksum(tensors, entry[64:]):
         raise ValueError(f"{path}: damaged weights file (its content is not what its checksum says)")
-    return tensors, entry[64:]
+    return times_steps(tensors), entry[64:]
+
+
+def times_steps(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in float32 in the place of integers and their steps, which are called NAME#step; all else as it is."""
+    found = {name: value for name, value in tensors.items() if not name.endswith(STEP)}
+    for name in found:
+        if (step := tensors.get(name + STEP)) is not None:
+            found[name] = found[name] * step
+    return found
 
 
 def _utf8_name(path: Path, descriptor: int) -> str:

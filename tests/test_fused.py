@@ -1,4 +1,4 @@
-"""The layer in a few kernels is the layer: by those of the package, and compiled for the CPU, where no GPU is needed."""
+"""The layer in a few kernels is the layer: by those of the package, and compiled for the CPU, as no GPU is needed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ SHAPES = [(4, 6, 5, 5), (4, 6), (2, 6, 1, 1), (8, 6, 16, 12)]
 
 
 def layers(**options) -> tuple[HoyerSpike, HoyerSpike]:
-    """A layer and its copy that is fused wherever it is."""
+    """A layer that torch computes, and its copy that is fused wherever it is."""
     plain = HoyerSpike(6, **options)
+    plain.can_fuse = lambda u: False
     with torch.no_grad():
         plain.v_th.fill_(-1.3)
     fused = copy.deepcopy(plain)
@@ -35,6 +36,13 @@ def one_pass(layer: HoyerSpike, u: torch.Tensor, weights: torch.Tensor) -> list[
     return [spikes, penalty, u.grad, layer.v_th.grad, layer.extremum, layer.num_batches_tracked]
 
 
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fused is compiled."""
+    monkeypatch.setattr(training, "takes", lambda u: False)
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("fixed", [False, True])
 def test_is_the_layer(fixed: bool) -> None:
     plain, fused = layers(fixed=fixed, window=(-0.5, 1.5))
@@ -47,15 +55,18 @@ def test_is_the_layer(fixed: bool) -> None:
             torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
 
 
-def test_of_a_potential_with_gaps() -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_of_a_potential_with_gaps(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    if not native:
+        monkeypatch.setattr(training, "takes", lambda u: False)
     plain, fused = layers()
     u = torch.randn(4, 12, 5, 5, generator=torch.Generator().manual_seed(0))[:, ::2]
     for one, other in zip(one_pass(plain, u, u), one_pass(fused, u, u), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
 
 
-def test_compiled_bfloat16_differs_by_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "takes", lambda u: False)
+@pytest.mark.usefixtures("compiled")
+def test_compiled_bfloat16_differs_by_rounding_alone() -> None:
     plain, fused = layers()
     u = torch.randn(8, 6, 16, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
     one, other = one_pass(plain, u, u), one_pass(fused, u, u)
@@ -71,25 +82,26 @@ without_kernels = pytest.mark.skipif(not NATIVE, reason="the package was install
 @without_kernels
 @pytest.mark.parametrize("kernels", NATIVE)
 @pytest.mark.parametrize("v_th", [1.0, -1.3, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fixed", [False, True])
-def test_kernels_are_the_layer(kernels: str, v_th: float, fixed: bool) -> None:
+def test_kernels_are_the_layer(kernels: str, v_th: float, dtype: torch.dtype, fixed: bool) -> None:
     plain, fused = layers(fixed=fixed, window=(-0.5, 1.5))
-    plain.can_fuse = lambda u: False
+    step = 2 * torch.finfo(dtype).eps
     for layer in (plain, fused):
         layer.v_th.data.fill_(v_th)
     generator = torch.Generator().manual_seed(0)
     with using(kernels):
         for shape in [*SHAPES, (3, 6, 33, 41), (0, 6)]:
-            u, weights = torch.randn(2, *shape, generator=generator).mul(1.2).bfloat16()
+            u, weights = torch.randn(2, *shape, generator=generator).mul(1.2).to(dtype)
             if len(shape) == 4:
                 u = u.contiguous(memory_format=torch.channels_last)
             assert training.takes(u)
             (spikes, penalty, du, dv, *state), found = one_pass(plain, u, weights), one_pass(fused, u, weights)
             assert torch.equal(found[0], spikes)
             torch.testing.assert_close(found[1], penalty, rtol=1e-5, atol=0)
-            torch.testing.assert_close(found[2], du, rtol=2**-7, atol=1e-6)  # one step of bfloat16, where sums differ
-            assert (found[2] != du).sum() <= 0.01 * du.numel()
-            torch.testing.assert_close(found[3], dv, rtol=2**-7, atol=1e-6)  # rounded, by torch, as u is
+            torch.testing.assert_close(found[2], du, rtol=step, atol=1e-6)  # one step of its type, where sums differ
+            assert dtype == torch.float32 or (found[2] != du).sum() <= 0.01 * du.numel()
+            torch.testing.assert_close(found[3], dv, rtol=max(step, 1e-5), atol=1e-5)  # rounded, by torch, as u is
             torch.testing.assert_close(found[4:], state, rtol=1e-5, atol=0)
 
 
@@ -155,15 +167,16 @@ def test_silent_layer_has_no_gradient_of_h() -> None:
     assert spikes.sum() == penalty == du.abs().sum() == 0
 
 
-def test_float32_on_a_cpu_is_left_to_torch() -> None:
-    assert not HoyerSpike(6).can_fuse(torch.randn(2, 6))
+def test_other_types_are_left_to_torch() -> None:
+    for dtype in (torch.float64, torch.float16):
+        assert not HoyerSpike(6).can_fuse(torch.randn(2, 6).to(dtype))
 
 
 def test_who_looks_at_operations_sees_them() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False):
-        assert not HoyerSpike(6).can_fuse(torch.randn(2, 6).bfloat16())
+        assert not HoyerSpike(6).can_fuse(torch.randn(2, 6))
 
 
 class OnGpu(torch.Tensor):

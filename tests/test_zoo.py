@@ -12,6 +12,7 @@ import torch
 import yaml
 from helpers import ROOT, run_tool
 from PIL import Image
+from safetensors.torch import load_file
 from test_training import TINY_MODEL, tiny_recipe
 from torch import nn
 from torchvision.ops import box_iou
@@ -19,6 +20,7 @@ from torchvision.ops import box_iou
 import backbones
 import detection
 from backbones import create, load_weights, read_tensors, zoo
+from backbones.weights import STEP
 from detection.cli import benchmark
 from detection.config import parse_recipe
 from detection.data import build_datasets
@@ -112,14 +114,15 @@ def test_entry_is_whole_and_says_where_it_comes_from(name):
 
 
 @pytest.mark.parametrize("name", zoo.names())
-def test_only_weights_of_convolutions_and_linear_layers_are_halved(name):
-    state, _ = read_tensors(zoo.find(name) / "last.safetensors")
-    model = load_model(Run.open(f"zoo:{name}"))
+def test_only_weights_of_convolutions_and_linear_layers_are_shortened(name):
+    path = zoo.find(name) / "last.safetensors"
+    (state, _), stored, model = read_tensors(path), load_file(path), load_model(Run.open(f"zoo:{name}"))
     weighted = {f"{key}.weight" for key, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
     assert state.keys() == model.state_dict().keys()
     for key, value in model.state_dict().items():
         assert value.dtype == (torch.int64 if key.endswith("num_batches_tracked") else torch.float32)
-        assert state[key].dtype == (torch.float16 if key in weighted else value.dtype), key
+        shorter = torch.int8 if key + STEP in stored else torch.float16
+        assert stored[key].dtype == (shorter if key in weighted else value.dtype), key
         assert torch.equal(state[key].to(value.dtype), value)
 
 
@@ -344,6 +347,27 @@ def test_other_weights_of_a_run(trained, own_zoo, monkeypatch, capsys, which):
         torch.testing.assert_close(value, state[key], rtol=1e-3, atol=1e-6)
     run_tool(monkeypatch, "evaluate", f"zoo:tiny_{which}", "--data.root", source.config.data.root)
     assert "equal to the log in every digit" in capsys.readouterr().out
+
+
+def test_an_entry_of_8_bits(trained, own_zoo, monkeypatch, capsys):
+    run_tool(monkeypatch, "zoo", "add", trained, "tiny", "--bits", "8")
+    entry, source = Run.open("zoo:tiny"), Run.open(trained)
+    state, stored = load_model(source).state_dict(), load_file(entry.folder / "last.safetensors")
+    weighted = {key.removesuffix(STEP) for key in stored if key.endswith(STEP)}
+    assert len(weighted) > 20 and stored.keys() == state.keys() | {key + STEP for key in weighted}
+    for key, value in load_model(entry).state_dict().items():
+        if key in weighted:
+            step = stored[key + STEP]
+            assert stored[key].dtype == torch.int8 and step.numel() == len(value)
+            assert torch.equal(value, stored[key] * step)
+            assert ((value - state[key]).abs() <= 0.5001 * step).all()
+        else:
+            assert torch.equal(value, state[key])
+    run_tool(monkeypatch, "evaluate", "zoo:tiny", "--data.root", source.config.data.root)
+    assert "equal to the log in every digit" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_tool(monkeypatch, "zoo", "add", trained, "other", "--bits", "4")
+    assert "invalid choice: 4" in capsys.readouterr().err
 
 
 def test_an_entry_has_a_file_for_the_engine(trained, own_zoo, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """List the networks of the zoo, or add a trained run to it: as "zoo:NAME" it then comes with the package.
 
-`add` stores the weights of convolutions and linear layers in 16 bits and everything else as it is, evaluates what it
-has stored, and logs these numbers. The entry is there whole or not at all.
+`add` stores the weights of convolutions and linear layers in 16 bits, or 8, and everything else as it is, evaluates
+what it has stored, and logs these numbers. The entry is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     adding.add_argument("--trained-in", type=Path, metavar="FOLDER", help=help)
     help = "put its file for the event-driven engine beside it, measured: zoo:NAME/model.events"
     adding.add_argument("--events", action="store_true", help=help)
+    help = "of a weight as it is stored: float16, or int8 with a step for each output channel (default: 16)"
+    adding.add_argument("--bits", type=int, choices=[8, 16], default=16, help=help)
     options = parser.parse_args(arguments)
     if options.action == "add":
-        chosen = options.weights, options.data_root, options.trained_in, options.events
+        chosen = options.weights, options.data_root, options.trained_in, options.events, options.bits
         add(options.run, options.name, *chosen)
         return
 
@@ -77,6 +79,7 @@ def add(
     data_root: Path | None = None,
     trained_in: Path | None = None,
     events: bool = False,
+    bits: int = 16,
 ) -> None:
     """Make the entry NAME of a run and say what the shorter weights have changed.
 
@@ -105,7 +108,7 @@ def add(
     task = task_of(run.config)
     before = run.logged(weights, task.best_by)
     model = load_model(run, weights)
-    content = tensors_to_bytes(shorten(model))
+    content = tensors_to_bytes(shorten(model, bits))
     if len(content) > MAX_BYTES:
         raise ValueError(
             f"{folder}: its weights take {len(content) / 1e6:.1f} MB in the zoo (allowed: {MAX_BYTES / 1e6:g} MB)"
@@ -208,23 +211,32 @@ def read_origin(run: Run, weights: Weights, trained_in: Path | None) -> RunInfo:
     )
 
 
-def shorten(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state of `model`, weights of convolutions and linear layers in float16.
+def shorten(model: nn.Module, bits: int = 16) -> dict[str, Tensor]:
+    """Return the state of `model`, weights of convolutions and linear layers in float16, or in int8 with their steps.
 
     Thresholds, extremum and BatchNorm stay as they are: a threshold that moves flips spikes.
 
     Raises:
         ValueError: a weight is too large for 16 bits.
     """
+    import torch
     from torch import nn
+
+    from backbones.weights import STEP
 
     state = dict(model.state_dict())
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            half = module.weight.detach().half()
-            if not half.isfinite().all():
-                raise ValueError(f"{name}.weight: up to {module.weight.abs().max():g}, too large for 16 bits (65504)")
-            state[f"{name}.weight"] = half
+        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+            continue
+        weight, key = module.weight.detach(), f"{name}.weight"
+        if bits == 8:
+            dims = tuple(range(1, weight.dim()))
+            state[key + STEP] = step = weight.abs().amax(dims, keepdim=True).clamp_min(1e-30) / 127
+            state[key] = (weight / step).round().to(torch.int8)
+        else:
+            state[key] = weight.half()
+            if not state[key].isfinite().all():
+                raise ValueError(f"{key}: up to {weight.abs().max():g}, too large for 16 bits (65504)")
     return state
 
 

@@ -389,13 +389,19 @@ float real_of(uint16_t x) {
     return value;
 }
 
-// A Hoyer layer's passes in training, with threads of their own and with those of the caller.
-void check_training(Random &random) {
+float stored(float x, const float *) { return x; }
+uint16_t stored(float x, const uint16_t *) { return brief(x); }
+float value_of(float x) { return x; }
+float value_of(uint16_t x) { return real_of(x); }
+
+// A Hoyer layer's passes in training over numbers of a type, with threads of the library's own and with those of a caller.
+template <typename T> void check_training(Random &random) {
     const int64_t number = random.one_of(4) ? random.upto(16000, 50000) : random.upto(0, 200);
-    std::vector<uint16_t> u(number), ds(number), spikes(number), du(number);
-    for (int64_t i = 0; i < number; ++i) u[i] = brief(random.real()), ds[i] = brief(random.real());
+    std::vector<T> u(number), ds(number), spikes(number), du(number), wanted_spikes(number), wanted_du(number);
+    const auto as = [](float x) { return stored(x, static_cast<const T *>(nullptr)); };
+    for (int64_t i = 0; i < number; ++i) u[i] = as(random.real()), ds[i] = as(random.real());
     HoyerLayer layer = {};
-    layer.number = number, layer.threads = random.upto(1, 3);
+    layer.number = number, layer.threads = random.upto(1, 3), layer.brief = sizeof(T) == 2;
     if (random.one_of(2))
         layer.parallel = [](void (*work)(void *), void *argument, unsigned threads, unsigned) {
             std::vector<std::thread> others;
@@ -408,24 +414,22 @@ void check_training(Random &random) {
     layer.potential = u.data(), layer.v = v, layer.threshold = threshold;
     layer.low = low, layer.high = high, layer.q = q, layer.pull = pull;
     double sums[3] = {};
-    std::vector<uint16_t> wanted_spikes(number), wanted_du(number);
     for (int64_t i = 0; i < number; ++i) {
-        const float z = real_of(brief(real_of(u[i]) / v)), c = std::fmin(std::fmax(z, 0.0f), 1.0f);
+        const float z = value_of(as(value_of(u[i]) / v)), c = std::fmin(std::fmax(z, 0.0f), 1.0f);
         float dz = z > 0 && z < 1 ? (z * -q + 1.0f) * pull : 0.0f;
-        dz += real_of(ds[i]) * 0.5f;
+        dz += value_of(ds[i]) * 0.5f;
         if (!(z > low && z < high)) dz = 0;
-        wanted_spikes[i] = z >= threshold ? 0x3f80 : 0, wanted_du[i] = brief(dz / v);
+        wanted_spikes[i] = as(z >= threshold ? 1.0f : 0.0f), wanted_du[i] = as(dz / v);
         sums[0] += c, sums[1] += c * c, sums[2] -= z * dz / v;
     }
-    if (events_hoyer(&layer, 0)) fail("memory", {}, 0);
     const auto near = [&](double found, double wanted) { return std::fabs(found - wanted) <= 1e-3 * (double)(number + 1); };
-    if (!near(layer.sums[0], sums[0]) || !near(layer.sums[1], sums[1])) fail("moments", {}, 0);
+    if (events_hoyer(&layer, 0) || !near(layer.sums[0], sums[0]) || !near(layer.sums[1], sums[1])) fail("moments", {}, 0);
     layer.output = spikes.data();
     if (events_hoyer(&layer, 1) || spikes != wanted_spikes) fail("spikes of a layer in training", {}, 0);
     layer.output = du.data(), layer.arriving = ds.data();
     if (events_hoyer(&layer, 2) || !near(layer.sums[0], sums[2])) fail("gradients", {}, 0);
     for (int64_t i = 0; i < number; ++i)
-        if (real_of(du[i]) != real_of(wanted_du[i])) fail("du", {}, 0);  // 0 and -0 are equal
+        if (value_of(du[i]) != value_of(wanted_du[i])) fail("du", {}, 0);  // 0 and -0 are equal
 }
 
 }  // namespace
@@ -444,7 +448,7 @@ int main(int, char **argv) {
                 Random own{std::mt19937_64(seed)};
                 for (int i = 0; i < 3; ++i) {
                     check_layer(own), check_threshold(own), check_pool(own), check_stem(own);
-                    check_vision(own), check_sum(own), check_training(own);
+                    check_vision(own), check_sum(own), check_training<float>(own), check_training<uint16_t>(own);
                 }
                 check_threads(own);  // last: it leaves large buffers to this caller, whose ends nobody would miss
             });

@@ -106,7 +106,7 @@ struct Kernels {
     void (*resize_row)(const Resize &, const float *, const float *, float, float, float *);
     void (*mark_overlapping)(const Boxes &, int64_t, int64_t);
     void (*sum_row)(const EventSum &, int64_t, const float *, const int64_t *);
-    void (*hoyer[3])(const HoyerLayer &, int64_t, int64_t, double *);  // passes, see events_hoyer
+    void (*hoyer[2][3])(const HoyerLayer &, int64_t, int64_t, double *);  // of float, of bfloat16: see events_hoyer
     Costs costs;
 };
 
@@ -770,7 +770,7 @@ void events_pool(const uint64_t *x, int64_t images, int64_t height, int64_t widt
 }
 
 int events_hoyer(HoyerLayer *layer, int pass) {
-    return guarded([&] { run_hoyer(*layer, kernels().hoyer[pass]); });
+    return guarded([&] { run_hoyer(*layer, kernels().hoyer[layer->brief ? 1 : 0][pass]); });
 }
 
 int events_sum(const EventSum *maps) {

@@ -110,17 +110,18 @@ struct EventBoxes {
     int64_t *kept;              // [most]: numbers of the boxes that stay, the best first
 };
 
-// A Hoyer layer in training, see backbones/hoyer.py: a pass over its neurons, in bfloat16.
+// A Hoyer layer in training, see backbones/hoyer.py: a pass over its neurons.
 struct HoyerLayer {
     int64_t number, threads;
+    int64_t brief;              // whether numbers are bfloat16, in place of float
     // Calls a function with its argument in so many threads, as GOMP_parallel does with those that torch computes by,
     // which otherwise would wait for work beside the library's own; or null.
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
-    const uint16_t *potential;  // u
-    const uint16_t *arriving;   // gradients: ds
-    uint16_t *output;           // spikes: 1 or 0; gradients: du
-    float v;                    // |v_th|, to be rounded to bfloat16: z = u / v
-    float threshold;            // spikes: on z, to be rounded likewise
+    const void *potential;      // u
+    const void *arriving;       // gradients: ds
+    void *output;               // spikes: 1 or 0; gradients: du
+    float v;                    // |v_th|, rounded as numbers are: z = u / v
+    float threshold;            // spikes: on z, rounded likewise
     float low, high, q, pull;   // gradients: ends of the surrogate gradient's window, sum c / sum c^2, 2 q dH
     double sums[2];             // moments: sum c, sum c^2; gradients: d|v_th|
 };

@@ -24,34 +24,26 @@ WITHOUT_KERNELS = (
 )
 
 _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
+_pointers = _pointer * MAX_OUTPUTS
+
+
+def _fields(kind: type, names: str) -> tuple[tuple[str, type], ...]:
+    return tuple((name, kind) for name in names.split())
 
 
 class EventConv(ctypes.Structure):
     """`struct EventConv` of kernels.h, in its order."""
 
     _fields_ = (
-        *(
-            (name, _int64)
-            for name in (
-                *("images", "height", "width", "channels", "out_height", "out_width", "out_channels"),
-                *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w"),
-                *("groups", "safe", "threads", "beside"),
-            )
-        ),
-        ("packed", _pointer),
-        ("dense", _pointer),
+        *_fields(_int64, "images height width channels out_height out_width out_channels kernel_h kernel_w"),
+        *_fields(_int64, "stride_h stride_w pad_h pad_w dilation_h dilation_w groups safe threads beside"),
+        *_fields(_pointer, "packed dense"),
         ("wants_dense", _int64),
         ("input", _pointer),
         ("num_spikes", _int64),
-        ("threshold", _pointer * MAX_OUTPUTS),
-        ("inverted", _pointer * MAX_OUTPUTS),
-        ("spikes", _pointer * MAX_OUTPUTS),
-        ("scale", _pointer),
-        ("bias", _pointer),
-        ("residual", _pointer),
-        ("real", _pointer),
-        ("level", _pointer * MAX_OUTPUTS),
-        ("sign", _pointer * MAX_OUTPUTS),
+        *_fields(_pointers, "threshold inverted spikes"),
+        *_fields(_pointer, "scale bias residual real"),
+        *_fields(_pointers, "level sign"),
     )
 
 
@@ -59,24 +51,14 @@ class EventStem(ctypes.Structure):
     """`struct EventStem` of kernels.h, in its order."""
 
     _fields_ = (
-        *(
-            (name, _int64)
-            for name in (
-                *("images", "height", "width", "channels", "out_height", "out_width", "out_channels"),
-                *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w", "pooled_height", "pooled_width"),
-                *("pool_h", "pool_w", "pool_stride_h", "pool_stride_w", "pool_pad_h", "pool_pad_w", "threads"),
-            )
-        ),
-        ("packed", _pointer),
-        ("input", _pointer),
-        *((name, _pointer) for name in ("factor", "mean", "std")),
-        ("step", ctypes.c_float),
-        ("limit", ctypes.c_float),
-        *((name, _pointer) for name in ("scale", "bias", "more_scale", "more_bias", "real")),
+        *_fields(_int64, "images height width channels out_height out_width out_channels kernel_h kernel_w"),
+        *_fields(_int64, "stride_h stride_w pad_h pad_w pooled_height pooled_width pool_h pool_w pool_stride_h"),
+        *_fields(_int64, "pool_stride_w pool_pad_h pool_pad_w threads"),
+        *_fields(_pointer, "packed input factor mean std"),
+        *_fields(ctypes.c_float, "step limit"),
+        *_fields(_pointer, "scale bias more_scale more_bias real"),
         ("num_spikes", _int64),
-        ("level", _pointer * MAX_OUTPUTS),
-        ("sign", _pointer * MAX_OUTPUTS),
-        ("spikes", _pointer * MAX_OUTPUTS),
+        *_fields(_pointers, "level sign spikes"),
     )
 
 
@@ -85,8 +67,8 @@ class EventThreshold(ctypes.Structure):
 
     _fields_ = (
         ("x", _pointer),
-        *((name, _int64) for name in ("pixels", "channels")),
-        *((name, _pointer) for name in ("level", "sign", "spikes")),
+        *_fields(_int64, "pixels channels"),
+        *_fields(_pointer, "level sign spikes"),
         ("threads", _int64),
     )
 
@@ -96,15 +78,9 @@ class EventPool(ctypes.Structure):
 
     _fields_ = (
         ("x", _pointer),
-        *(
-            (name, _int64)
-            for name in (
-                *("images", "height", "width", "words", "out_height", "out_width"),
-                *("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w"),
-            )
-        ),
-        ("inverted", _pointer),
-        ("out", _pointer),
+        *_fields(_int64, "images height width words out_height out_width"),
+        *_fields(_int64, "kernel_h kernel_w stride_h stride_w pad_h pad_w"),
+        *_fields(_pointer, "inverted out"),
     )
 
 
@@ -112,15 +88,10 @@ class EventSum(ctypes.Structure):
     """`struct EventSum` of kernels.h, in its order."""
 
     _fields_ = (
-        *(
-            (name, _int64)
-            for name in ("images", "height", "width", "channels", "other_height", "other_width", "threads")
-        ),
-        *((name, _pointer) for name in ("input", "other", "sum")),
+        *_fields(_int64, "images height width channels other_height other_width threads"),
+        *_fields(_pointer, "input other sum"),
         ("num_spikes", _int64),
-        ("level", _pointer * MAX_OUTPUTS),
-        ("sign", _pointer * MAX_OUTPUTS),
-        ("spikes", _pointer * MAX_OUTPUTS),
+        *_fields(_pointers, "level sign spikes"),
     )
 
 
@@ -130,27 +101,16 @@ class EventStep(ctypes.Structure):
     _fields_ = (("kind", _int64), ("call", _pointer))
 
 
-KINDS: tuple[type[ctypes.Structure], ...] = (
-    EventConv,
-    EventStem,
-    EventThreshold,
-    EventPool,
-    EventSum,
-)  # of an `EventStep`
+KINDS: tuple[type[ctypes.Structure], ...] = (EventConv, EventStem, EventThreshold, EventPool, EventSum)
+"""Of an `EventStep`."""
 
 
 class EventResize(ctypes.Structure):
     """`struct EventResize` of kernels.h, in its order."""
 
     _fields_ = (
-        *(
-            (name, _int64)
-            for name in (
-                *("channels", "height", "width", "out_height", "out_width", "padded_height", "padded_width"),
-                "threads",
-            )
-        ),
-        *((name, _pointer) for name in ("input", "mean", "output")),
+        *_fields(_int64, "channels height width out_height out_width padded_height padded_width threads"),
+        *_fields(_pointer, "input mean output"),
     )
 
 
@@ -158,8 +118,8 @@ class EventBoxes(ctypes.Structure):
     """`struct EventBoxes` of kernels.h, in its order."""
 
     _fields_ = (
-        *((name, _int64) for name in ("number", "most")),
-        *((name, _pointer) for name in ("boxes", "order", "labels")),
+        *_fields(_int64, "number most"),
+        *_fields(_pointer, "boxes order labels"),
         ("threshold", ctypes.c_double),
         ("kept", _pointer),
     )
@@ -169,9 +129,9 @@ class HoyerLayer(ctypes.Structure):
     """`struct HoyerLayer` of kernels.h, in its order."""
 
     _fields_ = (
-        *((name, _int64) for name in ("number", "threads")),
-        *((name, _pointer) for name in ("parallel", "potential", "arriving", "output")),
-        *((name, ctypes.c_float) for name in ("v", "threshold", "low", "high", "q", "pull")),
+        *_fields(_int64, "number threads brief"),
+        *_fields(_pointer, "parallel potential arriving output"),
+        *_fields(ctypes.c_float, "v threshold low high q pull"),
         ("sums", ctypes.c_double * 2),
     )
 

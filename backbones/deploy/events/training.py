@@ -1,4 +1,4 @@
-"""The passes of a Hoyer layer in training on a CPU in bfloat16, by the kernels: three over memory where torch takes twenty.
+"""The passes of a Hoyer layer in training on a CPU, by the kernels: three, where torch makes twenty.
 
 Spikes and gradients are those of the operations in `backbones.hoyer`; sums over neurons are more exact.
 """
@@ -19,8 +19,8 @@ MOMENTS, SPIKES, GRADIENTS = range(3)  # passes of the kernels
 
 
 def takes(u: Tensor) -> bool:
-    """Return whether the functions of this module take a potential: bfloat16 on the CPU, and kernels are in use."""
-    plain = u.dtype == torch.bfloat16 and u.device.type == "cpu"
+    """Return whether the functions of this module take a potential: on the CPU, of their types, kernels in use."""
+    plain = u.dtype in (torch.float32, torch.bfloat16) and u.device.type == "cpu"
     return plain and library.LIBRARY is not None and library.current() != "torch"
 
 
@@ -30,7 +30,7 @@ def forward(
     """Return u, spikes, H, sum c and sum c^2 of a layer with one threshold and one extremum.
 
     Args:
-        u: potential, bfloat16 (N,).
+        u: potential, float32 or bfloat16 (N,).
         v_th: trainable threshold, shape ().
         average, count: the extremum's running average over so many batches, shape (); both are brought up to date.
         momentum, fixed: those of the layer.
@@ -54,7 +54,7 @@ def backward(
     """Return the gradients of u and v_th, of the arguments and results of `forward`.
 
     Args:
-        ds, dh: gradients that arrive, bfloat16 (N,) and float32 ().
+        ds, dh: gradients that arrive, as u and float32 ().
         window: of the surrogate gradient.
 
     Raises:
@@ -72,7 +72,8 @@ def _run(
 ) -> list[float]:
     """Make a pass, and return its sums."""
     values["v"] = max(abs(v), LEAST)
-    call = library.HoyerLayer(len(u), torch.get_num_threads(), _torch_threads(), u.data_ptr(), **values)
+    brief = u.dtype == torch.bfloat16
+    call = library.HoyerLayer(len(u), torch.get_num_threads(), brief, _torch_threads(), u.data_ptr(), **values)
     call.output, call.arriving = (None if x is None else x.data_ptr() for x in (output, arriving))
     if library.LIBRARY.events_hoyer(call, step):
         raise MemoryError(f"not enough memory for a layer of {len(u)} neurons")
