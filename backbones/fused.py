@@ -53,11 +53,9 @@ class _Layer(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.window, ctx.native = window, training.takes(u)
         run = training.forward if ctx.native else _compiled(_forward)
-        found = run(_flat(u, ctx.native), v_th, average, count, momentum, fixed)
-        kept, spikes, penalty, sum_c, sum_c2 = found
+        kept, spikes, penalty, *ctx.sums = run(_flat(u, ctx.native), v_th, average, count, momentum, fixed)
         kept = u if ctx.native else kept.as_strided(u.shape, u.stride())
         ctx.save_for_backward(kept, v_th)
-        ctx.sums = sum_c, sum_c2
         return spikes.as_strided(u.shape, u.stride()), penalty
 
     @staticmethod
@@ -67,8 +65,7 @@ class _Layer(torch.autograd.Function):
         if ds.stride() != kept.stride():
             ds = torch.empty_like(kept).copy_(ds)
         run = training.backward if ctx.native else _compiled(_backward)
-        flat, flat_ds = _flat(kept, ctx.native), _flat(ds, ctx.native)
-        du, dv_th = run(flat, v_th, *ctx.sums, flat_ds, dh, ctx.window)
+        du, dv_th = run(_flat(kept, ctx.native), v_th, *ctx.sums, _flat(ds, ctx.native), dh, ctx.window)
         return du.as_strided(kept.shape, kept.stride()), dv_th, *[None] * 5
 
 

@@ -54,13 +54,6 @@ def moments(c: Tensor, *, per_channel: bool = False, overwrite: bool = False) ->
     return wide.sum(dims), (wide.square_() if overwrite or wide is not c else wide.square()).sum(dims)
 
 
-def moments_of_potential(z: Tensor, *, per_channel: bool = False) -> tuple[Tensor, Tensor]:
-    """`moments` of clip(z, 0, 1), z of shape (N, C, *)."""
-    wide = widen(z)
-    c = F.hardtanh(wide, 0.0, 1.0, inplace=wide is not z)
-    return moments(c, per_channel=per_channel, overwrite=True)
-
-
 def widen(x: Tensor) -> Tensor:
     """Return x in float32: a copy, or x itself where it has that or more."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -281,7 +274,8 @@ class HoyerSpike(SpikeLayer):
             return spike(z, threshold, self.fire, self.window)
         with torch.no_grad():
             z = u / v
-            sum_c, sum_c2 = moments_of_potential(z, per_channel=self.per_channel)
+            c = F.hardtanh(wide := widen(z), 0.0, 1.0, inplace=wide is not z)
+            sum_c, sum_c2 = moments(c, per_channel=self.per_channel, overwrite=True)
             neurons: int | Tensor = z.numel()
             if self.sync:
                 sum_c, sum_c2, neurons = sum_over_processes(sum_c, sum_c2, sum_c.new_tensor(neurons))

@@ -1,4 +1,4 @@
-"""Training that keeps less: what is cheap to compute is computed again for the gradient, bit for bit.
+"""Training that keeps less: what is cheap to compute is computed again for the gradient.
 
 Between forward and backward pass autograd keeps the inputs of most operations. In a network of convolutions, BatchNorm
 and spikes it is enough to keep what the convolutions give: BatchNorm, pooling, sum, potential and spikes follow from it
@@ -44,7 +44,8 @@ MAX_OPERATIONS = 4
 def recompute_activations() -> Iterator[None]:
     """Forward passes that keep the outputs of convolutions and compute cheap operations again for the gradient.
 
-    Outputs, gradients and running averages are bit for bit those without it. The backward pass belongs outside:
+    Outputs, gradients and running averages are those without it, bit for bit where torch computes the spike layers
+    there (`HOYER_DET_KERNELS=torch`), as it does here. The backward pass belongs outside:
 
         with recompute_activations():
             loss = loss_function(model(images), labels)

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import backbones
 from backbones import HoyerSpike, extremum, hoyer_penalty, moments, regulariser, spike
+from backbones.deploy.events import using
 from backbones.recompute import recompute_activations
 
 
@@ -134,6 +135,14 @@ def trained(model: nn.Module, images: Tensor, context, dtype: torch.dtype | None
     return results + [buffer.clone() for buffer in model.buffers()]
 
 
+@pytest.fixture
+def by_torch():
+    """Spike layers are computed by torch, as they are where activations are computed again."""
+    with using("torch"):
+        yield
+
+
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet34", "resnet50", "mobilenetv1", "mobilenetv2"])
 def test_every_family_trains_bit_for_bit_alike(name):
     torch.manual_seed(0)
@@ -144,6 +153,7 @@ def test_every_family_trains_bit_for_bit_alike(name):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [
@@ -161,6 +171,18 @@ def test_every_activation_and_precision_trains_bit_for_bit_alike(options, dtype)
     expected = trained(copy.deepcopy(model), images, contextlib.nullcontext, dtype)
     found = trained(model, images, recompute_activations, dtype)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_kernels_differ_by_the_rounding_of_sums():
+    torch.manual_seed(0)
+    model, images = layers(2, "hoyer"), torch.randn(4, 8, 8, 8)
+    found = []
+    for context in (contextlib.nullcontext, recompute_activations):
+        with context():
+            loss = model(images).square().mean() + hoyer_penalty(model, "mean")
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    assert found[0][1].count_nonzero() > 0
 
 
 def test_frozen_statistics_and_gradients_of_an_evaluation():

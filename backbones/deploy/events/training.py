@@ -1,6 +1,7 @@
 """The passes of a Hoyer layer in training on a CPU, by the kernels: three, where torch makes twenty.
 
 Spikes and gradients are those of the operations in `backbones.hoyer`; sums over neurons are more exact.
+MemoryError says that there is not enough memory for them.
 """
 
 from __future__ import annotations
@@ -34,9 +35,6 @@ def forward(
         v_th: trainable threshold, shape ().
         average, count: the extremum's running average over so many batches, shape (); both are brought up to date.
         momentum, fixed: those of the layer.
-
-    Raises:
-        MemoryError: there is not enough memory.
     """
     v, spikes = v_th.item(), torch.empty_like(u)
     sum_c, sum_c2 = _run(MOMENTS, u, v)
@@ -56,9 +54,6 @@ def backward(
     Args:
         ds, dh: gradients that arrive, as u and float32 ().
         window: of the surrogate gradient.
-
-    Raises:
-        MemoryError: there is not enough memory.
     """
     v, du = v_th.item(), torch.empty_like(u)
     q = sum_c / (sum_c2 if sum_c2 > 0 else 1.0)
