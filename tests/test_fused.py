@@ -172,6 +172,12 @@ def test_other_types_are_left_to_torch() -> None:
         assert not HoyerSpike(6).can_fuse(torch.randn(2, 6).to(dtype))
 
 
+@without_kernels
+def test_a_tensor_of_another_class_is_left_to_torch() -> None:
+    assert HoyerSpike(6).can_fuse(torch.randn(2, 6))
+    assert not HoyerSpike(6).can_fuse(torch.randn(2, 6).as_subclass(type("Other", (torch.Tensor,), {})))
+
+
 def test_who_looks_at_operations_sees_them() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

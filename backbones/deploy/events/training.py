@@ -21,7 +21,7 @@ MOMENTS, SPIKES, GRADIENTS = range(3)  # passes of the kernels
 
 def takes(u: Tensor) -> bool:
     """Return whether the functions of this module take a potential: on the CPU, of their types, kernels in use."""
-    plain = u.dtype in (torch.float32, torch.bfloat16) and u.device.type == "cpu"
+    plain = type(u) is Tensor and u.dtype in (torch.float32, torch.bfloat16) and u.device.type == "cpu"
     return plain and library.LIBRARY is not None and library.current() != "torch"
 
 
@@ -40,7 +40,7 @@ def forward(
     sum_c, sum_c2 = _run(MOMENTS, u, v)
     extremum = sum_c2 / sum_c if sum_c > 0 and not fixed else 1.0
     if not fixed:
-        track_(average, count, average.new_tensor(extremum), momentum)
+        track_(average, count, torch.tensor(extremum, dtype=torch.float32), momentum)
     _run(SPIKES, u, v, spikes, threshold=extremum)
     penalty = sum_c * sum_c / (sum_c2 if sum_c2 > 0 else 1.0)
     return u, spikes, torch.tensor(penalty, dtype=torch.float32), sum_c, sum_c2
