@@ -30,7 +30,7 @@ that differ from a base in one thing each are in [controlled_cifar10](controlled
 """
 CONTROLLED = "controlled_"  # begins the names of folders that have a page of their own, see controlled_runs.py
 ZOO = """These networks come with the package: `detection.load("zoo:NAME")`, or `zoo:NAME` wherever a command takes a
-run. Weights of convolutions and linear layers are stored in 16 bits, and measured so."""
+run. Weights of convolutions and linear layers are stored in 16 or 8 bits, and measured so."""
 DATA = {"scenes": "drawn scenes", "bccd": "BCCD", "coco128": "COCO128", "cifar10": "CIFAR-10 (JPEG)"}
 DATA |= {"event_scenes": "made recordings", "VOCdevkit": "VOC07-320, internal split"}
 DATA |= {"tinyimagenet32": "Tiny ImageNet at 32x32", "imagenette112": "Imagenette-112"}
