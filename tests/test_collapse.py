@@ -10,6 +10,7 @@ from test_trainer import Batches, Goal
 from torch import nn
 
 from backbones import HoyerSpike, hoyer_penalties, hoyer_penalty, record_gradient_shares, regulariser, spike
+from backbones.deploy.events import available, using
 from detection.records import EpochLog, Evaluation, RunInfo
 from detection.report import write_report
 from detection.runs import Run
@@ -270,6 +271,20 @@ def test_shares_where_one_part_or_both_are_absent():
     assert shares_of(lambda layer, u: layer(u).sum() + 0 * hoyer_penalty(layer)) == (0, 0)
     assert shares_of(lambda layer, u: 0 * layer(u).sum() + hoyer_penalty(layer)) == (1, 1)
     assert shares_of(lambda layer, u: 0 * layer(u).sum() + 0 * hoyer_penalty(layer)) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shares_are_those_of_torch_where_kernels_compute_the_layer(dtype):
+    found = []
+    for kernels in (available()[0], "torch"):
+        layer = HoyerSpike(4)
+        layer.v_th.data.fill_(-0.75)
+        u = torch.randn(5, 4, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        with using(kernels), record_gradient_shares(layer) as shares:
+            (layer(u).float().square().mean() + 1e-3 * hoyer_penalty(layer)).backward()
+        found.append([value for each in shares.values() for value in each.values()])
+    assert len(found[0]) == 2 and all(0 < share < 1 for share in found[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 # The reduction that carries over

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hoyer import add_surrogate_, num_processes, regulariser_gradient
+from ..hoyer import LEAST, add_surrogate_, num_processes, regulariser_gradient
 from ..spiking import SpikeLayer, spike_layers
 from .record import hook_layers
 
@@ -30,13 +30,17 @@ def record_gradient_shares(model: nn.Module) -> Iterator[dict[str, dict[str, flo
     nodes: list[Any] = []  # of the graph, whose gradients are still to come
 
     def watch(name: str, layer: SpikeLayer, u: Tensor, spikes: Tensor) -> None:
-        if spikes.grad_fn is not None and spikes.grad_fn.name() == "SpikesAndPenaltyBackward":
+        if spikes.grad_fn is not None and spikes.grad_fn.name() in ("SpikesAndPenaltyBackward", "_LayerBackward"):
             index = len(nodes)
             nodes.append(spikes.grad_fn)
             spikes.grad_fn.register_prehook(lambda gradients: count(name, layer, index, *gradients))
 
     def count(name: str, layer: SpikeLayer, index: int, ds: Tensor | None, dh: Tensor | None) -> None:
-        z, v, sum_c, sum_c2 = nodes[index].saved_tensors
+        z, v, *pair = nodes[index].saved_tensors
+        if not pair:  # of `fused_layer`
+            pair = [torch.as_tensor(value, dtype=torch.float32, device=z.device) for value in nodes[index].sums]
+            z = z / v.abs().clamp_min(LEAST).to(z.dtype) if nodes[index].native else z
+        sum_c, sum_c2 = pair
         nodes[index] = None  # which holds its hook, and this the node
         z = z.to(sum_c.dtype)
         share = num_processes() if layer.sync else 1

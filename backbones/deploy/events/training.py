@@ -30,11 +30,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, float, float]:
     """Return u, spikes, H, sum c and sum c^2 of a layer with one threshold and one extremum.
 
-    Args:
-        u: potential, float32 or bfloat16 (N,).
-        v_th: trainable threshold, shape ().
-        average, count: the extremum's running average over so many batches, shape (); both are brought up to date.
-        momentum, fixed: those of the layer.
+    Arguments are those of `backbones.fused.fused_layer`, with u float32 or bfloat16 (N,).
     """
     v, spikes = v_th.item(), torch.empty_like(u)
     sum_c, sum_c2 = _run(MOMENTS, u, v)
