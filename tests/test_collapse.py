@@ -273,12 +273,16 @@ def test_shares_where_one_part_or_both_are_absent():
     assert shares_of(lambda layer, u: 0 * layer(u).sum() + 0 * hoyer_penalty(layer)) == (0, 0)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_shares_are_those_of_torch_where_kernels_compute_the_layer(dtype):
+def test_shares_are_those_of_torch_where_kernels_compute_the_layer(dtype, compiled):
+    """By those of the package, or by those that are compiled, as on a GPU."""
     found = []
-    for kernels in (available()[0], "torch"):
+    for kernels in ("torch" if compiled else available()[0], "torch"):
         layer = HoyerSpike(4)
         layer.v_th.data.fill_(-0.75)
+        if compiled and not found:
+            layer.can_fuse = lambda u: True
         u = torch.randn(5, 4, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
         with using(kernels), record_gradient_shares(layer) as shares:
             (layer(u).float().square().mean() + 1e-3 * hoyer_penalty(layer)).backward()

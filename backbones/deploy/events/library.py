@@ -1,4 +1,4 @@
-"""The compiled kernels of the event-driven engine, where the package was built with them, and the choice of what runs.
+"""The compiled kernels of engine and training, where the package was built with them, and the choice of what runs.
 
 `kernels.cpp` is an optional extension of the package: pip compiles it where it finds a compiler. It is a plain C
 library, loaded by ctypes. Without it layers are computed by torch, with the same results, slower.
