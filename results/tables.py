@@ -41,10 +41,13 @@ BEST = (
     "c1_bccd_retinanet_resnet18_spiking_head",
     "c6_voc_retinanet_resnet18/spiking_taught",
     "c3_coco128_fasterrcnn_resnet18_hoyer",
-    "c5_cifar10_vgg16/hoyer",
+    "c5_cifar10_vgg16/hoyer_150_epochs",
 )
-# Runs whose analogue counterpart is another recipe's, with its ordinary pyramid and head and no teacher.
-COUNTERPARTS = {"c6_voc_retinanet_resnet18/spiking_taught": "c6_voc_retinanet_resnet18/relu"}
+# Runs whose analogue counterpart has its own pretrained backbone, and an ordinary pyramid and head.
+COUNTERPARTS = {
+    f"c6_voc_retinanet_resnet18/{name}": "c6_voc_retinanet_resnet18/relu"
+    for name in ("spikes", "membrane", "membrane_taught", "spiking_taught")
+} | {"c7_imagenette_resnet18/hoyer": "c7_imagenette_resnet18/relu"}
 COMPARED = "compare_cifar10"  # the comparison that README.md shows
 # Keys that say nothing about an analogue network.
 SPIKING_KEYS = (
