@@ -140,7 +140,12 @@ def measure_trained(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as place:
             torch.set_num_threads(max(options.threads))
             written = detection.export(
-                address, Path(place) / "model.events", file_format="events", data_root=root, evaluate=True
+                address,
+                Path(place) / "model.events",
+                file_format="events",
+                data_root=root,
+                evaluate=True,
+                num_calibration=256,
             )
             file = open_file(written.path)
         run = SavedRun.open(address, root)

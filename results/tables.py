@@ -451,7 +451,8 @@ def engine_page(folder: Path) -> str:
         f"On {machine['cores']} cores of {machine['cpu']} (kernels `{log['kernels']}`, ONNX Runtime "
         f"{versions['onnxruntime']}, OpenVINO {versions['openvino']}), one image at a time, in units of the faster of "
         f"the twin's two 8-bit forms. One thread:\n\n{engine_table(folder, 1)}\nTwo threads:\n\n"
-        f"{engine_table(folder, 2)}\nTrained networks on real images, from the decoded image to boxes or logits:\n\n"
+        f"{engine_table(folder, 2)}\nTrained networks on real images, from the decoded image to boxes or logits; "
+        "thresholds are set on 256 training images:\n\n"
         f"{trained_engine_table(folder)}\nSingle layers, one thread, GMAC/s of the dense layer:\n\n{dense_rule(folder)}"
     )
 
