@@ -36,15 +36,14 @@ def _backbone(name: str, pretrained: str | None = None, **options: Any) -> backb
     Raises:
         ValueError: no such network, or its backbone is another one.
     """
-    if pretrained is None:
+    if pretrained is None or pretrained is False:
         return backbones.create(name, **options)
-    known = backbones.zoo.settings(pretrained)
-    if known["name"] != name:
+    known = {} if pretrained is True else backbones.zoo.settings(pretrained)
+    if known.get("name") != name:
         fitting = [each for each in backbones.zoo.names() if backbones.zoo.settings(each)["name"] == name]
         allowed = ", ".join(fitting) or "none"
-        raise ValueError(
-            f"pretrained={pretrained!r}: its backbone is a {known['name']}, not a {name} (allowed: {allowed})"
-        )
+        why = f"its backbone is a {known['name']}, not a {name}" if known else "which network of the zoo"
+        raise ValueError(f"pretrained={pretrained!r}: {why} (allowed: {allowed})")
     return backbones.create(**known | options, weights=f"zoo:{pretrained}")
 
 

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,6 @@ class Predictor:
     """
 
     def __init__(self, run: Run, weights: Weights = "last", device: str | torch.device | None = None) -> None:
-        if weights not in get_args(Weights):
-            raise ValueError(f"weights: expected one of {', '.join(get_args(Weights))}, got {weights!r}")
         self.run, self.task = run, task_of(run.config)
         self.device = choose_device(device)
         self.model = load_model(run, weights).to(self.device)

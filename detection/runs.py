@@ -130,7 +130,8 @@ class Run:
         """
         folder = zoo.locate(folder)
         if not (folder / "config.yaml").is_file():
-            raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
+            more = "it is a file" if folder.is_file() else "it has no config.yaml"
+            raise FileNotFoundError(f"{folder} is not a run folder: {more}")
         run = cls(folder, read_recipe(folder / "config.yaml"))
         if data_root is not None:
             run.config.data.root = Path(data_root)
@@ -232,7 +233,9 @@ class Run:
 
         Raises:
             FileNotFoundError: the run has no such weights, or no log.
+            ValueError: there are no weights of that name.
         """
+        require_kind(weights)
         history = [line for line in self.history() if metric in line.metrics]
         if not history:
             raise FileNotFoundError(f"{self.folder}: its log has no {metric} yet; it ended before its first evaluation")
@@ -253,8 +256,10 @@ class Run:
 
         Raises:
             FileNotFoundError: the run has no such weights.
-            ValueError: the file is damaged or not the one that the training left, or a number is not finite.
+            ValueError: no weights have that name, the file is damaged or not the one that the training left, or a
+                number is not finite.
         """
+        require_kind(which)
         path = self.folder / f"{which}.safetensors"
         state, _ = read_tensors(path)
         check_weights(path)
@@ -282,6 +287,12 @@ class Run:
         """Return the SHA-256 of each weights file by its name."""
         paths = [self.folder / f"{which}.safetensors" for which in sorted(get_args(Weights))]
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+
+
+def require_kind(weights: str) -> None:
+    """Raise ValueError for a name that is none of `Weights`."""
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights: expected one of {', '.join(get_args(Weights))}, got {weights!r}")
 
 
 def check_weights(path: Path) -> None:

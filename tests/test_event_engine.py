@@ -303,6 +303,12 @@ def test_a_file_says_what_it_is_and_how_accurate(runs):
             assert measured["file"]["top5"] == 1 and abs(measured["file"]["top1"] - logged["top1"]) <= 0.3
 
 
+def test_what_every_level_of_a_pyramid_meets_lies_in_the_file_once(runs):
+    tensors = safetensors.torch.load_file(runs["detector"] / "model.events")
+    different = {(value.dtype, value.shape, value.numpy().tobytes()) for value in tensors.values()}
+    assert len(different) == len(tensors) > 20
+
+
 def test_a_file_is_measured_under_any_name_and_takes_no_weights_or_device(runs, tmp_path):
     path, described = export_run(runs["classifier"], "events", tmp_path / "net.bin", evaluate=True)
     assert described["evaluation"] == json.loads((runs["classifier"] / "model.events.json").read_text())["evaluation"]

@@ -16,7 +16,7 @@ from detection.cli.common import Parser, parse_recipe, recipe_parser, show_table
 from detection.config import Recipe, set_values
 from detection.config import parse_recipe as recipe_of
 from detection.config.io import read_overrides
-from detection.text import say
+from detection.text import plural, say
 
 if TYPE_CHECKING:
     from detection.data.layouts import Layout
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     for name, dataset in splits.items():
         report = task.data_report(dataset)
         if report is None:
-            print(f"{name}: {len(dataset)} images of {len(dataset.classes)} classes")
+            print(f"{name}: {len(dataset)} images of {plural(len(dataset.classes), 'class', 'classes')}")
         else:
             show(name, report)
         print(f"{name}: left out or mended: {len(dataset.dropped)}")

@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     variants = dict(parsed)
     if len(variants) < len(parsed):
         raise ValueError(f"--variants {' '.join(options.variants)}: a name stands there twice")
+    if (options.out / "config.yaml").exists():
+        raise FileExistsError(f"--out {options.out}: a run folder; name another for the comparison")
     path = find_recipe(options.config)
     recipe = read_recipe(path)
     recipes = {}

@@ -6,13 +6,14 @@ The format is recognised as `check-data FOLDER` does. Options --data.KEY VALUE, 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from detection.cli.check_data import add_format, recipe_of_folder
 from detection.cli.common import Parser
 from detection.config.yaml_files import flow_yaml
-from detection.text import say
+from detection.text import plural, say
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -39,12 +40,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     proposed = as_recipe(choices, str(options.out))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(options.out, as_yaml(choices, options.out, options.folder).encode())
-    print(f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes")
+    print(f"{len(train)} training and {len(val)} validation images, {plural(len(train.classes), 'class', 'classes')}")
     for key, value, why in choices:
         say(f"{key}: {flow_yaml(value)}" + (f": {why}" if why else ""))
     for sentence in task_of(proposed).warnings(train):
         say(f"warning: {sentence}")
     dropped = len(train.dropped) + len(val.dropped)
     if dropped:
-        say(f"left out or mended: {dropped}; hoyer-det check-data {options.folder} names them")
-    say(f"written: {options.out}; next: hoyer-det train {options.out}")
+        say(f"left out or mended: {dropped}; hoyer-det check-data {shlex.quote(str(options.folder))} names them")
+    say(f"written: {options.out}; next: hoyer-det train {shlex.quote(str(options.out))}")

@@ -19,7 +19,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     actions.add_parser("show", help="the text of a recipe").add_argument("name", metavar="NAME")
     copying = actions.add_parser("copy", help="a copy of a recipe")
     copying.add_argument("name", metavar="NAME")
-    copying.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path(), help="default: this one")
+    help = "folder, or new file NAME.yaml (default: this folder)"
+    copying.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path(), help=help)
     options = parser.parse_args(arguments)
     if options.action == "show":
         print(printable(find_recipe(options.name).read_text(encoding="utf-8"), keep="\n\t"), end="")
@@ -39,16 +40,19 @@ def first_sentence(text: str) -> str:
 
 
 def copy(name: str, folder: Path) -> Path:
-    """Copy a recipe into a folder, which is made if need be, and return the new file.
+    """Copy a recipe into a folder, which is made if need be, or to a new .yaml file, and return this.
 
     Raises:
         FileExistsError: there is one of that name already.
         FileNotFoundError: there is no such recipe.
+        NotADirectoryError: `folder` is a file of another kind.
     """
     source = find_recipe(name)
-    target = folder / source.name
+    target = folder if folder.suffix in (".yaml", ".yml") and not folder.is_dir() else folder / source.name
+    if folder.is_file() and target != folder:
+        raise NotADirectoryError(f"{folder}: a file, expected a folder or the name of a new .yaml file")
     if target.exists():
-        raise FileExistsError(f"{target} exists already; name another folder, or remove it first")
-    folder.mkdir(parents=True, exist_ok=True)
+        raise FileExistsError(f"{target} exists already; name another one, or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(source.read_bytes())
     return target

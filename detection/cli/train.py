@@ -21,16 +21,18 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--out", help="folder of the new run (default: runs/NAME of the recipe)")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted, as if it had not been")
     help = "with --resume: so many epochs behind the end, a further cycle of the schedule with a new optimiser"
-    parser.add_argument("--extend", type=int, default=0, metavar="EPOCHS", help=help)
-    help = "learning rates of that cycle, in those of the recipe (default: %(default)s)"
-    parser.add_argument("--extend-lr", type=float, default=0.5, metavar="FACTOR", help=help)
+    parser.add_argument("--extend", type=int, metavar="EPOCHS", help=help)
+    help = "learning rates of that cycle, in those of the recipe (default: 0.5)"
+    parser.add_argument("--extend-lr", type=float, metavar="FACTOR", help=help)
     parser.add_argument("--download", action="store_true", help="fetch VOC, COCO or CIFAR first, if missing")
     config, options = parse_recipe(parser, arguments)
-    if options.extend and not options.resume:
+    if options.extend is not None and not options.resume:
         parser.error(f"--extend {options.extend} goes on with a run: --resume RUN --extend EPOCHS")
-    for option, value in {"--extend": options.extend + 1, "--extend-lr": options.extend_lr}.items():
-        if not 0 < value < math.inf:
-            parser.error(f"{option}: expected a number above 0")
+    if options.extend_lr is not None and options.extend is None:
+        parser.error(f"--extend-lr {options.extend_lr}: of the cycle of --resume RUN --extend EPOCHS")
+    for option, value in {"--extend": options.extend, "--extend-lr": options.extend_lr}.items():
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"{option} {value}: expected a number above 0")
     folder = Path(options.resume or options.out or Path("runs") / options.config.stem)
 
     from accelerate import PartialState
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     from detection.training.signals import end_with_parent
 
     end_with_parent()
-    extend = {"extend": options.extend, "lr_factor": options.extend_lr}
+    extend = {"extend": options.extend or 0, "lr_factor": options.extend_lr or 0.5}
     if options.resume and Run.open(folder).finished and not options.extend:
         require_same(flatten(Run.open(folder).config), config, f"{folder} has finished")
         say(f"{folder}: finished already, nothing to go on with")

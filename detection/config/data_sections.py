@@ -167,7 +167,7 @@ class Data(Channels, Section):
         try:
             re.compile(self.group_by)
         except re.error as error:
-            raise ValueError(f"group_by: not a regular expression: {error}") from None
+            raise ValueError(f"group_by {self.group_by!r}: not a regular expression: {error}") from None
         return self
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -36,14 +37,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe in a file with command-line overrides on top.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a recipe that comes with the package.
         overrides: `--section.key value` or `section.key=value`, as typed on a command line.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is not YAML, or a key or value is not allowed; the message names file, key and remedy.
     """
-    return override(read_recipe(path), overrides)
+    return override(read_recipe(find_recipe(path)), overrides)
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -247,6 +248,9 @@ def find_recipe(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
+    if path.is_dir():
+        verb = "train --resume" if (path / "config.yaml").is_file() else "init"
+        raise FileNotFoundError(f"{path}: a folder, no recipe; hoyer-det {verb} {shlex.quote(str(path))}")
     if path.name == str(source) and path.suffix not in (".yaml", ".yml"):
         packaged = recipes_folder() / f"{source}.yaml"
         if packaged.is_file():

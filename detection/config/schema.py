@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from detection.config.base import Positive, Section
 from detection.config.data_sections import Augment, Data, Events, ImageAugment, ImageData, Scenes
@@ -31,6 +31,7 @@ __all__ = [
     "Section",
     "Train",
 ]
+_AS_LIST = BeforeValidator(lambda value: [value] if isinstance(value, int) else value)
 
 
 class Backbone(Section):
@@ -192,7 +193,7 @@ class Model(Network):
     backbone: Backbone = Backbone()
     neck: Neck = Neck()
     head: Head = Head()
-    min_size: list[Annotated[int, Field(gt=0, le=16384)]] = Field(
+    min_size: Annotated[list[Annotated[int, Field(gt=0, le=16384)]], _AS_LIST] = Field(
         [800], min_length=1, description="short side in pixels; several: one is drawn per training image, last tests"
     )
     max_size: int = Field(1333, gt=0, le=16384, description="upper bound of the long side in pixels")

@@ -23,7 +23,7 @@ FRACTION = 0.2  # of the images, for validation, where there is one set alone
 SOUGHT = (
     "data.yaml or classes.txt with label files (yolo), JSON with images, annotations and categories, such as "
     "train/_annotations.coco.json (coco), XML files in Annotations, annotations or beside images (voc), CSV files with "
-    "a header (csv)"
+    "a header (csv); a folder of images for each class is for a recipe with task classification, data.format folder"
 )
 
 
@@ -95,6 +95,14 @@ def _values(format: str, root: Path, splits: Mapping[str, str], alone: str | Non
     return None if one is None else values | {"train": [one], "val_fraction": FRACTION}
 
 
+def _require_fitting(fitting: Mapping[str, Any], others: Mapping[str, str]) -> None:
+    """Raise ValueError for a file that is called as a split which no file has that can be read."""
+    found = _splits(fitting)
+    for split, why in _splits({name: f"{name}: {why}" for name, why in others.items()}).items():
+        if fitting and split not in found:
+            raise ValueError(f"{why}; mend it, or remove it to go on without")
+
+
 def _lists(root: Path) -> dict[str, str]:
     """Names of the lists of images in a folder, such as train.txt, by themselves."""
     return {path.name: path.name for path in root.glob("*.txt") if path.stem.lower() in sum(SPLITS.values(), ())}
@@ -148,7 +156,11 @@ def _is_number(text: str) -> bool:
 
 
 def _coco(root: Path) -> Layout | None:
-    files = [path for path in _near(root, ".json") if _is_coco(path)]
+    every = {path.relative_to(root).as_posix(): path for path in _near(root, ".json")}
+    fitting = {name: path for name, path in every.items() if _is_coco(path)}
+    why = "no JSON with images, annotations and categories, or cut off"
+    _require_fitting(fitting, {name: why for name in every if name not in fitting})
+    files = list(fitting.values())
     instances = [path for path in files if "instances" in path.name]
     files = instances or files
     if not files:
@@ -266,10 +278,15 @@ def _is_voc(path: Path) -> bool:
 
 def _csv(root: Path) -> Layout | None:
     fitting: dict[str, Path] = {}
+    others: dict[str, str] = {}
     for path in _near(root, ".csv"):
-        with contextlib.suppress(ValueError, OSError):
+        name = path.relative_to(root).as_posix()
+        try:
             read_header(next(rows_of(path), (1, []))[1], path)
-            fitting[path.relative_to(root).as_posix()] = path
+            fitting[name] = path
+        except (ValueError, OSError) as error:
+            others[name] = str(error)
+    _require_fitting(fitting, others)
     if not fitting:
         return None
     splits = _splits(fitting)

@@ -80,6 +80,8 @@ class ExportOptions:
             raise ValueError(f"--calibration {self.num_calibration}: at least one image is needed")
         if form == "events":
             object.__setattr__(self, "int8", True)
+        if self.num_calibration is not None and not self.int8:
+            raise ValueError("--calibration belongs to --int8, which sets its thresholds on images")
         if self.analogue and (not self.int8 or form == "events"):
             raise ValueError("--analogue-int8 goes with --int8, and with onnx and torch")
         if self.evaluate and form not in ("onnx", "events"):
@@ -168,6 +170,8 @@ def _new_files(run: Run, out: str | Path | None, options: ExportOptions) -> tupl
     int8 = options.int8 and options.file_format != "events"  # there it goes without saying
     name = f"model{'_int8' * int8}{'_nms' * options.nms}{SUFFIXES[options.file_format]}"
     path = Path(out) if out else run.products / name
+    if path.suffix in SUFFIXES.values() and path.suffix != SUFFIXES[options.file_format]:
+        raise ValueError(f"--out {path}: a file of the format {options.file_format} is not called {path.suffix}")
     sidecar = path.with_name(f"{path.name}.json")
     for file in (path, sidecar):
         if file.exists():

@@ -33,7 +33,17 @@ class AnyShape:
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Return torchvision's losses in training, and in evaluation its detections, within each image."""
+        """Return torchvision's losses in training, and in evaluation its detections, within each image.
+
+        Raises:
+            ValueError: in training, not as many targets as images, or a label below 1.
+        """
+        if self.training and targets is not None:
+            if len(targets) != len(images):
+                raise ValueError(f"targets: expected one for each of {len(images)} images, got {len(targets)}")
+            labels = torch.cat([target["labels"] for target in targets])
+            if bool((labels < 1).any()):
+                raise ValueError(f"targets: found label {int(labels.min())}; labels are in 1..K")
         padded = [pad_for(self.transform, image) for image in images]
         found = super().forward(padded, targets)
         if self.training:

@@ -25,7 +25,7 @@ from detection.models import build_classifier, colours_of
 from detection.records import Evaluation
 from detection.sections import Examination, Section, Table, Words, count, percent
 from detection.tasks import register_task
-from detection.tasks.base import Split, Task, record_spikes
+from detection.tasks.base import Dataset, Split, Task, record_spikes
 from detection.tasks.parts import Deployable, SpikingPart
 from detection.tasks.predictions import ClassPrediction
 from detection.tasks.recipes import ClassificationRecipe
@@ -101,6 +101,11 @@ class ClassificationTask(Task):
         """The last layer of the head alone."""
         *_, last = (name for name, module in model.head.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
         return {f"head.{last}".rstrip("."): (0, 1)}
+
+    def warnings(self, dataset: Dataset, *, data_alone: bool = False) -> list[str]:
+        """Return also that there is one class alone."""
+        found = [f"one class alone, {dataset.classes[0]}: any network is right"] if len(dataset.classes) < 2 else []
+        return found + super().warnings(dataset, data_alone=data_alone)
 
     def is_at_chance(self, metrics: Mapping[str, float]) -> bool:
         """Up to half as much again as the share of one class."""

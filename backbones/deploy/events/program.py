@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import operator
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ class _Writer:
         self.network = network
         self.operations: list[Operation] = []
         self.tensors: dict[str, Tensor] = {}
+        self.known: dict[Any, str] = {}  # names of tensors by what is in them
         self.names: dict[fx.Node, str] = {}
         self.fused: set[fx.Node] = set()  # computed together with another node
         self.flattened: dict[fx.Node, tuple[int, ...]] = {}  # bits by their shape before
@@ -78,8 +80,10 @@ class _Writer:
         """Add an operation; `inputs` are nodes, names or numbers."""
         stored = {}
         for key, value in (tensors or {}).items():
-            stored[key] = f"{outputs[0]}.{key}"
-            self.tensors[stored[key]] = value.detach().contiguous()
+            value = value.detach().contiguous()
+            bits = hashlib.sha256(value.cpu().numpy().tobytes()).digest()  # a head has the same for every level
+            stored[key] = self.known.setdefault((value.dtype, value.shape, bits), f"{outputs[0]}.{key}")
+            self.tensors.setdefault(stored[key], value)
         entering = [self.names[each] if isinstance(each, fx.Node) else each for each in inputs]
         self.operations.append(
             {"op": op, "inputs": entering, "outputs": outputs, "attributes": attributes, "tensors": stored}

@@ -1,0 +1,161 @@
+"""Slips of a user that once went on without a word, or were answered in other words than their siblings."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+
+import detection
+import hubconf
+from detection.__main__ import main
+from detection.config import read_recipe, set_values
+from detection.data.layouts import recognise
+from detection.runs import Run
+
+COCO = {"images": [{"id": 1, "file_name": "a.jpg", "width": 8, "height": 8}], "annotations": [], "categories": []}
+
+
+def call(*arguments: str | Path) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def write_coco(folder: Path, **files: str) -> Path:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / f"{name}.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("broken", ["train", "val"])
+def test_a_damaged_coco_file_is_no_reason_to_split_the_other(tmp_path, broken):
+    texts = dict.fromkeys(("train", "val"), json.dumps(COCO)) | {broken: '{"images": ['}
+    root = write_coco(tmp_path / "coco", **texts)
+    with pytest.raises(ValueError, match=f"{broken}.json: no JSON with images, annotations and categories, or cut off"):
+        recognise(root)
+    (root / f"{broken}.json").unlink()
+    (layout,) = recognise(root)
+    assert layout.values["val_fraction"] == 0.2
+
+
+def test_other_json_files_beside_a_set_are_left_alone(tmp_path):
+    good = json.dumps(COCO)
+    root = write_coco(tmp_path / "coco", instances_train=good, instances_val=good, captions_train="{}", notes="[]")
+    (layout,) = recognise(root)
+    assert layout.values["train"] == ["instances_train.json"] and layout.values["val"] == ["instances_val.json"]
+
+
+def test_a_table_with_another_header_is_named(tmp_path):
+    (tmp_path / "val.csv").write_text("image,xmin,ymin,xmax,ymax,label\na.jpg,1,1,5,5,cat\n")
+    (tmp_path / "train.csv").write_text("what,ever\n1,2\n")
+    with pytest.raises(ValueError, match=r"train\.csv.*; mend it, or remove it"):
+        recognise(tmp_path)
+
+
+def test_a_recipe_is_copied_to_the_name_that_is_given(tmp_path, capsys):
+    call("recipes", "copy", "cifar10_vgg11", tmp_path / "mine.yaml")
+    assert read_recipe(tmp_path / "mine.yaml") == read_recipe(ROOT / "configs" / "cifar10_vgg11.yaml")
+    call("recipes", "copy", "cifar10_vgg11", tmp_path / "folder")
+    assert (tmp_path / "folder" / "cifar10_vgg11.yaml").is_file()
+    (tmp_path / "notes.txt").write_text("")
+    for target, why in {"notes.txt": "a file, expected a folder or", "mine.yaml": "exists already"}.items():
+        with pytest.raises(SystemExit):
+            call("recipes", "copy", "cifar10_vgg11", tmp_path / target)
+        assert f"{target}" in (said := capsys.readouterr().err) and why in said
+
+
+def test_a_folder_is_no_recipe_and_says_what_to_do_with_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a folder, no recipe; hoyer-det init '.*two words'"):
+        detection.load_config(tmp_path / "two words" if (tmp_path / "two words").mkdir() is None else "")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(FileNotFoundError, match="hoyer-det train --resume"):
+        detection.load_config(tmp_path / "run")
+
+
+def test_recipes_that_come_with_the_package_are_read_by_name():
+    assert detection.load_config("cifar10_vgg11") == read_recipe(ROOT / "configs" / "cifar10_vgg11.yaml")
+
+
+def test_one_number_is_a_list_of_one_in_every_way_to_say_it(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    text = (ROOT / "configs" / "scenes_retinanet_resnet18.yaml").read_text()
+    path.write_text(re.sub(r"min_size: \[\d+\]", "min_size: 96", text))
+    assert "min_size: 96" in path.read_text() and read_recipe(path).model.min_size == [96]
+    assert detection.load_config(path, ["--model.min_size", "64"]).model.min_size == [64]
+    assert set_values(read_recipe(path), {"model.min_size": 32}).model.min_size == [32]
+
+
+def test_weights_of_another_name_are_refused_alike_everywhere(tmp_path):
+    run = "zoo:cifar10_vgg11"
+    calls = [
+        lambda: detection.load(run, "foo"),
+        lambda: detection.evaluate(run, "foo"),
+        lambda: Run.open(run).read("foo"),
+        lambda: detection.export(run, tmp_path / "a.onnx", weights="foo"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="weights: expected one of best, last, ema, got 'foo'"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (("--extend", "0"), "--extend 0: expected a number above 0"),
+        (("--extend", "-1"), "--extend -1: expected a number above 0"),
+        (("--extend-lr", "0.1"), "--extend-lr 0.1: of the cycle of"),
+    ],
+)
+def test_options_of_a_further_cycle_are_not_swallowed(capsys, given, why):
+    with pytest.raises(SystemExit):
+        call("train", "--resume", ROOT / "backbones" / "zoo" / "cifar10_vgg11", *given)
+    assert why in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_exported_file_is_not_called_like_one_of_another_format(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.events: a file of the format onnx is not called \.events"):
+        detection.export("zoo:cifar10_vgg11", tmp_path / "a.events")
+    with pytest.raises(ValueError, match="--calibration belongs to --int8"):
+        detection.export("zoo:cifar10_vgg11", tmp_path / "a.onnx", num_calibration=3)
+
+
+def test_a_comparison_does_not_write_into_a_run(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(SystemExit):
+        call("compare", "cifar10_vgg11", "--out", tmp_path)
+    assert "a run folder; name another for the comparison" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_hub_entries_take_false_for_no_weights():
+    assert not isinstance(hubconf.vgg11(pretrained=False, width=0.125), str)
+    with pytest.raises(ValueError, match=r"pretrained=True: which network of the zoo \(allowed: .*cifar10_vgg11"):
+        hubconf.vgg11(pretrained=True)
+
+
+def test_targets_that_do_not_fit_are_refused_in_training():
+    recipe = read_recipe(ROOT / "configs" / "scenes_retinanet_resnet18.yaml")
+    values = {"model.backbone.width": 0.125, "data.classes": ["a", "b"], "model.min_size": [64], "model.max_size": 64}
+    model = detection.build_detector(set_values(recipe, values)).train()
+    images, boxes = [torch.rand(3, 64, 64)], torch.tensor([[4.0, 4, 30, 30]])
+    assert model(images, [{"boxes": boxes, "labels": torch.tensor([2])}])
+    with pytest.raises(ValueError, match=r"found label 0; labels are in 1\.\.K"):
+        model(images, [{"boxes": boxes, "labels": torch.tensor([0])}])
+    with pytest.raises(ValueError, match="expected one for each of 1 images, got 0"):
+        model(images, [])
+
+
+def test_one_class_to_tell_apart_is_warned_of(tmp_path, capsys):
+    from PIL import Image
+
+    for split in ("train", "val"):
+        (tmp_path / split / "only").mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (32, 32)).save(tmp_path / split / "only" / f"{index}.png")
+    given = ["--data.root", tmp_path, "--data.format", "folder", "--data.train", "train", "--data.val", "val"]
+    call("check-data", "cifar10_vgg11", *given)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 images of 1 class" in said and "one class alone, only: any network is right" in said
