@@ -367,8 +367,8 @@ def test_what_is_not_extended(attempt, monkeypatch, capsys):
     with attempt("wrong values", 4):
         assert "--resume RUN --extend EPOCHS" in refusal("scenes_retinanet_resnet18", "--extend", 2)
         assert "part of the package" in refusal("--resume", "zoo:cifar10_vgg11", "--extend", 2)
-        assert "--extend: expected a number above 0" in refusal("--resume", "zoo:cifar10_vgg11", "--extend", -1)
-        assert "--extend-lr: expected" in refusal("--resume", "zoo:cifar10_vgg11", "--extend", 1, "--extend-lr", 0)
+        assert "--extend -1: expected a number above 0" in refusal("--resume", "zoo:cifar10_vgg11", "--extend", -1)
+        assert "--extend-lr 0.0: expected" in refusal("--resume", "zoo:cifar10_vgg11", "--extend", 1, "--extend-lr", 0)
 
 
 def test_records_of_old_runs_have_neither_start_nor_extension():
