@@ -269,6 +269,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     recipe["model"]["neck"]["spiking"] = recipe["model"]["head"]["spiking"] = True
     del recipe["model"]["head"]["norm"]
     recipe["data"] |= {"scenes": {"num_train": 6, "num_val": 5, "size": 64}}
+    recipe["train"] = recipe.get("train", {}) | {"batch_size": 3}  # not the default one
     found = {
         "detector": make_run(folder / "detector", recipe),
         "classifier": make_run(folder / "classifier", CLASSIFIER),

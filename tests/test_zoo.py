@@ -153,6 +153,16 @@ def test_the_engine_file_of_vgg16_gives_its_numbers_again(real_data):
     assert found["top1"] == pytest.approx(logged["run"]["top1"], abs=0.002)
 
 
+def test_the_detector_of_voc_gives_its_numbers_again(real_data):
+    """hoyer-det benchmark backbones/zoo/voc_retinanet_resnet18_spiking/model.events --data.root VOCDEVKIT."""
+    path = zoo.find("voc_retinanet_resnet18_spiking") / "model.events"
+    logged = json.loads(path.with_name("model.events.json").read_text())["evaluation"]["file"]
+    file = detection.load(path)
+    file.task.config.train.batch_size = 16  # as its run's; files say it themselves now
+    found = file.evaluate(real_data("voc") / "VOCdevkit")
+    assert found == {key: pytest.approx(logged[key], abs=1e-6) for key in found}
+
+
 # Where a run or weights are wanted
 
 

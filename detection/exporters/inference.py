@@ -233,6 +233,8 @@ def open_file(path: str | Path, *, threads: int = 0, suffix: str | None = None) 
 def _recipe_of(description: Mapping[str, Any], source: str) -> Recipe:
     """Return a recipe of the network in a file."""
     values = {key: description[key] for key in ("task", "plugins", "model") if key in description}
+    if "batch_size" in description:  # earlier files do not say it
+        values["train"] = {"batch_size": description["batch_size"]}
     recipe = parse_recipe(values | {"data": {"classes": description["classes"], **description.get("data", {})}}, source)
     recipe.model.backbone.weights = None  # what its training started from
     return recipe

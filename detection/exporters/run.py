@@ -198,6 +198,7 @@ def _describe(run: Run, options: ExportOptions) -> dict[str, Any]:
         "classes": list(config.data.classes),
         "categories": task.describe_labels(run).get("categories"),
         "data": config.data.model_dump(mode="json", exclude={"root", "classes"}),
+        "batch_size": config.train.batch_size,  # of evaluation, which pads the images of a batch to one size
         "int8": options.int8,
         "analogue_int8": options.analogue,
         "nms": options.nms,
