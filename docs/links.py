@@ -1,17 +1,22 @@
-"""A hook of the site: links out of docs/ become the paths that they name, which must exist in the repository."""
+"""A hook of the site: links out of docs/ become the paths that they name, which must exist in the repository.
+
+Pictures from there are shown: pages.py puts them into the site.
+"""
 
 from __future__ import annotations
 
+import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = re.compile(r"\[([^\]]+)\]\((\.\./[^)#\s]+)(#[^)\s]*)?\)")
+OUTSIDE = re.compile(r"(!?)\[([^\]]+)\]\((\.\./[^)#\s]+)(#[^)\s]*)?\)")
+PICTURES = "pictures"  # folder of the site
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Return a page's text, in which only links between pages are left.
+    """Return a page's text, in which only links between pages and pictures are left.
 
     Raises:
         FileNotFoundError: a link leads to a file that is not there.
@@ -19,9 +24,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     folder = (ROOT / "docs" / page.file.src_uri).parent
 
     def name(match: re.Match[str]) -> str:
-        path = (folder / match[2]).resolve()
+        path = (folder / match[3]).resolve()
         if not path.is_relative_to(ROOT) or not path.exists():
-            raise FileNotFoundError(f"{page.file.src_uri}: the link {match[2]} leads to nothing")
-        return f"{match[1]} (`{path.relative_to(ROOT).as_posix()}`)"
+            raise FileNotFoundError(f"{page.file.src_uri}: the link {match[3]} leads to nothing")
+        place = path.relative_to(ROOT).as_posix()
+        if match[1]:
+            start = posixpath.dirname(page.file.src_uri) or "."
+            return f"![{match[2]}]({posixpath.relpath(f'{PICTURES}/{place}', start)})"
+        return f"{match[2]} (`{place}`)"
 
     return OUTSIDE.sub(name, markdown)
