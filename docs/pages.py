@@ -1,4 +1,4 @@
-"""Parts of the site that are made from the source: API reference, commands, all error messages, and pictures.
+"""Pages of the site that are made from the source: the API reference, the commands, and all error messages.
 
 Run by mkdocs. A public class or function without a docstring ends the build.
 """
@@ -117,16 +117,6 @@ def write_messages() -> None:
                 page.write(f"| {kind} | `{clean}` |\n")
 
 
-def write_pictures() -> None:
-    """Put the pictures outside of docs/ that pages show into the site, where links.py looks for them."""
-    for page in sorted((ROOT / "docs").rglob("*.md")):
-        for link in re.findall(r"!\[[^\]]+\]\((\.\./[^)\s]+)\)", page.read_text(encoding="utf-8")):
-            source = (page.parent / link).resolve()
-            with mkdocs_gen_files.open(f"pictures/{source.relative_to(ROOT).as_posix()}", "wb") as file:
-                file.write(source.read_bytes())
-
-
-write_pictures()
 write_reference()
 write_commands()
 write_messages()
