@@ -256,8 +256,7 @@ class Run:
 
         Raises:
             FileNotFoundError: the run has no such weights.
-            ValueError: no weights have that name, the file is damaged or not the one that the training left, or a
-                number is not finite.
+            ValueError: no weights are called so, or the file is damaged, not the training's, or has infinite numbers.
         """
         require_kind(which)
         path = self.folder / f"{which}.safetensors"

@@ -35,8 +35,6 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--width", type=int)
     options = parser.parse_args(arguments)
     integers = options.int8 or options.format == "events"
-    if not integers and options.calibration is not None:
-        parser.error("--calibration belongs to --int8, which sets its thresholds on images")
     if not (integers or options.evaluate) and options.data_root is not None:
         parser.error("--data.root belongs to --int8 and --evaluate, which need images")
     check_run(options.run)

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     from detection.training.signals import end_with_parent
 
     end_with_parent()
-    extend = {"extend": options.extend or 0, "lr_factor": options.extend_lr or 0.5}
+    extend = {"extend": options.extend, "lr_factor": options.extend_lr}
+    extend = {key: value for key, value in extend.items() if value is not None}
     if options.resume and Run.open(folder).finished and not options.extend:
         require_same(flatten(Run.open(folder).config), config, f"{folder} has finished")
         say(f"{folder}: finished already, nothing to go on with")
