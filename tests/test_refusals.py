@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
+from PIL import Image
 
+import backbones
 import detection
 import hubconf
 from detection.__main__ import main
@@ -42,9 +44,12 @@ def test_a_damaged_coco_file_is_no_reason_to_split_the_other(tmp_path, broken):
 
 def test_other_json_files_beside_a_set_are_left_alone(tmp_path):
     good = json.dumps(COCO)
-    root = write_coco(tmp_path / "coco", instances_train=good, instances_val=good, captions_train="{}", notes="[]")
-    (layout,) = recognise(root)
-    assert layout.values["train"] == ["instances_train.json"] and layout.values["val"] == ["instances_val.json"]
+    others = {"captions_train": "{}", "image_info_test": '{"images": [], "categories": []}', "notes": "[]"}
+    for number, splits in enumerate((("train", "val"), ("train",))):
+        files = {f"instances_{split}": good for split in splits}
+        (layout,) = recognise(write_coco(tmp_path / str(number), **files, **others))
+        assert layout.values["train"] == ["instances_train.json"]
+        assert layout.values.get("val") == (["instances_val.json"] if "val" in splits else None)
 
 
 def test_a_table_with_another_header_is_named(tmp_path):
@@ -52,6 +57,34 @@ def test_a_table_with_another_header_is_named(tmp_path):
     (tmp_path / "train.csv").write_text("what,ever\n1,2\n")
     with pytest.raises(ValueError, match=r"train\.csv.*; mend it, or remove it"):
         recognise(tmp_path)
+    (tmp_path / "train.csv").write_bytes(b"\xff\xfe\x00broken\x00")
+    with pytest.raises(ValueError, match=r"train\.csv.*; mend it, or remove it"):
+        recognise(tmp_path)
+
+
+def test_a_table_of_test_images_without_boxes_is_left_alone(tmp_path):
+    (tmp_path / "train.csv").write_text("image,xmin,ymin,xmax,ymax,label\na.jpg,1,1,5,5,cat\n")
+    (tmp_path / "test.csv").write_text("image\nb.jpg\n")
+    (layout,) = recognise(tmp_path)
+    assert layout.values["train"] == ["train.csv"] and layout.values["val_fraction"] == 0.2
+
+
+@pytest.mark.parametrize("name", ["train", "trainval"])
+@pytest.mark.parametrize("text", ["", "000009\n"], ids=["empty", "without an annotation"])
+def test_a_list_of_voc_that_names_nothing_is_no_reason_to_split_the_other(tmp_path, text, name):
+    for folder in ("ImageSets/Main", "Annotations", "JPEGImages"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "Annotations" / "000001.xml").write_text("<annotation></annotation>")
+    (tmp_path / "ImageSets" / "Main" / "val.txt").write_text("000001\n")
+    (tmp_path / "ImageSets" / "Main" / "test.txt").write_text("000007\n")
+    (train := tmp_path / "ImageSets" / "Main" / f"{name}.txt").write_text(text)
+    with pytest.raises(
+        ValueError, match=rf"{name}\.txt: its first image, '\d*', has no annotation; mend it, or remove"
+    ):
+        recognise(tmp_path)
+    train.unlink()
+    (layout,) = recognise(tmp_path)
+    assert layout.values["train"] == ["val"] and layout.values["val_fraction"] == 0.2
 
 
 def test_a_recipe_is_copied_to_the_name_that_is_given(tmp_path, capsys):
@@ -67,8 +100,9 @@ def test_a_recipe_is_copied_to_the_name_that_is_given(tmp_path, capsys):
 
 
 def test_a_folder_is_no_recipe_and_says_what_to_do_with_it(tmp_path):
+    (tmp_path / "two words").mkdir()
     with pytest.raises(FileNotFoundError, match=r"a folder, no recipe; hoyer-det init '.*two words'"):
-        detection.load_config(tmp_path / "two words" if (tmp_path / "two words").mkdir() is None else "")
+        detection.load_config(tmp_path / "two words")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
     with pytest.raises(FileNotFoundError, match="hoyer-det train --resume"):
@@ -90,15 +124,15 @@ def test_one_number_is_a_list_of_one_in_every_way_to_say_it(tmp_path):
 
 def test_weights_of_another_name_are_refused_alike_everywhere(tmp_path):
     run = "zoo:cifar10_vgg11"
-    calls = [
+    ways = [
         lambda: detection.load(run, "foo"),
         lambda: detection.evaluate(run, "foo"),
         lambda: Run.open(run).read("foo"),
         lambda: detection.export(run, tmp_path / "a.onnx", weights="foo"),
     ]
-    for call in calls:
+    for way in ways:
         with pytest.raises(ValueError, match="weights: expected one of best, last, ema, got 'foo'"):
-            call()
+            way()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +165,11 @@ def test_a_comparison_does_not_write_into_a_run(tmp_path, capsys):
 
 
 def test_hub_entries_take_false_for_no_weights():
-    assert not isinstance(hubconf.vgg11(pretrained=False, width=0.125), str)
+    torch.manual_seed(0)
+    found = hubconf.vgg11(pretrained=False, width=0.125).state_dict()
+    torch.manual_seed(0)
+    wanted = backbones.create("vgg11", width=0.125).state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
     with pytest.raises(ValueError, match=r"pretrained=True: which network of the zoo \(allowed: .*cifar10_vgg11"):
         hubconf.vgg11(pretrained=True)
 
@@ -149,8 +187,6 @@ def test_targets_that_do_not_fit_are_refused_in_training():
 
 
 def test_one_class_to_tell_apart_is_warned_of(tmp_path, capsys):
-    from PIL import Image
-
     for split in ("train", "val"):
         (tmp_path / split / "only").mkdir(parents=True)
         for index in range(3):

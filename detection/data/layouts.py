@@ -73,15 +73,15 @@ def recognise(root: Path, format: str | None = None) -> list[Layout]:
     return layouts
 
 
-def _splits(names: Mapping[str, Any]) -> dict[str, Any]:
-    """What belongs to train, val and test by names such as train2017; test serves as val where there is none."""
+def _splits(names: Mapping[str, Any], *, instead: bool = True) -> dict[str, Any]:
+    """What belongs to train, val and test by names such as train2017; `instead`: test is val if none is."""
     found: dict[str, Any] = {}
     for name, value in sorted(names.items()):
         words = re.findall("[a-z]+", name.lower())
         for split, synonyms in SPLITS.items():
             if any(word in synonyms for word in words):
                 found.setdefault(split, value)
-    if "train" in found and "val" not in found and "test" in found:
+    if instead and "train" in found and "val" not in found and "test" in found:
         found["val"] = found.pop("test")
     return found
 
@@ -96,11 +96,14 @@ def _values(format: str, root: Path, splits: Mapping[str, str], alone: str | Non
 
 
 def _require_fitting(fitting: Mapping[str, Any], others: Mapping[str, str]) -> None:
-    """Raise ValueError for a file that is called as a split which no file has that can be read."""
-    found = _splits(fitting)
-    for split, why in _splits({name: f"{name}: {why}" for name, why in others.items()}).items():
-        if fitting and split not in found:
-            raise ValueError(f"{why}; mend it, or remove it to go on without")
+    """Raise ValueError for a file that is called train or val where none is that can be read.
+
+    Those of test sets are often without boxes.
+    """
+    found, broken = _splits(fitting), _splits(others, instead=False)
+    for split in ("train", "val"):
+        if fitting and split in broken and split not in found:
+            raise ValueError(f"{broken[split]}; mend it, or remove it to go on without")
 
 
 def _lists(root: Path) -> dict[str, str]:
@@ -159,20 +162,17 @@ def _coco(root: Path) -> Layout | None:
     every = {path.relative_to(root).as_posix(): path for path in _near(root, ".json")}
     fitting = {name: path for name, path in every.items() if _is_coco(path)}
     why = "no JSON with images, annotations and categories, or cut off"
-    _require_fitting(fitting, {name: why for name in every if name not in fitting})
-    files = list(fitting.values())
-    instances = [path for path in files if "instances" in path.name]
-    files = instances or files
-    if not files:
+    _require_fitting(fitting, {name: f"{path}: {why}" for name, path in every.items() if name not in fitting})
+    names = {name: path for name, path in fitting.items() if "instances" in path.name} or fitting
+    if not names:
         return None
-    names = {path.relative_to(root).as_posix(): path for path in files}
     splits = _splits(names)
-    if not splits and len(files) > 1:
+    if not splits and len(names) > 1:
         return None
     folders = {split: _image_folder(root, path) for split, path in splits.items()}
     relative = {split: path.relative_to(root).as_posix() for split, path in splits.items()}
     values = _values("coco", root, relative, None if splits else next(iter(names)))
-    one = None if splits else files[0]
+    one = None if splits else next(iter(names.values()))
     values["train_images"] = folders.get("train") if one is None else _image_folder(root, one)
     if values["train_images"] is None:
         values["train_images"] = next(iter(folders.values()), "")
@@ -235,13 +235,15 @@ def _voc(root: Path) -> Layout | None:
 def _devkit(root: Path, devkits: Sequence[Path]) -> tuple[dict[str, Any], tuple[str, ...], str] | None:
     """trainval and test, or train and val, of all years."""
     lists: dict[str, list[str]] = {}
+    broken: dict[str, str] = {}
     for devkit in devkits:
         for path in sorted((devkit / "ImageSets" / "Main").glob("*.txt")):
+            if path.stem not in ("train", "val", "trainval", "test"):
+                continue
             first = next(iter(path.read_text(errors="replace").splitlines()), "").strip()
-            if (
-                path.stem in ("train", "val", "trainval", "test")
-                and (devkit / "Annotations" / f"{first}.xml").is_file()
-            ):
+            if not (devkit / "Annotations" / f"{first}.xml").is_file():
+                broken[path.stem] = f"{path}: its first image, {first!r}, has no annotation"
+            else:
                 folder = devkit.relative_to(root).as_posix()
                 lists.setdefault(path.stem, []).append(path.stem if folder == "." else f"{folder}/{path.stem}")
     for train, val in (("trainval", "test"), ("train", "val"), ("train", "test")):
@@ -249,6 +251,8 @@ def _devkit(root: Path, devkits: Sequence[Path]) -> tuple[dict[str, Any], tuple[
             test = tuple(lists.get("test", ())) if val == "val" else ()
             values = {"format": "voc", "root": str(root), "train": lists[train], "val": lists[val]}
             return values, test, f"ImageSets/Main has {', '.join(sorted(lists))}"
+    if lists and "trainval" not in lists:
+        _require_fitting(lists, {name.replace("trainval", "train"): why for name, why in broken.items()})
     one = lists.get("trainval") or lists.get("train") or next(iter(lists.values()), None)
     values = {"format": "voc", "root": str(root), "train": one, "val_fraction": FRACTION}
     return None if one is None else (values, (), f"ImageSets/Main has {', '.join(sorted(lists))}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -190,7 +191,7 @@ def as_yaml(choices: Sequence[Choice], path: Path, folder: Path) -> str:
     head = f"A RetinaNet on a one-time-step spiking ResNet18 for {folder}, written by hoyer-det init."
     lines = [
         *_comment(head, ""),
-        f"#   hoyer-det train {path}",
+        f"#   hoyer-det train {shlex.quote(str(path))}",
         "# The analogue twin: --model.backbone.activation relu",
     ]
     open_section = ""
