@@ -2,13 +2,16 @@
 
 Options of those with a threshold: `extremum` and `threshold` ("layer" or "channel") are the scopes of the Hoyer
 extremum and of v_th, `momentum` is the weight of a batch in the extremum's running average, `window` has the ends of
-the surrogate gradient, `time_steps` and `reset` ("subtract" or "zero") are those of `MultiStepSpike`.
+the surrogate gradient, `time_steps` and `reset` ("subtract" or "zero") are those of `MultiStepSpike`, `thresholds` is
+that of `SeveralThresholds`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from .hoyer import WINDOW, HoyerSpike, Window
@@ -27,10 +30,11 @@ def make_hoyer(
     window: Window = WINDOW,
     time_steps: int = 1,
     reset: Reset = "subtract",
-) -> HoyerSpike:
+    thresholds: int = 1,
+) -> HoyerSpike | SeveralThresholds:
     """Return the method's neuron: the Hoyer extremum, of the layer or of each channel, lowers the threshold."""
     options = _arguments(extremum, momentum, threshold, window) | {"fixed": False}
-    return _in_steps(channels, time_steps, reset, options)
+    return _with_thresholds(channels, thresholds, lambda channels: _in_steps(channels, time_steps, reset, options))
 
 
 @register_neuron("relu", spiking=False, words="analogue twin")
@@ -48,10 +52,51 @@ def make_fixed(
     window: Window = WINDOW,
     time_steps: int = 1,
     reset: Reset = "subtract",
-) -> HoyerSpike:
+    thresholds: int = 1,
+) -> HoyerSpike | SeveralThresholds:
     """Return the ablation: a plain trainable threshold v_th, the extremum left out."""
     options = _arguments(extremum, momentum, threshold, window) | {"fixed": True}
-    return _in_steps(channels, time_steps, reset, options)
+    return _with_thresholds(channels, thresholds, lambda channels: _in_steps(channels, time_steps, reset, options))
+
+
+class RepeatChannels(nn.Module):
+    """All channels several times, one set behind the other.
+
+    Shape: (N, C, *) -> (N, times C, *).
+    """
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.cat([u] * self.times, dim=1)
+
+    def extra_repr(self) -> str:
+        return str(self.times)
+
+
+class SeveralThresholds(nn.Sequential):
+    """Several neurons for each potential, with thresholds of their own: as many bits in place of one, all of one step.
+
+    RepeatChannels -> BN -> the method's layer over all of them. BN shifts and scales each copy of a channel by itself,
+    which makes of the one threshold of the layer one for each neuron, as in ABC-Net (Lin et al., arXiv:1711.11294).
+    The convolution behind has weights for the spikes of each. Shifts start at equal distances from 1/2 to -1/2.
+
+    Args:
+        channels: of the potential.
+        thresholds: neurons of each potential, from 2 on.
+        make: (channels) -> the layer.
+
+    Shape: (N, C, H, W) -> (N, thresholds C, H, W).
+    """
+
+    def __init__(self, channels: int, thresholds: int, make: Callable[[int], HoyerSpike]) -> None:
+        norm = nn.BatchNorm2d(thresholds * channels)
+        with torch.no_grad():
+            norm.bias.copy_(torch.linspace(0.5, -0.5, thresholds).repeat_interleave(channels))
+        super().__init__(RepeatChannels(thresholds), norm, make(thresholds * channels))
+        self.thresholds = thresholds
 
 
 class GradedSpike(HoyerSpike):
@@ -112,6 +157,14 @@ def make_graded(
     """Return a neuron between spike and ReLU, for controlled runs: spikes of 2 to 16 levels."""
     options = _arguments(extremum, momentum, threshold, window) | {"levels": levels}
     return _in_steps(channels, time_steps, reset, options, GradedSpike, MultiStepGraded)
+
+
+def _with_thresholds(
+    channels: int, thresholds: int, make: Callable[[int], HoyerSpike]
+) -> HoyerSpike | SeveralThresholds:
+    if isinstance(thresholds, bool) or not isinstance(thresholds, int) or thresholds < 1:
+        raise ValueError(f"thresholds must be a whole number from 1 on, got {thresholds!r}")
+    return make(channels) if thresholds == 1 else SeveralThresholds(channels, thresholds, make)
 
 
 def _in_steps(

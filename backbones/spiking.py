@@ -118,6 +118,9 @@ def logged_state(model: nn.Module) -> dict[str, dict[str, float]]:
     return found
 
 
+SEVERAL = {"time_steps": "one time step", "thresholds": "one threshold"}  # options that change a layer's shapes
+
+
 class Neuron(NamedTuple):
     """An entry of the registry.
 
@@ -195,7 +198,7 @@ class SpikeFactory:
     """Maker of the activation layers of one network: `spike(channels)` gives a layer of the registered neuron.
 
     A network and its analogue twin take the same arguments: options that this neuron does not have are left aside if
-    some other registered neuron has them. Several time steps a spiking neuron must know.
+    some other registered neuron has them. Several time steps and thresholds a spiking neuron must know.
 
     Args:
         activation: name of a registered neuron, such as "hoyer" (the method) or "relu" (the analogue twin).
@@ -213,11 +216,16 @@ class SpikeFactory:
                 raise ValueError(f"no neuron has the option {option!r} (allowed: {', '.join(sorted(known))})")
         self.activation, self._make = activation, neuron.make
         self.options = {name: value for name, value in options.items() if name in neuron.options}
-        self.time_steps = self.options.get("time_steps", 1)
-        if neuron.spiking and options.get("time_steps", 1) != self.time_steps:
-            several = ", ".join(name for name, each in _NEURONS.items() if "time_steps" in each.options)
-            raise ValueError(f"time_steps: activation {activation!r} has one time step alone (allowed: {several})")
+        self.time_steps, self.thresholds = (self.options.get(option, 1) for option in SEVERAL)
+        for option, words in SEVERAL.items():
+            if neuron.spiking and options.get(option, 1) != self.options.get(option, 1):
+                several = ", ".join(name for name, each in _NEURONS.items() if option in each.options)
+                raise ValueError(f"{option}: activation {activation!r} has {words} alone (allowed: {several})")
         self(1)  # a value that is not allowed is an error here
 
     def __call__(self, channels: int) -> nn.Module:
         return self._make(channels, **self.options)
+
+    def outputs(self, channels: int) -> int:
+        """Return how many channels of spikes a layer makes of so many channels of potentials."""
+        return channels * self.thresholds

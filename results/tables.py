@@ -27,6 +27,10 @@ The twin is the run of the same recipe with ReLU, the gap how far it is ahead, i
 spiking neurons that fire per image on the evaluation images; energy is that of all operations, at 45 nm, in units of
 the twin's (`hoyer-det analyze`). Where several runs of one recipe stand in a folder, its README compares them; those
 that differ from a base in one thing each are in [controlled_cifar10](controlled_cifar10/README.md) alone.
+
+Every row can be trained again by its command. Where the weights are kept, `hoyer-det evaluate WEIGHTS --data.root FOLDER`
+measures it again: `zoo:NAME` (rounded, see below) or the run's own folder; a file of the event-driven engine is measured
+by `hoyer-det benchmark FILE --data.root FOLDER`.
 """
 CONTROLLED = "controlled_"  # begins the names of folders that have a page of their own, see controlled_runs.py
 ZOO = """These networks come with the package: `detection.load("zoo:NAME")`, or `zoo:NAME` wherever a command takes a
@@ -218,8 +222,20 @@ def run_row(folder: Path, run: Run, runs: Sequence[Run]) -> list[str]:
         energy_ratio(run),
         f"{minutes(run):.0f} on {machine}",
         f"`{info.command}`",
+        kept_weights(folder, run),
         f"`{info.sha256['last.safetensors'][:16]}`",
     ]
+
+
+def kept_weights(folder: Path, run: Run) -> str:
+    """Return with what a run's row can be measured again: its folder, an entry of the zoo, a file, or nothing."""
+    name = run.folder.relative_to(folder).as_posix()
+    if (run.folder / "last.safetensors").is_file():
+        return f"`results/{name}`"
+    entries = (Run.open(f"{zoo.PREFIX}{entry}") for entry in zoo.names())
+    found = [f"`{entry.address}`" for entry in entries if entry.info().trained_in == f"results/{name}"]
+    file = run.folder / "export" / "model.events"
+    return ", ".join([*found, *([f"`results/{name}/export/{file.name}`"] if file.is_file() else [])])
 
 
 def link(folder: Path, run: Run, text: str | None = None) -> str:
@@ -243,7 +259,7 @@ def results_page(folder: Path, runs: Sequence[Run]) -> str:
         if rows:
             first, second = headline(ours[0])
             names = ["run", "data", "network", "epochs", first, second, f"twin's {first}", "gap", "activity", "energy"]
-            header = [*names, "minutes", "command", "SHA-256 of the weights"]
+            header = [*names, "minutes", "command", "weights", "their SHA-256"]
             parts.append(f"## {task.capitalize()}\n\n{markdown(header, rows)}")
     if rows := list(zoo_rows(folder)):
         header = ["name", "data", "network", "metric", "as stored", "as trained", "trained in", "MB", "SHA-256"]

@@ -123,6 +123,7 @@ NETWORKS: list[tuple[str, dict[str, Any]]] = [
     ("resnet18", {"shortcut": "real", "pool_first": False}),
     ("resnet18", {"norm_first": True, "stem": "imagenet"}),
     ("resnet18", {"shortcut": "real", "norm_first": True, "extremum": "channel"}),
+    ("resnet18", {"shortcut": "real", "thresholds": 2}),
     ("resnet50", {}),
     ("resnet50", {"pool_first": False, "stem": "imagenet"}),
     ("mobilenetv1", {}),

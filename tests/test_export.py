@@ -101,18 +101,19 @@ def error_of(monkeypatch, capsys, *arguments) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "pool_first"),
+    ("name", "options"),
     [
-        ("vgg11", True),
-        ("vgg11", False),
-        ("resnet18", True),
-        ("resnet50", False),
-        ("mobilenetv1", True),
-        ("mobilenetv2", True),
+        ("vgg11", {}),
+        ("vgg11", {"pool_first": False}),
+        ("resnet18", {}),
+        ("resnet18", {"shortcut": "real", "thresholds": 2}),
+        ("resnet50", {"pool_first": False}),
+        ("mobilenetv1", {}),
+        ("mobilenetv2", {}),
     ],
 )
-def test_onnx_gives_what_pytorch_gives(name, pool_first):
-    model = classifier(name, pool_first=pool_first)
+def test_onnx_gives_what_pytorch_gives(name, options):
+    model = classifier(name, **options)
     images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     dynamic = name != "vgg11"
     folded = fold(model) if dynamic else fix_size(fold(model), images[:1])

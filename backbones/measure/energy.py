@@ -29,6 +29,8 @@ multiply that they save is 3.7). Conventions:
   the leak, a MAC; the reset costs nothing. Weights are read once for all steps. All others take one step. The cost of
   a step is what a network that stops after it costs more than one that stops before it, `energy_after_steps`: weights,
   and the layers in front of the first spikes, are the first step's.
+- Of several neurons for each potential, see `backbones.activations.SeveralThresholds`, the twins and "binary" have one:
+  a layer over spikes has in them as many times fewer inputs, weights and operations.
 - Memory traffic is priced as if all of it went to SRAM, and as if all of it went to DRAM; caches are left aside.
 """
 
@@ -278,6 +280,8 @@ def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, cos
     steps = 1 if network in SKIPPING else layer.time_steps
     taken = 1 if layer.name == measured.stem else steps  # a stem of several steps sees another frame in each
     one_bit = own and (layer.is_binary or layer.is_sign)
+    behind_spikes = layer.is_binary and layer.name != measured.stem
+    fewer = measured.thresholds if behind_spikes and network in (*TWINS, "binary") else 1
     adds = one_bit or (own and layer.accumulates > 0)
     weight_bits = min(real_bits, layer.weight_bits) if own else real_bits
     leaving = float(real_bits)
@@ -285,12 +289,12 @@ def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, cos
         share = 1 if network in SKIPPING else layer.time_steps / measured.time_steps
         leaving = min(layer.output_bits * share, real_bits)
     counts = {
-        "macs": 0 if adds else layer.num_exact_macs / taken,
+        "macs": 0 if adds else layer.num_exact_macs / taken / fewer,
         "acs": 0,
         "comparisons": layer.num_inputs if own and layer.is_sign else 0,
         # Once per image in which the layer ran, however many levels of a pyramid share it.
-        "weight_bits": (layer.num_weights * weight_bits + layer.num_biases * BIAS_BITS) * layer.num_images,
-        "read_bits": layer.num_inputs / taken * (1 if one_bit else real_bits),
+        "weight_bits": (layer.num_weights / fewer * weight_bits + layer.num_biases * BIAS_BITS) * layer.num_images,
+        "read_bits": layer.num_inputs / taken / fewer * (1 if one_bit else real_bits),
         "write_bits": layer.num_outputs / steps * leaving,
     }
     for key, count in _of_neurons(network, layer.spikes_from, measured).items():
@@ -299,7 +303,7 @@ def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, cos
         counts["acs"] = layer.num_synops
     elif adds:
         each = 1 if one_bit and network != layer.arithmetic else layer.accumulates
-        counts["acs"] = layer.num_exact_macs / steps * each
+        counts["acs"] = layer.num_exact_macs / steps / fewer * each
     return _price(network, costs, {key: count / measured.num_images for key, count in counts.items()})
 
 
@@ -307,7 +311,7 @@ def _of_neurons(network: str, names: Iterable[str], measured: Measurement) -> di
     """Return counts of the neurons of some spike layers: comparisons, and what it takes to carry their potentials."""
     counts = dict.fromkeys(("comparisons", "macs", "read_bits", "write_bits"), 0)
     for spikes in (measured.spikes[name] for name in names if network not in TWINS):
-        neurons = spikes.num_neurons // spikes.time_steps
+        neurons = spikes.num_neurons // spikes.time_steps // (measured.thresholds if network == "binary" else 1)
         carried = spikes.num_neurons - neurons if network in SKIPPING else 0
         counts["comparisons"] += neurons + carried
         counts["macs"] += carried

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ..activations import SeveralThresholds
 from ..arithmetic import ArithmeticConv2d, Sign
 from ..multistep import RepeatSteps
 from ..spiking import spike_layers
@@ -136,6 +137,7 @@ class Measurement:
             transposed convolution, say. Nothing is counted for those.
         num_images: images that the model was given.
         ran: names of the layers and spike layers that ran, in the order of their first call.
+        thresholds: neurons of each potential.
     """
 
     layers: dict[str, WeightedLayer]
@@ -143,6 +145,7 @@ class Measurement:
     unhandled: dict[str, str]
     num_images: int = 0
     ran: list[str] = field(default_factory=list)
+    thresholds: int = 1
 
     @property
     def stem(self) -> str | None:
@@ -239,6 +242,9 @@ def record_layers(model: nn.Module) -> Iterator[Measurement]:
             and not isinstance(module, (nn.LayerNorm, nn.RMSNorm, ParametrizationList))
             and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
         },
+        thresholds=max(
+            (each.thresholds for each in modules.values() if isinstance(each, SeveralThresholds)), default=1
+        ),
     )
     with _Recorder(measured).watch(model, modules):
         yield measured

@@ -56,7 +56,7 @@ def create(
         options: of the family: pool_first=False puts BN before the pooling (VGG, ResNet), shortcut="real" and
             norm_first=True (ResNet), pooling="stride", head="normalised" or "pooled" (VGG); of the neuron:
             extremum="channel", momentum=0.1, threshold="channel", window=(0.0, 2.0), levels=4, time_steps=4,
-            reset="zero".
+            reset="zero", thresholds=3.
 
     Raises:
         ValueError: an unknown name, activation, arithmetic, stem or option, a value that is not allowed, an option that

@@ -244,7 +244,7 @@ def pooled_head(spike: SpikeFactory, channels: int, num_classes: int, dropout: f
 
     While training, dropout scales the spikes that it keeps by 1 / (1 - p).
     """
-    linear = nn.Linear(channels, num_classes)
+    linear = nn.Linear(spike.outputs(channels), num_classes)
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), spike(channels), nn.Flatten(), nn.Dropout(dropout), linear)
 
 

@@ -64,6 +64,10 @@ class MobileNet(Backbone):
         self, name: str, spike: SpikeFactory, *, in_channels: int = 3, stem: Stem = "imagenet", width: float = 1.0
     ) -> None:
         super().__init__()
+        if spike.thresholds > 1:
+            raise ValueError(
+                f"thresholds must be 1 for {name}, whose convolutions are depthwise, got {spike.thresholds}"
+            )
         self.make_spike, self.width = spike, width
         stride = 2 if stem == "imagenet" else 1
         channels_in = scale_channels(STEM_CHANNELS, width)

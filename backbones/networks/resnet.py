@@ -30,7 +30,7 @@ class Shortcut(nn.Sequential):
             layers = pool_and_norm(nn.MaxPool2d(2, ceil_mode=True), channels_in, pool_first=pool_first)
         else:
             layers = [nn.BatchNorm2d(channels_in)]
-        super().__init__(*layers, spike(channels_in), conv(channels_in, channels, 1))
+        super().__init__(*layers, spike(channels_in), conv(spike.outputs(channels_in), channels, 1))
 
 
 class RealShortcut(nn.Module):
@@ -95,7 +95,10 @@ class BasicBlock(nn.Module):
         self.shortcut = options.make_shortcut(channels_in, channels, stride, spike)
         first = [nn.BatchNorm2d(channels_in)] if options.norm_first else []
         self.branch = nn.Sequential(
-            *first, spike(channels_in), conv(channels_in, channels, 3, stride=stride), nn.BatchNorm2d(channels)
+            *first,
+            spike(channels_in),
+            conv(spike.outputs(channels_in), channels, 3, stride=stride),
+            nn.BatchNorm2d(channels),
         )
 
     def forward(self, u: Tensor) -> Tensor:
@@ -121,7 +124,8 @@ class Bottleneck(nn.Module):
             (channels, channels, 3, stride),
             (channels, channels * self.expansion, 1, 1),
         ):
-            layers += [nn.BatchNorm2d(c_in), spike(c_in), conv(c_in, c_out, kernel_size, stride=conv_stride)]
+            layers += [nn.BatchNorm2d(c_in), spike(c_in)]
+            layers.append(conv(spike.outputs(c_in), c_out, kernel_size, stride=conv_stride))
         self.branch = nn.Sequential(*layers)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -175,7 +179,8 @@ class ResNet(Backbone):
         else:
             layers = [conv(in_channels, channels_in, 3)]
             for _ in range(2):
-                layers += [nn.BatchNorm2d(channels_in), spike(channels_in), conv(channels_in, channels_in, 3)]
+                layers += [nn.BatchNorm2d(channels_in), spike(channels_in)]
+                layers.append(conv(spike.outputs(channels_in), channels_in, 3))
             pool, stride = nn.MaxPool2d(2, ceil_mode=True), 2
         self.stem = nn.Sequential(*layers, *pool_and_norm(pool, channels_in, pool_first=pool_first))
         self.stages = nn.ModuleList()

@@ -72,6 +72,7 @@ class VGG(Backbone):
             for position in range(depth):
                 if index or position:
                     layers.append(spike(channels_in))
+                    channels_in = spike.outputs(channels_in)
                 last = pooled and position == depth - 1
                 layers.append(conv(channels_in, channels, 3, stride=2 if last and pooling == "stride" else 1))
                 if last and pooling == "max":
@@ -97,6 +98,8 @@ class VGG(Backbone):
         """
         if self._head == "pooled":
             return super().make_head(num_classes, dropout)
+        if self.make_spike.thresholds > 1:
+            raise ValueError(f"several thresholds need head 'pooled': the hidden layers of {self._head!r} have one")
         side = self._head_side
         channels, hidden = self.feature_info[-1].channels, scale_channels(4096, self.width)
         layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(side), self.make_spike(channels), nn.Flatten()]

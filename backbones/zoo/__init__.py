@@ -16,7 +16,7 @@ PREFIX = "zoo:"
 NAME = re.compile("[a-z0-9_]+")
 # In these, what the weights were trained for has to be what they are used for; the rest their shapes tell.
 KEYS = ("name", "width", "stem", "activation", "arithmetic", "extremum", "pool_first", "pooling", "shortcut")
-KEYS += ("norm_first", "head")
+KEYS += ("norm_first", "head", "thresholds")
 
 
 def names() -> list[str]:

@@ -70,6 +70,13 @@ class Backbone(Section):
         "subtract",
         description="several time_steps: what a spike does to its potential; subtract the threshold, or zero",
     )
+    thresholds: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="neurons of each potential, with thresholds of their own, for hoyer and fixed: as many bits in "
+        "place of one, and as many weights of the layer behind them; the analogue twin has no use for them",
+    )
     pool_first: bool = Field(True, description="max-pool before BatchNorm, as published; false: after it")
     pooling: Literal["max", "stride"] = Field(
         "max", description="vgg: max-pool, or stride 2 in the convolution before it in its place"

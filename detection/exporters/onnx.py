@@ -154,7 +154,7 @@ class _OnnxWriter:
             if self.names[x] in self.spikes:
                 self.spikes.add(out)
             if isinstance(module, nn.MaxPool2d):
-                self._max_pool(self.names[x], module, out)
+                self._emit("MaxPool", [self.names[x]], out, **_pool_attributes(module))
             else:
                 self._emit("Flatten", [self.names[x]], out, axis=module.start_dim)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -169,18 +169,13 @@ class _OnnxWriter:
             self._emit("BatchNormalization", [self._float(x), *constants], out, epsilon=module.eps)
         elif isinstance(module, nn.ReLU):
             self._emit("Relu", [self._float(x)], out)
-        elif isinstance(module, nn.AvgPool2d):
-            kernel, stride = pair(module.kernel_size), pair(module.stride)
-            self._emit("AveragePool", [self._float(x)], out, kernel_shape=kernel, strides=stride)
+        elif isinstance(module, nn.AvgPool2d) and module.divisor_override is None:
+            options = {"count_include_pad": int(module.count_include_pad)}
+            self._emit("AveragePool", [self._float(x)], out, **_pool_attributes(module), **options)
         elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
             self._emit("GlobalAveragePool", [self._float(x)], out)
         else:
             raise ValueError(f"{node.target}: no ONNX for the layer {module}")
-
-    def _max_pool(self, x: str, pool: nn.MaxPool2d, out: str) -> str:
-        kernel, stride, pads = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding) * 2
-        options = {"kernel_shape": kernel, "strides": stride, "pads": pads, "ceil_mode": int(pool.ceil_mode)}
-        return self._emit("MaxPool", [x], out, **options)
 
     def _threshold(self, node: fx.Node, layer: ChannelThreshold, out: str) -> None:
         x, source = self._float(node.args[0]), module_of(self.network, node.args[0])
@@ -224,7 +219,7 @@ class _OnnxWriter:
             return
         x = self._qlinear(node, layer, torch.ones(()), 1, -layer.threshold, f"{out}_above")
         if layer.pool is not None:
-            x = self._max_pool(x, layer.pool, f"{out}_pooled")
+            x = self._emit("MaxPool", [x], f"{out}_pooled", **_pool_attributes(layer.pool))
         inverted = bool(layer.inverted.any())
         x = self._emit("Clip", [x, "", self._scalar(1, np.uint8)], f"{out}_reached" if inverted else out)
         if inverted:
@@ -290,6 +285,11 @@ class _OnnxWriter:
             self._emit("Reshape", [self._float(x), shape], out)
         else:
             raise ValueError(f"{out}: no ONNX for the method {node.target}")
+
+
+def _pool_attributes(pool: nn.AvgPool2d | nn.MaxPool2d) -> dict[str, Any]:
+    kernel, stride, pads = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding) * 2
+    return {"kernel_shape": kernel, "strides": stride, "pads": pads, "ceil_mode": int(pool.ceil_mode)}
 
 
 def _conv_attributes(conv: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class SpikingTower(nn.Module):
 
     def __init__(self, channels: int, num_convs: int, num_levels: int, spike: SpikeFactory) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(conv(channels, channels, 3) for _ in range(num_convs))
+        self.convs = nn.ModuleList(conv(spike.outputs(channels), channels, 3) for _ in range(num_convs))
         self.spikes = nn.ModuleList(
             nn.ModuleList(normalised_spikes(channels, spike) for _ in range(num_convs + 1)) for _ in range(num_levels)
         )
@@ -183,12 +183,12 @@ def build_retinanet(config: Model, backbone: BackboneWithNeck, num_classes: int,
     """
     settings, channels = config.head, backbone.out_channels
     anchors = retinanet_anchors(backbone.strides, settings.anchor_scale or 4.0)
-    shape = channels, anchors.num_anchors_per_location()[0], num_classes + 1
+    shape = anchors.num_anchors_per_location()[0], num_classes + 1
     if settings.spiking:
         make_tower = partial(SpikingTower, channels, settings.num_convs, len(backbone.strides), spike)
-        head: RetinaNetHead = SpikingRetinaNetHead(*shape, make_tower)
+        head: RetinaNetHead = SpikingRetinaNetHead(spike.outputs(channels), *shape, make_tower)
     else:
-        head = RetinaNetHead(*shape, norm_layer(settings.norm or "none", channels))
+        head = RetinaNetHead(channels, *shape, norm_layer(settings.norm or "none", channels))
         for tower in (head.classification_head, head.regression_head):
             tower.conv = tower.conv[: settings.num_convs]
     options = {"anchor_generator": anchors, "head": head, **_sizes(config), **_colours_and_limits(config)}
@@ -204,7 +204,7 @@ def build_fcos(config: Model, backbone: BackboneWithNeck, num_classes: int, spik
     settings, channels, strides = config.head, backbone.out_channels, backbone.strides
     if settings.spiking:
         make_tower = partial(SpikingTower, channels, settings.num_convs, len(strides), spike)
-        head: FCOSHead = SpikingFCOSHead(channels, num_classes + 1, make_tower)
+        head: FCOSHead = SpikingFCOSHead(spike.outputs(channels), num_classes + 1, make_tower)
     else:
         # torchvision's own construction has 32 groups, which small pyramids do not divide into.
         norm = norm_layer(settings.norm or "group", channels) or nn.Identity

@@ -64,11 +64,15 @@ class SpikingFPN(nn.Module):
         if num_extra:
             convs = ExtraConvs(out_channels, num_extra, spike if spiking else None) if extra == "conv" else None
             blocks = convs or LastLevelMaxPool()
-        self.fpn = FeaturePyramidNetwork(list(in_channels), out_channels, extra_blocks=blocks)
+        entering = [spike.outputs(channels) if source == "spikes" else channels for channels in in_channels]
+        self.fpn = FeaturePyramidNetwork(entering, out_channels, extra_blocks=blocks)
         if spiking:
             self.fpn.layer_blocks = nn.ModuleList(
                 nn.Sequential(normalised_spikes(out_channels, spike), output) for output in self.fpn.layer_blocks
             )
+            if spike.thresholds > 1:
+                for _, output in self.fpn.layer_blocks:
+                    output[0] = _conv3x3(spike.outputs(out_channels), out_channels)
 
     def forward(self, maps: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
         entering = zip(maps.items(), self.laterals, strict=True)
@@ -88,16 +92,22 @@ class ExtraConvs(ExtraFPNBlock):
         self.blocks = nn.ModuleList()
         for step in range(num):
             before = normalised_spikes(channels, spike) if spike else nn.ReLU() if step else nn.Identity()
-            conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
-            self.blocks.append(nn.Sequential(before, conv))
+            inputs = spike.outputs(channels) if spike else channels
+            self.blocks.append(nn.Sequential(before, _conv3x3(inputs, channels, stride=2)))
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         maps, coarsest = list(results), int(names[-1].removeprefix("c"))
         for block in self.blocks:
             maps.append(block(maps[-1]))
         return maps, [*names, *(f"p{coarsest + step}" for step in range(1, len(self.blocks) + 1))]
+
+
+def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution with torchvision's initialisation of a pyramid's."""
+    conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 class SpikingMaps(nn.Module):
@@ -132,17 +142,17 @@ class SpikingMaps(nn.Module):
     ) -> None:
         super().__init__()
         self.num_extra = num_extra
-        self.out_channels = [*in_channels, *[extra_channels] * num_extra]
+        potentials = [*in_channels, *[extra_channels] * num_extra]
+        self.out_channels = [spike.outputs(channels) for channels in potentials] if source == "spikes" else potentials
         self.leaving = nn.ModuleList(
-            normalised_spikes(channels, spike) if source == "spikes" else nn.Identity()
-            for channels in self.out_channels
+            normalised_spikes(channels, spike) if source == "spikes" else nn.Identity() for channels in potentials
         )
         middle = max(1, extra_channels // 2)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(channels, middle, 1, bias=False),
                 normalised_spikes(middle, spike),
-                nn.Conv2d(middle, extra_channels, 3, stride=2, padding=1, bias=False),
+                nn.Conv2d(spike.outputs(middle), extra_channels, 3, stride=2, padding=1, bias=False),
             )
             for channels in self.out_channels[len(in_channels) - 1 : -1]
         )

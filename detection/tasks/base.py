@@ -135,7 +135,8 @@ class Task(ABC):
             kind = find_arithmetic(backbone.arithmetic)
             words = [kind.words, *(words if backbone.activation != kind.activation else [])]
         steps = f", {backbone.time_steps} time steps" if self.time_steps > 1 else ""
-        return f"{name}{width}, {', '.join(words)}{steps}"
+        bits = f", {backbone.thresholds} thresholds" if self.spiking and backbone.thresholds > 1 else ""
+        return f"{name}{width}, {', '.join(words)}{steps}{bits}"
 
     def describe_data(self) -> str:
         """Return the data in words, such as "voc data in data/bccd, 3 classes"."""

@@ -1,0 +1,161 @@
+"""Several thresholds: neurons of each potential that fire at potentials of their own, and bits alone behind them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_energy import SPIKING_HEAD, SPIKING_NECK, make_config, make_detector, make_images
+from test_fold import classifier, detector, run_and_record
+from torch import nn
+
+import backbones
+from backbones import HoyerSpike, certify, energy, fold, hoyer_penalty, measure_activity
+from backbones.activations import SeveralThresholds
+from backbones.deploy.fold import ChannelThreshold
+from detection.cli import main
+from detection.models import build_detector
+from detection.runs import Run
+from detection.tasks import task_of
+
+NETWORKS = [
+    ("vgg11", {"head": "pooled"}),
+    ("resnet18", {}),
+    ("resnet18", {"shortcut": "real", "norm_first": True}),
+    ("resnet50", {"stem": "imagenet"}),
+]
+networks = pytest.mark.parametrize(("name", "options"), NETWORKS, ids=str)
+
+
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def test_at_first_the_neurons_of_a_potential_fire_at_equal_distances():
+    layer = SeveralThresholds(1, 3, lambda channels: HoyerSpike(channels, fixed=True)).eval()
+    u = torch.tensor([0.4, 0.6, 0.9, 1.1, 1.4, 1.6]).view(6, 1, 1, 1)
+    count = torch.tensor([0, 1, 1, 2, 2, 3.0])
+    spikes = layer(u)
+    assert spikes.shape == (6, 3, 1, 1)
+    assert torch.equal(spikes.sum((1, 2, 3)), count)
+    # Of the copies the first is the easiest: where a later one fires, those before it fire, too.
+    assert torch.equal(spikes, spikes.cummin(1).values)
+
+
+@networks
+def test_every_layer_but_the_first_sees_bits_of_its_own_width(name, options):
+    torch.manual_seed(0)
+    one, three = (
+        backbones.Classifier(backbones.create(name, width=0.125, thresholds=k, **{"stem": "cifar"} | options), 10)
+        for k in (1, 3)
+    )
+    ours, theirs = ([m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))] for model in (three, one))
+    for index, (wide, narrow) in enumerate(zip(ours, theirs, strict=True)):
+        assert wide.weight.shape[1] == narrow.weight.shape[1] * (3 if index else 1)
+        assert wide.weight.shape[0] == narrow.weight.shape[0]
+    images = torch.rand(4, 3, 64, 64)
+    (three(images).square().sum() + hoyer_penalty(three, "network")).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in three.parameters())
+    certificate = certify(measure_activity(three.eval(), [images]), strict=True)
+    assert certificate.is_binary and certificate.num_binary == len(ours) - 1
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos", "ssd", "fasterrcnn"])
+def test_detectors_are_binary_to_their_last_layer(kind):
+    spiking = {} if kind in ("ssd", "fasterrcnn") else {"neck": SPIKING_NECK, "head": SPIKING_HEAD}
+    config = make_config(kind, backbone={"name": "resnet18", "thresholds": 2}, **spiking)
+    model = make_detector(config)
+    certificate = certify(measure_activity(model, [make_images()]), task_of(config).analogue_parts(model))
+    assert certificate.is_binary, certificate.violations
+    if kind != "fasterrcnn":
+        assert [each.layer for each in certificate.exceptions] == ["backbone.body.stem.0"]
+    targets = [{"boxes": torch.tensor([[5.0, 5, 30, 30]]), "labels": torch.tensor([1])}] * 2
+    loss = sum(model.train()(make_images(), targets).values()) + hoyer_penalty(model, "network")
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@networks
+def test_one_threshold_and_the_twin_are_what_they_were(name, options):
+    options = {"width": 0.125, "stem": "cifar"} | options
+    assert shapes(backbones.create(name, **options)) == shapes(backbones.create(name, thresholds=1, **options))
+    twin = {"activation": "relu"} | options
+    assert shapes(backbones.create(name, **twin)) == shapes(backbones.create(name, thresholds=3, **twin))
+    config = make_config(backbone={"thresholds": 3, "activation": "relu"}, neck=SPIKING_NECK, head=SPIKING_HEAD)
+    plain = make_config(backbone={"activation": "relu"}, neck=SPIKING_NECK, head=SPIKING_HEAD)
+    assert shapes(build_detector(config)) == shapes(build_detector(plain))
+
+
+@networks
+def test_a_folded_network_fires_alike(name, options):
+    model = classifier(name, thresholds=2, **options).double()
+    images = torch.randn(2, 3, 65, 97, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected, spikes = run_and_record(model, images, HoyerSpike)
+    result, ours = run_and_record(fold(model), images, ChannelThreshold)
+    assert 0.02 < torch.cat([each.flatten() for each in spikes]).mean() < 0.9
+    assert all(torch.equal(a, b) for a, b in zip(spikes, ours, strict=True))
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_folded_detector_finds_the_same():
+    head = {"num_convs": 2, "spiking": True, "score_threshold": 0.001}
+    model = detector(backbone={"name": "resnet18", "width": 0.125, "thresholds": 2}, head=head).double()
+    images = [torch.rand(3, 64, 90, dtype=torch.float64, generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        (ours,), (expected,) = fold(model)(images), model(images)
+    assert len(expected["boxes"]) and torch.equal(ours["labels"], expected["labels"])
+    torch.testing.assert_close(ours["boxes"], expected["boxes"])
+
+
+def test_twins_are_priced_with_one_neuron_for_each_potential():
+    """A network that fires everywhere has, but for its own operations, the energy of one with one threshold."""
+    images, found = torch.rand(2, 3, 32, 32), {}
+    for thresholds in (1, 2):
+        torch.manual_seed(0)
+        model = backbones.Classifier(backbones.create("resnet18", width=0.125, stem="cifar", thresholds=thresholds), 10)
+        measured = measure_activity(model.eval(), [images])
+        found[thresholds] = energy(measured).networks
+        assert measured.thresholds == thresholds
+    for network in ("twin", "twin_int8", "binary"):
+        one, two = (found[thresholds][network] for thresholds in (1, 2))
+        assert (two.macs, two.acs, two.comparisons, two.weight_bits) == (
+            one.macs,
+            one.acs,
+            one.comparisons,
+            one.weight_bits,
+        )
+        assert two.read_bits == one.read_bits
+    assert found[2]["spiking"].comparisons == 2 * found[1]["spiking"].comparisons
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("resnet18", {"thresholds": 0}, "thresholds must be a whole number from 1 on, got 0"),
+        ("resnet18", {"thresholds": True}, "thresholds must be a whole number from 1 on, got True"),
+        ("resnet18", {"thresholds": 2, "activation": "graded"}, "has one threshold alone \\(allowed: hoyer, fixed\\)"),
+        ("mobilenetv1", {"thresholds": 2}, "thresholds must be 1 for mobilenetv1, whose convolutions are depthwise"),
+    ],
+)
+def test_what_is_refused(name, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        backbones.create(name, width=0.125, **options)
+
+
+def test_a_head_of_hidden_layers_is_refused():
+    backbone = backbones.create("vgg11", width=0.125, stem="cifar", thresholds=2)
+    with pytest.raises(ValueError, match="several thresholds need head 'pooled'"):
+        backbones.Classifier(backbone, 10)
+
+
+def test_a_recipe_trains_and_its_files_say_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scenes = "--data.scenes.num_train 4 --data.scenes.num_val 4 --data.scenes.size 64 --train.epochs 1"
+    network = "--model.backbone.width 0.125 --model.backbone.thresholds 2 --model.neck.out_channels 16"
+    spiking = "--model.neck.spiking True --model.head.spiking True --model.min_size 64 --model.max_size 64"
+    main(f"train scenes_retinanet_resnet18 --out run {scenes} {network} {spiking}".split())
+    main(["export", "run", "--format", "events", "--evaluate"])
+    described = json.loads((tmp_path / "run" / "model.events.json").read_text())
+    assert described["evaluation"]["file"].keys() == described["evaluation"]["run"].keys()
+    assert task_of(Run.open(tmp_path / "run").config).describe().endswith("spiking, 2 thresholds, neck and head too")
