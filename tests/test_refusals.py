@@ -16,6 +16,7 @@ from detection.__main__ import main
 from detection.config import read_recipe, set_values
 from detection.data.layouts import recognise
 from detection.runs import Run
+from detection.tasks.classification import ClassificationTask
 
 COCO = {"images": [{"id": 1, "file_name": "a.jpg", "width": 8, "height": 8}], "annotations": [], "categories": []}
 
@@ -147,6 +148,48 @@ def test_options_of_a_further_cycle_are_not_swallowed(capsys, given, why):
     with pytest.raises(SystemExit):
         call("train", "--resume", ROOT / "backbones" / "zoo" / "cifar10_vgg11", *given)
     assert why in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("summary", "which recipe? The first argument is a YAML file"),
+        ("summary --resume zoo:cifar10_vgg11", "--resume: no such key of a recipe"),
+        ("check-data --resume cifar10_vgg11", "--resume: no such key of a recipe"),
+        ("train --resume", "argument --resume: expected one argument (hoyer-det train --help documents the command)"),
+        ("predict --resume", "argument --resume: expected one argument (hoyer-det predict --help documents"),
+        ("web zoo:cifar10_vgg11 --port 70000", "--port 70000: expected 0 to 65535"),
+        ("web zoo:cifar10_vgg11 --port -5", "--port -5: expected 0 to 65535"),
+        ("web zoo:cifar10_vgg11 --max-mb inf", "--max-mb inf: expected 1 or more, finite"),
+        ("web zoo:cifar10_vgg11 --max-megapixels inf", "--max-megapixels inf: expected 1 or more, finite"),
+    ],
+)
+def test_options_out_of_place_or_range_are_a_sentence_that_names_the_command(capsys, given, why):
+    with pytest.raises(SystemExit) as end:
+        call(*given.split())
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {why}")
+
+
+def test_options_may_stand_in_front_of_a_run_or_folder(tmp_path, capsys):
+    call("summary", "--classes", "3", "zoo:cifar10_vgg11")
+    assert capsys.readouterr().out.strip().startswith("zoo:cifar10_vgg11: vgg11 x0.25")
+    lines = ["image,xmin,ymin,xmax,ymax,label"]
+    for number in range(4):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,1,1,50,50,cat")
+    (tmp_path / "all.csv").write_text("\n".join(lines) + "\n")
+    call("check-data", "--format", "csv", tmp_path)
+    assert "training can go on" in capsys.readouterr().out
+
+
+def test_a_network_that_does_not_fit_into_the_memory_is_a_sentence_of_the_summary_too(monkeypatch, capsys):
+    def build(task: ClassificationTask) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2415919104 bytes")
+
+    monkeypatch.setattr(ClassificationTask, "build_model", build)
+    with pytest.raises(SystemExit) as end:
+        call("summary", "cifar10_vgg11")
+    assert end.value.code == 2 and "does not fit into the memory" in capsys.readouterr().err
 
 
 def test_an_exported_file_is_not_called_like_one_of_another_format(tmp_path):
