@@ -283,9 +283,10 @@ class Page:
         }
 
     def _move(self, visit: Visit, values: Values, tell: Tell) -> Updates:
-        if visit.source is None:
+        networks = self._chosen(values)
+        if not visit.has_answers(networks):
             return {}
-        visit.index = min(int(values[self.time]), visit.length(self._chosen(values))) - 1
+        visit.index = min(int(values[self.time]), visit.length(networks)) - 1
         return self._show(visit, values, tell)
 
     def _found(self, visit: Visit, networks: Sequence[Network], score: float) -> str:
@@ -295,7 +296,7 @@ class Page:
     def _show(self, visit: Visit, values: Values, tell: Tell) -> Updates:
         """Show the answers that are there already, at the score of the slider."""
         networks, score = self._chosen(values), values[self.score]
-        if visit.source is None or any(network.name not in visit.answers for network in networks):
+        if not visit.has_answers(networks):
             return {}
         paths = [visit.work(partial(visit.draw, network, score)) for network in networks]
         answers = {network.name: visit.answer(network) for network in networks}
@@ -317,7 +318,7 @@ class Page:
     def _explain(self, visit: Visit, values: Values, tell: Tell) -> Updates:
         """Show what takes longer: where the networks fire, and what the picture costs."""
         networks = self._chosen(values)
-        if visit.source is None or any(network.name not in visit.answers for network in networks):
+        if not visit.has_answers(networks):
             return {}
         answers = {network.name: visit.work(partial(visit.explain, network)) for network in networks}
         updates: Updates = {self.table: summary(answers, values[self.score]), self.costs: costs(answers)}
@@ -332,7 +333,7 @@ class Page:
 
     def _show_maps(self, visit: Visit, values: Values, tell: Tell) -> Updates:
         networks = self._chosen(values)
-        if visit.source is None or any(network.name not in visit.answers for network in networks):
+        if not visit.has_answers(networks):
             return {}
         updates: Updates = {}
         for index, network in enumerate(networks):
@@ -345,7 +346,7 @@ class Page:
 
     def _step(self, by: int, visit: Visit, values: Values, tell: Tell) -> Updates:
         """Go to another stage, behind the last one to the first."""
-        if visit.source is None:
+        if not visit.has_answers(self._chosen(values)):
             return {}
         stages = self._stages(visit, values)
         now = stages.index(values[self.stage]) if values[self.stage] in stages else 0

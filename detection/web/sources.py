@@ -114,7 +114,7 @@ def examples_of(predictor: Predictor, folder: Path) -> list[Path]:
     if getattr(data, "are_events", False):
         found = [
             path
-            for split in data.val
+            for split in ([data.val] if isinstance(data.val, str) else data.val)  # a classifier has one
             for path in sorted((data.root / split).rglob("*"))
             if path.suffix.lower() in EVENT_SUFFIXES
         ]
