@@ -43,9 +43,10 @@ class FilmOutput:
         """
         if self._writer is None:
             part = Path(plain_path(self.path.parent, self._place.name), ".film.mp4")
-            self._writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, picture.shape[1::-1])
-            if not self._writer.isOpened():
+            writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, picture.shape[1::-1])
+            if not writer.isOpened():
                 raise OSError(f"{self.path}: OpenCV cannot write MPEG-4 films here; --no-images writes the boxes alone")
+            self._writer = writer
         self._writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
 
     def close(self) -> None:
