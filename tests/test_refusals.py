@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT
@@ -13,10 +14,14 @@ import backbones
 import detection
 import hubconf
 from detection.__main__ import main
+from detection.api import EvaluatedRun
 from detection.config import read_recipe, set_values
 from detection.data.layouts import recognise
+from detection.records import EpochLog, Evaluation
+from detection.report import write_report
 from detection.runs import Run
 from detection.tasks.classification import ClassificationTask
+from detection.tasks.predictions import ClassPrediction
 
 COCO = {"images": [{"id": 1, "file_name": "a.jpg", "width": 8, "height": 8}], "annotations": [], "categories": []}
 
@@ -197,6 +202,33 @@ def test_an_exported_file_is_not_called_like_one_of_another_format(tmp_path):
         detection.export("zoo:cifar10_vgg11", tmp_path / "a.events")
     with pytest.raises(ValueError, match="--calibration belongs to --int8"):
         detection.export("zoo:cifar10_vgg11", tmp_path / "a.onnx", num_calibration=3)
+
+
+def test_a_folder_that_takes_no_files_is_named_before_the_work(tmp_path, monkeypatch):
+    run = "zoo:cifar10_vgg11"
+    for module, work in (("detection.exporters.run", "load_model"), ("detection.report.page", "complete")):
+        monkeypatch.setattr(f"{module}.{work}", lambda *arguments, **options: pytest.fail("work was done"))
+    for way in (lambda: detection.export(run, "/proc/a.onnx"), lambda: write_report([run], "/proc/a.html")):
+        with pytest.raises(OSError, match="/proc: no files can be written there"):
+            way()
+
+
+def test_an_image_whose_classes_are_equal_is_compared_with_the_class_that_is_named():
+    names = tuple(f"class {number}" for number in range(40))
+    noisy, clean = (
+        ClassPrediction(np.zeros((1, 1, 3), np.uint8), names, None, each)
+        for each in (torch.arange(40) / 780, torch.full((40,), 1 / 40))
+    )
+    (name, before), share = clean.top(1)[0], noisy.probabilities[names.index(clean.top(1)[0][0])]
+    assert noisy.since(clean).endswith(f" {name}, probability {share:.3f} instead of {before:.3f}")
+
+
+def test_a_number_of_a_table_that_differs_from_the_log_is_named(monkeypatch, capsys):
+    now, then = (Evaluation(metrics={"AP": 0.5}, tables={"voc": {"AP50_area": value}}) for value in (0.6, 0.7))
+    found = EvaluatedRun("zoo", now, EpochLog(epoch=1, loss=1.0, evaluation=then))
+    monkeypatch.setattr("detection.api.evaluate", lambda *arguments, **options: found)
+    call("evaluate", "zoo:bccd_retinanet_resnet18")
+    assert "not equal to the log: VOC AP50 (area)\n" in capsys.readouterr().out
 
 
 def test_a_comparison_does_not_write_into_a_run(tmp_path, capsys):

@@ -173,7 +173,7 @@ class ClassPrediction(AnyPrediction):
 
     def since(self, clean: Self) -> str:
         (name, before), now = clean.top(1)[0], self.top(1)[0][0]
-        share = float(self.probabilities[clean.probabilities.argmax()])
+        share = float(self.probabilities[self.class_names.index(name)])
         return f"{'still' if now == name else 'no longer'} {name}, probability {share:.3f} instead of {before:.3f}"
 
     def draw(self) -> Image.Image:
@@ -201,9 +201,9 @@ def read_category_ids(run: Run) -> tuple[tuple[int, ...], Path | None]:
     numbers = tuple(range(1, len(classes) + 1))
     if config.data.format != "coco":
         return numbers, None
-    path = config.data.root / config.data.val[0]
     try:
+        path = config.data.root / (config.data.val or config.data.train)[0]  # without val, a part of train is for that
         id_of = {item["name"]: int(item["id"]) for item in json.loads(path.read_text("utf-8"))["categories"]}
         return tuple(id_of[name] for name in classes), path
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         return numbers, None
