@@ -76,7 +76,7 @@ class Variant(NamedTuple):
 
 
 def compare_runs(
-    out: Path, variants: Mapping[str, Sequence[str]], command: Sequence[str], num_images: int, data_root: Path
+    out: Path, variants: Mapping[str, Sequence[str]], command: Sequence[str], num_images: int, roots: Mapping[str, Path]
 ) -> None:
     """Write `FILES` about all finished runs of the variants in `out`, folders VARIANT_seedN.
 
@@ -85,14 +85,13 @@ def compare_runs(
         variants: overrides by name; with the first one the others are compared.
         command: that asks for it, for the page.
         num_images: evaluation images of which energy is measured, at most all there are.
-        data_root: where the data lie.
+        roots: where the data lie, by variant.
     """
     found = []
     for name, overrides in variants.items():
-        folders = [folder for folder in out.glob(f"{name}_seed*/") if folder.name.rpartition("_seed")[2].isdecimal()]
-        runs = [Run.open(folder) for folder in sorted(folders, key=lambda folder: int(folder.name.split("_seed")[1]))]
+        runs = runs_of(out, name)
         metric = task_of(runs[0].config).headline[0]
-        rows = [describe(run, metric, num_images, data_root) for run in runs if run.finished]
+        rows = [describe(run, metric, num_images, roots[name]) for run in runs if run.finished]
         found.append(Variant(name, overrides, rows))
     priced = [row for variant in found for row in variant.rows if not row["unpriced"]]
     facts = {
@@ -121,6 +120,13 @@ def compare_runs(
     else:
         (out / FILES[4]).unlink(missing_ok=True)
     write_whole(out / "README.md", page(found, facts, bool(panels)).encode())
+
+
+def runs_of(out: Path, variant: str) -> list[Run]:
+    """Return the runs of a variant, folders VARIANT_seedN, in the order of their seeds."""
+    seeds = {folder: folder.name.rpartition("_seed")[2] for folder in out.glob(f"{variant}_seed*/")}
+    folders = sorted((folder for folder, seed in seeds.items() if seed.isdecimal()), key=lambda each: int(seeds[each]))
+    return [Run.open(folder) for folder in folders]
 
 
 def describe(run: Run, metric: str, num_images: int, data_root: Path) -> dict[str, Any]:
