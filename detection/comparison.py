@@ -10,8 +10,6 @@ training steps of all epochs. Memory is `EpochLog.memory_mib`, the highest.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shlex
 import statistics
@@ -24,7 +22,7 @@ from backbones import HOROWITZ_45NM
 from detection.analysis import MILLION, analyze_run
 from detection.curves import draw_comparison, draw_trade_off
 from detection.figures import save_png
-from detection.files import write_whole
+from detection.files import write_csv, write_whole
 from detection.runs import Run
 from detection.tasks import task_of
 from detection.text import printable, say, spread
@@ -103,11 +101,7 @@ def compare_runs(
     summaries = [summarise(variant, found[0], metric) for variant in found]
     whole = facts | {"variants": [row | {"runs": each.rows} for row, each in zip(summaries, found, strict=True)]}
     write_whole(out / "comparison.json", (json.dumps(whole, indent=2) + "\n").encode())
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(summaries[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(summaries)
-    write_whole(out / "comparison.csv", text.getvalue().encode())
+    write_csv(out / "comparison.csv", list(summaries[0]), [row.values() for row in summaries])
     save_png(
         draw_comparison({each.name: each.values(metric) for each in found}, f"{metric}, in [0, 1]"), out / FILES[3]
     )

@@ -15,6 +15,7 @@ from detection import comparison
 from detection.analysis import analyze_run
 from detection.cli import compare
 from detection.cli import train as train_verb
+from detection.files import write_csv
 from detection.runs import Run
 from detection.tasks import task_of
 from detection.tasks.run import read_evaluation_data
@@ -230,3 +231,8 @@ def test_detectors_go_the_same_road(tmp_path):
         assert row["energy_uj"] == found.report.networks[network].total_pj / 1e6 > 0
         assert row["energy_int8_uj"] == found.report.networks[f"{network}_int8"].total_pj / 1e6
     assert (tmp_path / "runs" / "energy.png").is_file()
+
+
+def test_a_table_keeps_names_that_are_no_utf8(tmp_path):
+    write_csv(tmp_path / "table.csv", ["variant", "overrides"], [["a", "--data.root \udcff"], ["b", None]])
+    assert (tmp_path / "table.csv").read_text() == "variant,overrides\na,--data.root \\udcff\nb,\n"
