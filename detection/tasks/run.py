@@ -317,12 +317,8 @@ def require_same_origin(run: Run, info: RunInfo) -> None:
 
 def leave_pictures(run: Run) -> None:
     """Draw the curves of a run's log into its folder."""
-    from detection.curves import (
-        draw_anytime,
-        draw_curves,
-        draw_dynamics,
-        draw_potentials,
-    )  # which bring matplotlib, slow to import
+    # Which bring matplotlib, slow to import.
+    from detection.curves import draw_anytime, draw_curves, draw_dynamics, draw_potentials
     from detection.figures import save_png
 
     task, history = task_of(run.config), run.history()
