@@ -94,9 +94,10 @@ def train_run(
 def build_trainer(
     task: Task, splits: tuple[Dataset, Dataset], run: Run, accelerator: Accelerator, *, goes_on: bool, **options: Any
 ) -> tuple[Trainer, Start | None]:
-    """Return the trainer of a network that begins, or goes on, and what it starts from."""
+    """Return the trainer of a network, and what it has of model.weights; one that `goes_on` brings its own weights."""
     train, val = splits
-    model, start = begin_model(task, goes_on=goes_on)
+    model = build_model(without_weights(task) if goes_on else task)
+    start = None if goes_on else start_from(task, model)
     model, losses = prepare_model(task, model, accelerator)
     batches, val_batches = task.training_batches(train, accelerator), task.evaluation_batches(val, accelerator)
     trainer = Trainer(
@@ -224,17 +225,6 @@ def build_model(task: Task) -> nn.Module:
             f"the network of this recipe does not fit into the memory ({reason}); a smaller model.backbone.width or "
             "narrower neck and head may"
         ) from None
-
-
-def begin_model(task: Task, *, goes_on: bool) -> tuple[nn.Module, Start | None]:
-    """Return the network that a training begins with, and what it has of model.weights; errors as of both functions.
-
-    One that `goes_on` brings its own weights, and none are read.
-    """
-    if goes_on:
-        return build_model(without_weights(task)), None
-    model = build_model(task)
-    return model, start_from(task, model)
 
 
 def load_teacher(task: Task) -> nn.Module:
