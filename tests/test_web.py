@@ -428,12 +428,13 @@ def test_only_the_page_is_served(server, tmp_path):
 
 @pytest.mark.attempt("foreign requests", 2)
 def test_uploads_are_limited(server):
-    def upload(size: int) -> int:
+    def upload(size: int) -> tuple[int, bytes]:
         begin = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
         body = begin + bytes(size) + b"\r\n--x--\r\n"
-        return ask(server, "POST", "/gradio_api/upload", body, content_type="multipart/form-data; boundary=x")[0]
+        return ask(server, "POST", "/gradio_api/upload", body, content_type="multipart/form-data; boundary=x")[:2]
 
-    assert upload(1000) == 200 and upload(8 * 2**20 + 1000) == 413 and upload(20 * 2**20) == 413
+    assert upload(1000)[0] == 200 and upload(8 * 2**20 + 1000)[0] == 413
+    assert upload(20 * 2**20) == (413, b'{"detail": "More than 8 MB are not taken here."}')
 
 
 # Without either
@@ -464,6 +465,8 @@ def test_a_stopped_film_keeps_a_picture_of_every_network(networks, tmp_path):
     visit = Visit(tmp_path, lambda function: function())
     visit.give(Source(write_film(tmp_path / "film.mp4", 4), "film.mp4", 10**6))
     assert visit.ask(networks, {}, lambda done, of: visit.stopped.set() if done == 2 else None)
+    written = json.loads(visit.write_json(networks[0], 0.3).read_text())
+    assert len(written["images"]) == 2 and written["info"] == {"description": "predictions of one, last weights"}
     assert [len(visit.answers[network.name]) for network in networks] == [2, 1] and visit.length(networks) == 1
 
 

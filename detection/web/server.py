@@ -54,17 +54,17 @@ class Gate:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        path, headers = (
-            scope["path"],
-            {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]},
-        )
+        path = scope["path"]
+        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         refusal = self._refusal(scope["method"], path, headers)
         body = None
         if refusal is None and scope["method"] == "POST":
-            most = self.most_bytes + MEGABYTE if path == "/gradio_api/upload" else MEGABYTE
+            upload = path == "/gradio_api/upload"
+            limit = self.most_bytes if upload else MEGABYTE
+            most = limit + MEGABYTE * upload  # what is sent around the file
             if int(headers.get("content-length", "0") or 0) > most:
-                refusal = (413, f"More than {most // MEGABYTE} MB are not taken here.")
-            elif path == "/gradio_api/upload":
+                refusal = (413, f"More than {limit / MEGABYTE:g} MB are not taken here.")
+            elif upload:
                 receive = _at_most(receive, most)
             else:
                 body = await _whole(receive, most)

@@ -168,7 +168,8 @@ class Visit:
             for row in prediction.to_results(number):
                 area = {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} if "bbox" in row else {}
                 rows.append({"id": len(rows) + 1, **row, **area})
-        info = {"description": f"predictions of {network.name}, {network.weights} weights", "score_threshold": score}
+        info: dict[str, Any] = {"description": f"predictions of {network.name}, {network.weights} weights"}
+        info |= {"score_threshold": score} if network.has_boxes else {}
         labels = task.describe_labels(run)
         labels.pop("category_ids", None)  # where their numbers come from: a path of the server
         path = self._file(f"{self._stem}.json")
