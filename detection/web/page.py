@@ -117,16 +117,11 @@ class Page:
     def _lay_out_answers(self) -> None:
         self.said = gr.HTML(sentence(GREETING), elem_id="said", padding=False)
         self.drawn, self.bars, self.maps = [], [], []
+        picture = {"buttons": ["fullscreen"], "interactive": False}
         with gr.Row():
             for side in ("first", "second"):
                 with gr.Column(min_width=280, visible=side == "first", elem_classes="side") as column:
-                    shown = gr.Image(
-                        label="found",
-                        elem_id=f"drawn-{side}",
-                        elem_classes="drawn",
-                        buttons=["fullscreen"],
-                        interactive=False,
-                    )
+                    shown = gr.Image(label="found", elem_id=f"drawn-{side}", elem_classes="drawn", **picture)
                     bars = gr.Label(num_top_classes=5, label="classes", elem_id=f"bars-{side}", visible=False)
                 self.drawn.append(shown)
                 self.bars.append(bars)
@@ -146,16 +141,8 @@ class Page:
                     self.back = gr.Button("Stage before", size="sm", elem_id="back")
                     self.on = gr.Button("Next stage", size="sm", elem_id="next")
                 for side in ("first", "second"):
-                    self.maps.append(
-                        gr.Image(
-                            label="spikes",
-                            elem_id=f"maps-{side}",
-                            elem_classes=["drawn", "maps"],
-                            buttons=["fullscreen"],
-                            interactive=False,
-                            visible=side == "first",
-                        )
-                    )
+                    place = {"elem_id": f"maps-{side}", "elem_classes": ["drawn", "maps"]}
+                    self.maps.append(gr.Image(label="spikes", visible=side == "first", **place, **picture))
             with gr.Tab("What it costs"):
                 self.costs = gr.HTML(elem_id="costs", padding=False)
 
