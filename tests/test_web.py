@@ -40,6 +40,7 @@ from detection.runs import Run
 from detection.tasks import task_of
 from detection.web.answers import Network
 from detection.web.page import Page
+from detection.web.server import Gate
 from detection.web.sources import Source, examples_of
 from detection.web.visits import Visit, Visits
 
@@ -438,6 +439,30 @@ def test_uploads_are_limited(server):
 
 
 # Without either
+
+
+def test_files_are_counted_while_others_are_removed(tmp_path):
+    """As drawings of other visitors are while a file is uploaded."""
+    (tmp_path / "kept").write_bytes(bytes(100))
+    ended = threading.Event()
+
+    def draw() -> None:
+        while not ended.is_set():
+            for number in range(20):
+                (tmp_path / f"{number}").mkdir()
+                (tmp_path / f"{number}" / "picture").touch()
+            for number in range(20):
+                shutil.rmtree(tmp_path / f"{number}")
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        gate, end = Gate(None, tmp_path, 1), time.monotonic() + 1
+        while time.monotonic() < end:
+            assert gate._stored() == 100
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_noise_on_the_page_is_that_of_robustness():
