@@ -213,6 +213,14 @@ def test_a_folder_that_takes_no_files_is_named_before_the_work(tmp_path, monkeyp
             way()
 
 
+@pytest.mark.parametrize("key", ["weights", "backbone.weights"])
+def test_weights_that_are_missing_are_named_before_the_data_are_read(tmp_path, monkeypatch, capsys, key):
+    monkeypatch.setattr(ClassificationTask, "read", lambda *arguments: pytest.fail("data were read"))
+    with pytest.raises(SystemExit):
+        call("train", "cifar10_vgg11", f"--model.{key}", tmp_path / "gone", "--out", tmp_path / "run")
+    assert capsys.readouterr().err == f"error: {tmp_path / 'gone'}: no such weights file\n"
+
+
 def test_an_image_whose_classes_are_equal_is_compared_with_the_class_that_is_named():
     names = tuple(f"class {number}" for number in range(40))
     noisy, clean = (

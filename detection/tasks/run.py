@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 
+from backbones import zoo
 from detection.config import Recipe, flatten, require_same
 from detection.files import require_writable
 from detection.records import DataFingerprint, EpochLog, RunInfo, Start, Weights
@@ -150,7 +151,7 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
 
     Raises:
         FileExistsError: there is something in it already.
-        FileNotFoundError: with `resume`, there is no run.
+        FileNotFoundError: with `resume`, there is no run; without it, no such weights to start from.
         ImportError: the package of a logger is missing.
         ValueError: the recipe names something that is not registered, or with `resume`, the run has another recipe.
     """
@@ -159,6 +160,9 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
         require_same(flatten(Run.open(folder).config), config, str(folder))
     else:
         require_writable(Run.check_free(folder))
+        for source in (getattr(config.model, "weights", None), config.model.backbone.weights):
+            if source is not None and not zoo.locate(source).exists():
+                raise FileNotFoundError(f"{source}: no such weights file")
     loggers.require_packages(config)
 
 
