@@ -11,6 +11,7 @@ import torch
 
 from backbones import zoo
 from detection.exporters.inference import open_file
+from detection.text import plural
 
 WARM_UP = 5  # calls before those that count
 
@@ -43,7 +44,7 @@ class Benchmark:
 
     def __str__(self) -> str:
         height, width = self.size
-        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        threads = plural(self.threads, "thread")
         return f"{self.path}: {spread_of(self.seconds)} for an image of {width}x{height} pixels, {threads}"
 
 

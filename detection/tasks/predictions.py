@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from detection.runs import Run
+from detection.text import plural
 
 PIXELS = 2**26  # of the images that are in memory at a time, if they are several: 800 MB as floats
 Item = TypeVar("Item")
@@ -149,7 +150,7 @@ class Prediction(AnyPrediction):
 
     def __str__(self) -> str:
         counts = ", ".join(f"{number} {name}" for name, number in Counter(self.names).most_common())
-        return f"{len(self)} detection{'' if len(self) == 1 else 's'}" + (f" ({counts})" if counts else "")
+        return plural(len(self), "detection") + (f" ({counts})" if counts else "")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
