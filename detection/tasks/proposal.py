@@ -58,8 +58,9 @@ def propose(data: Mapping[str, Any], train: Annotations, saw: str) -> list[Choic
     objects = resized(train, min_size, max_size)
     levels, extra, scale, covered = _levels(objects)
     batch = _batch(number, max_size)
-    epochs = _epochs(number, batch)
-    steps = epochs * math.ceil(number / batch)
+    per_epoch = math.ceil(number / batch)
+    epochs = min(max(EPOCHS, round(STEPS / per_epoch, -1)), MOST_EPOCHS)
+    steps = epochs * per_epoch
     backbone: dict[str, Any] = {"name": "resnet18", "width": 0.5, "activation": "hoyer"}
     if small:
         backbone["weights"] = ZOO
@@ -89,7 +90,7 @@ def propose(data: Mapping[str, Any], train: Annotations, saw: str) -> list[Choic
         Choice("optimizer", _optimizer(steps), f"Muon learns in few epochs; warm-up over a tenth of the {steps} steps, "
                "at most 100"),
         Choice("train", _train(batch, epochs, steps), f"{number} images in batches of {batch} are "
-               f"{math.ceil(number / batch)} steps per epoch; {EPOCHS} epochs or {STEPS} steps, whichever is more, but "
+               f"{per_epoch} steps per epoch; {EPOCHS} epochs or {STEPS} steps, whichever is more, but "
                f"no more than {MOST_EPOCHS} epochs"),
     ]  # fmt: skip
 
@@ -142,10 +143,6 @@ def _levels(objects: Objects) -> tuple[list[str], int, float, str]:
 def _batch(number: int, max_size: int) -> int:
     largest = 4 if max_size > 800 else 16 if number >= SMALL_SET and max_size <= 512 else 8
     return min(largest, max(1, number // 4))
-
-
-def _epochs(number: int, batch: int) -> int:
-    return min(max(EPOCHS, round(STEPS / math.ceil(number / batch), -1)), MOST_EPOCHS)
 
 
 def _augment(classes: Sequence[str]) -> tuple[dict[str, float], str]:
