@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,7 +42,7 @@ def write_whole(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Write a table in one step or not at all; bytes of names that are no UTF-8 become escapes."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
