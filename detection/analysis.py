@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -26,7 +24,7 @@ from backbones import (
     record_layers,
 )
 from backbones.measure.energy import SKIPPING
-from detection.files import write_whole
+from detection.files import write_csv, write_whole
 from detection.records import Evaluation
 from detection.runs import Run, Weights
 from detection.tasks import task_of
@@ -266,11 +264,7 @@ class Analysis:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "analysis.json", (json.dumps(found, indent=2) + "\n").encode())
         rows = [_flat(layer) for layer in found["layers"]]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(folder / "layers.csv", text.getvalue().encode())
+        write_csv(folder / "layers.csv", list(rows[0]) if rows else [], [row.values() for row in rows])
         parts = [f"# {printable(self.run)}, {self.weights} weights, {self.measured.num_images} images", self.summary()]
         for table in self.tables():
             lines = [table.header, tuple("---" for _ in table.header), *table.rows]

@@ -113,12 +113,12 @@ class EvaluatedRun:
 
     @property
     def is_as_logged(self) -> bool:
-        """Whether every number that the log has is equal in every digit."""
+        """Whether every one of `metrics` that the log has is equal in every digit."""
         return not self.different
 
     @property
     def different(self) -> list[str]:
-        """Names of the numbers that differ from the log's."""
+        """Names of the metrics that differ from the log's."""
         logged = self.logged.metrics
         return [key for key, value in self.metrics.items() if key in logged and logged[key] != value]
 

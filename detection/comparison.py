@@ -10,8 +10,6 @@ training steps of all epochs. Memory is `EpochLog.memory_mib`, the highest.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shlex
 import statistics
@@ -24,7 +22,7 @@ from backbones import HOROWITZ_45NM
 from detection.analysis import MILLION, analyze_run
 from detection.curves import draw_comparison, draw_trade_off
 from detection.figures import save_png
-from detection.files import write_whole
+from detection.files import write_csv, write_whole
 from detection.runs import Run
 from detection.tasks import task_of
 from detection.text import printable, say, spread
@@ -76,7 +74,7 @@ class Variant(NamedTuple):
 
 
 def compare_runs(
-    out: Path, variants: Mapping[str, Sequence[str]], command: Sequence[str], num_images: int, data_root: Path
+    out: Path, variants: Mapping[str, Sequence[str]], command: Sequence[str], num_images: int, roots: Mapping[str, Path]
 ) -> None:
     """Write `FILES` about all finished runs of the variants in `out`, folders VARIANT_seedN.
 
@@ -85,14 +83,13 @@ def compare_runs(
         variants: overrides by name; with the first one the others are compared.
         command: that asks for it, for the page.
         num_images: evaluation images of which energy is measured, at most all there are.
-        data_root: where the data lie.
+        roots: where the data lie, by variant.
     """
     found = []
     for name, overrides in variants.items():
-        folders = [folder for folder in out.glob(f"{name}_seed*/") if folder.name.rpartition("_seed")[2].isdecimal()]
-        runs = [Run.open(folder) for folder in sorted(folders, key=lambda folder: int(folder.name.split("_seed")[1]))]
+        runs = runs_of(out, name)
         metric = task_of(runs[0].config).headline[0]
-        rows = [describe(run, metric, num_images, data_root) for run in runs if run.finished]
+        rows = [describe(run, metric, num_images, roots[name]) for run in runs if run.finished]
         found.append(Variant(name, overrides, rows))
     priced = [row for variant in found for row in variant.rows if not row["unpriced"]]
     facts = {
@@ -104,11 +101,7 @@ def compare_runs(
     summaries = [summarise(variant, found[0], metric) for variant in found]
     whole = facts | {"variants": [row | {"runs": each.rows} for row, each in zip(summaries, found, strict=True)]}
     write_whole(out / "comparison.json", (json.dumps(whole, indent=2) + "\n").encode())
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(summaries[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(summaries)
-    write_whole(out / "comparison.csv", text.getvalue().encode())
+    write_csv(out / "comparison.csv", list(summaries[0]), [row.values() for row in summaries])
     save_png(
         draw_comparison({each.name: each.values(metric) for each in found}, f"{metric}, in [0, 1]"), out / FILES[3]
     )
@@ -121,6 +114,13 @@ def compare_runs(
     else:
         (out / FILES[4]).unlink(missing_ok=True)
     write_whole(out / "README.md", page(found, facts, bool(panels)).encode())
+
+
+def runs_of(out: Path, variant: str) -> list[Run]:
+    """Return the runs of a variant, folders VARIANT_seedN, in the order of their seeds."""
+    seeds = {folder: folder.name.rpartition("_seed")[2] for folder in out.glob(f"{variant}_seed*/")}
+    folders = sorted((folder for folder, seed in seeds.items() if seed.isdecimal()), key=lambda each: int(seeds[each]))
+    return [Run.open(folder) for folder in folders]
 
 
 def describe(run: Run, metric: str, num_images: int, data_root: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import csv
+import io
 import json
 import os
 import socket
@@ -38,6 +40,13 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     with atomic_writer(path) as file:
         file.write(content)
+
+
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a table in one step or not at all; bytes of names that are no UTF-8 become escapes."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_whole(path, text.getvalue().encode(errors="backslashreplace"))
 
 
 def write_list(path: Path, rows: Iterable[Any]) -> None:

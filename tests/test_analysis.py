@@ -149,7 +149,12 @@ def test_strict_ends_with_status_1_and_names_the_layer(trained, monkeypatch, cap
     with pytest.raises(SystemExit) as stop:
         run_tool(monkeypatch, "analyze", trained, "--strict", "--images", 1, "--out", tmp_path / "strict")
     assert stop.value.code == 1
-    assert "not binary, 6 violations; the first: backbone.neck.fpn.layer_blocks.0.0: " in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert re.search(r"^1 images, AP [-\d.]+, AP50 [-\d.]+, activity [\d.]+$", said.out, re.MULTILINE)
+    assert "not binary, 6 violations; the first: backbone.neck.fpn.layer_blocks.0.0: " in said.err
+    with pytest.raises(SystemExit):
+        run_tool(monkeypatch, "analyze", trained, "--strict", "--images", 1)
+    assert (trained / "analysis_1_images_strict").is_dir() and not (trained / "analysis_1_images").exists()
     certificate = json.loads((tmp_path / "strict" / "analysis.json").read_text())["certificate"]
     assert (certificate["binary"], certificate["strict"], len(certificate["violations"])) == (False, True, 6)
     assert [finding["layer"] for finding in certificate["exceptions"]] == ["backbone.body.stages.0.0"]

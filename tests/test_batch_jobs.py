@@ -23,6 +23,7 @@ from test_fold import scramble
 
 import detection
 from detection.cli import main, predict
+from detection.cli.film import FilmOutput
 from detection.cli.output import JOURNAL, Output
 from detection.config import parse_recipe
 from detection.records import RunInfo
@@ -491,3 +492,13 @@ def test_resume_takes_nothing_else(capsys, tmp_path):
     (tmp_path / JOURNAL).write_bytes(b'{"weights": 1}\n')
     status, _, error = call(capsys, "--resume", tmp_path)
     assert status == 2 and f"{JOURNAL}: damaged; remove {tmp_path}, and predict again" in error
+
+
+def test_a_film_that_cannot_be_written_says_so_when_it_is_closed_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(cv2.VideoWriter, "isOpened", lambda self: False)
+    output = FilmOutput(tmp_path / "film.mp4", 25)
+    with pytest.raises(OSError, match=r"film.mp4: OpenCV cannot write MPEG-4 films here"):
+        try:
+            output.write(np.zeros((32, 32, 3), np.uint8))
+        finally:
+            output.close()

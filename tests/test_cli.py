@@ -552,3 +552,6 @@ def test_zoo_entry_keeps_no_place_of_one_machine():
     assert str(changed.data.root) == f"data/{config.data.root.name}"
     assert changed.model.backbone.weights == "runs/pretrained"
     assert config.data.root.is_absolute()
+    config.model.backbone.weights = None
+    config.model.weights = "/home/me/runs/whole"
+    assert zoo.without_places(config).model.weights == "runs/whole"

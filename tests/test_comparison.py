@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shutil
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from detection import comparison
 from detection.analysis import analyze_run
 from detection.cli import compare
 from detection.cli import train as train_verb
+from detection.files import write_csv
 from detection.runs import Run
 from detection.tasks import task_of
 from detection.tasks.run import read_evaluation_data
@@ -175,7 +178,30 @@ def test_wrong_arguments_are_refused(tmp_path):
         compare.main(arguments_of(tmp_path / "x", "hoyer", "steps3"))
     with pytest.raises(ValueError, match=r"--images 0: at least one image is needed"):
         compare.main(arguments_of(tmp_path / "x", "hoyer", images=0))
+    with pytest.raises(ValueError, match=r"--seeds -1: expected 0 or more"):
+        compare.main([*arguments_of(tmp_path / "x", "hoyer"), "--seeds", "0", "-1"])
     assert not (tmp_path / "x").exists()
+
+
+def test_runs_of_another_recipe_are_not_mixed_in(compared, monkeypatch):
+    """Also not those of seeds that are not asked for, since they stand in the tables too."""
+    monkeypatch.setattr(compare, "run_child", lambda arguments: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=r"hoyer_seed0.*train\.batch_size"):
+        compare.main([*arguments_of(compared, "hoyer"), "--train.batch_size", "2", "--seeds", "7"])
+
+
+def test_each_variant_is_measured_where_its_own_data_lie(compared, monkeypatch, tmp_path):
+    for name in ("hoyer", "two"):
+        shutil.copytree(compared / "hoyer_seed0", tmp_path / "runs" / f"{name}_seed0")
+    roots = []
+
+    def analyse(run, num_images, data_root):
+        roots.append(data_root)
+        raise FileNotFoundError(data_root)
+
+    monkeypatch.setattr(comparison, "analyse", analyse)
+    compare.main(arguments_of(tmp_path / "runs", "hoyer", "two=--data.root elsewhere"))
+    assert roots == [Path("data/cifar10"), Path("elsewhere")]
 
 
 @pytest.mark.parametrize("name", compare.VARIANTS)
@@ -205,3 +231,8 @@ def test_detectors_go_the_same_road(tmp_path):
         assert row["energy_uj"] == found.report.networks[network].total_pj / 1e6 > 0
         assert row["energy_int8_uj"] == found.report.networks[f"{network}_int8"].total_pj / 1e6
     assert (tmp_path / "runs" / "energy.png").is_file()
+
+
+def test_a_table_keeps_names_that_are_no_utf8(tmp_path):
+    write_csv(tmp_path / "table.csv", ["variant", "overrides"], [["a", "--data.root \udcff"], ["b", None]])
+    assert (tmp_path / "table.csv").read_text() == "variant,overrides\na,--data.root \\udcff\nb,\n"

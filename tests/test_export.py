@@ -393,6 +393,8 @@ def test_accuracy_of_a_file_beside_its_run(monkeypatch, capsys, tmp_path):
 
     run = make_run(tmp_path / "classifier", CLASSIFIER)
     metrics = evaluate_run(with_log(run, {"top1": 0.0, "top5": 0.0}))[0].metrics
+    run_tool(monkeypatch, "export", run, "--evaluate")  # beside a log without val_loss
+    assert "val_loss" in capsys.readouterr().out
     with_log(run, metrics)
     _, described = export_run(run, "onnx", int8=True, evaluate=True)
     measured = described["evaluation"]

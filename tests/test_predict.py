@@ -281,6 +281,8 @@ def test_coco_rows_have_the_category_ids_of_the_evaluation(finished, tmp_path):
     assert ids("file", data) == ((90, 7), tmp_path / "val.json")
     for name, change in (("gone", {"val": ["gone.json"]}), ("other", {"classes": ["a", "c"]})):
         assert ids(name, data | change) == ((1, 2), None)
+    (tmp_path / "t.json").write_text((tmp_path / "val.json").read_text())
+    assert ids("part", data | {"val": [], "val_fraction": 0.2}) == ((90, 7), tmp_path / "t.json")
     voc = {"format": "voc", "train": ["A/train"], "val": ["A/val"], "classes": ["a", "b", "c"]}
     assert ids("voc", voc) == ((1, 2, 3), None)
 

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT
@@ -13,9 +14,14 @@ import backbones
 import detection
 import hubconf
 from detection.__main__ import main
+from detection.api import EvaluatedRun
 from detection.config import read_recipe, set_values
 from detection.data.layouts import recognise
+from detection.records import EpochLog, Evaluation
+from detection.report import write_report
 from detection.runs import Run
+from detection.tasks.classification import ClassificationTask
+from detection.tasks.predictions import ClassPrediction
 
 COCO = {"images": [{"id": 1, "file_name": "a.jpg", "width": 8, "height": 8}], "annotations": [], "categories": []}
 
@@ -149,11 +155,88 @@ def test_options_of_a_further_cycle_are_not_swallowed(capsys, given, why):
     assert why in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("summary", "which recipe? The first argument is a YAML file"),
+        ("summary --resume zoo:cifar10_vgg11", "--resume: no such key of a recipe"),
+        ("check-data --resume cifar10_vgg11", "--resume: no such key of a recipe"),
+        ("train --resume", "argument --resume: expected one argument (hoyer-det train --help documents the command)"),
+        ("predict --resume", "argument --resume: expected one argument (hoyer-det predict --help documents"),
+        ("web zoo:cifar10_vgg11 --port 70000", "--port 70000: expected 0 to 65535"),
+        ("web zoo:cifar10_vgg11 --port -5", "--port -5: expected 0 to 65535"),
+        ("web zoo:cifar10_vgg11 --max-mb inf", "--max-mb inf: expected 1 or more, finite"),
+        ("web zoo:cifar10_vgg11 --max-megapixels inf", "--max-megapixels inf: expected 1 or more, finite"),
+    ],
+)
+def test_options_out_of_place_or_range_are_a_sentence_that_names_the_command(capsys, given, why):
+    with pytest.raises(SystemExit) as end:
+        call(*given.split())
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {why}")
+
+
+def test_options_may_stand_in_front_of_a_run_or_folder(tmp_path, capsys):
+    call("summary", "--classes", "3", "zoo:cifar10_vgg11")
+    assert capsys.readouterr().out.strip().startswith("zoo:cifar10_vgg11: vgg11 x0.25")
+    lines = ["image,xmin,ymin,xmax,ymax,label"]
+    for number in range(4):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,1,1,50,50,cat")
+    (tmp_path / "all.csv").write_text("\n".join(lines) + "\n")
+    call("check-data", "--format", "csv", tmp_path)
+    assert "training can go on" in capsys.readouterr().out
+
+
+def test_a_network_that_does_not_fit_into_the_memory_is_a_sentence_of_the_summary_too(monkeypatch, capsys):
+    def build(task: ClassificationTask) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2415919104 bytes")
+
+    monkeypatch.setattr(ClassificationTask, "build_model", build)
+    with pytest.raises(SystemExit) as end:
+        call("summary", "cifar10_vgg11")
+    assert end.value.code == 2 and "does not fit into the memory" in capsys.readouterr().err
+
+
 def test_an_exported_file_is_not_called_like_one_of_another_format(tmp_path):
     with pytest.raises(ValueError, match=r"a\.events: a file of the format onnx is not called \.events"):
         detection.export("zoo:cifar10_vgg11", tmp_path / "a.events")
     with pytest.raises(ValueError, match="--calibration belongs to --int8"):
         detection.export("zoo:cifar10_vgg11", tmp_path / "a.onnx", num_calibration=3)
+
+
+def test_a_folder_that_takes_no_files_is_named_before_the_work(tmp_path, monkeypatch):
+    run = "zoo:cifar10_vgg11"
+    for module, work in (("detection.exporters.run", "load_model"), ("detection.report.page", "complete")):
+        monkeypatch.setattr(f"{module}.{work}", lambda *arguments, **options: pytest.fail("work was done"))
+    for way in (lambda: detection.export(run, "/proc/a.onnx"), lambda: write_report([run], "/proc/a.html")):
+        with pytest.raises(OSError, match="/proc: no files can be written there"):
+            way()
+
+
+@pytest.mark.parametrize("key", ["weights", "backbone.weights"])
+def test_weights_that_are_missing_are_named_before_the_data_are_read(tmp_path, monkeypatch, capsys, key):
+    monkeypatch.setattr(ClassificationTask, "read", lambda *arguments: pytest.fail("data were read"))
+    with pytest.raises(SystemExit):
+        call("train", "cifar10_vgg11", f"--model.{key}", tmp_path / "gone", "--out", tmp_path / "run")
+    assert capsys.readouterr().err == f"error: {tmp_path / 'gone'}: no such weights file\n"
+
+
+def test_an_image_whose_classes_are_equal_is_compared_with_the_class_that_is_named():
+    names = tuple(f"class {number}" for number in range(40))
+    noisy, clean = (
+        ClassPrediction(np.zeros((1, 1, 3), np.uint8), names, None, each)
+        for each in (torch.arange(40) / 780, torch.full((40,), 1 / 40))
+    )
+    (name, before), share = clean.top(1)[0], noisy.probabilities[names.index(clean.top(1)[0][0])]
+    assert noisy.since(clean).endswith(f" {name}, probability {share:.3f} instead of {before:.3f}")
+
+
+def test_a_number_of_a_table_that_differs_from_the_log_is_named(monkeypatch, capsys):
+    now, then = (Evaluation(metrics={"AP": 0.5}, tables={"voc": {"AP50_area": value}}) for value in (0.6, 0.7))
+    found = EvaluatedRun("zoo", now, EpochLog(epoch=1, loss=1.0, evaluation=then))
+    monkeypatch.setattr("detection.api.evaluate", lambda *arguments, **options: found)
+    call("evaluate", "zoo:bccd_retinanet_resnet18")
+    assert "not equal to the log: VOC AP50 (area)\n" in capsys.readouterr().out
 
 
 def test_a_comparison_does_not_write_into_a_run(tmp_path, capsys):

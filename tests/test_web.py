@@ -13,7 +13,9 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -28,7 +30,7 @@ from backbones import energy, record_layers
 from detection.cli import main
 from detection.cli.web import build_parser, prepare
 from detection.config import parse_recipe
-from detection.data.events import draw_recordings
+from detection.data.events import draw_classified, draw_recordings
 from detection.data.synthetic import draw_scene
 from detection.records import RunInfo
 from detection.report.words import format_energy
@@ -37,6 +39,10 @@ from detection.robustness.noise import potential_noise
 from detection.runs import Run
 from detection.tasks import task_of
 from detection.web.answers import Network
+from detection.web.page import Page
+from detection.web.server import Gate
+from detection.web.sources import Source, examples_of
+from detection.web.visits import Visit, Visits
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio.queueing")
 SPIKING, ANALOGUE_HEAD, CLASSES = (f"zoo:{name}" for name in (
@@ -423,15 +429,40 @@ def test_only_the_page_is_served(server, tmp_path):
 
 @pytest.mark.attempt("foreign requests", 2)
 def test_uploads_are_limited(server):
-    def upload(size: int) -> int:
+    def upload(size: int) -> tuple[int, bytes]:
         begin = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
         body = begin + bytes(size) + b"\r\n--x--\r\n"
-        return ask(server, "POST", "/gradio_api/upload", body, content_type="multipart/form-data; boundary=x")[0]
+        return ask(server, "POST", "/gradio_api/upload", body, content_type="multipart/form-data; boundary=x")[:2]
 
-    assert upload(1000) == 200 and upload(8 * 2**20 + 1000) == 413 and upload(20 * 2**20) == 413
+    assert upload(1000)[0] == 200 and upload(8 * 2**20 + 1000)[0] == 413
+    assert upload(20 * 2**20) == (413, b'{"detail": "More than 8 MB are not taken here."}')
 
 
 # Without either
+
+
+def test_files_are_counted_while_others_are_removed(tmp_path):
+    """As drawings of other visitors are while a file is uploaded."""
+    (tmp_path / "kept").write_bytes(bytes(100))
+    ended = threading.Event()
+
+    def draw() -> None:
+        while not ended.is_set():
+            for number in range(20):
+                (tmp_path / f"{number}").mkdir()
+                (tmp_path / f"{number}" / "picture").touch()
+            for number in range(20):
+                shutil.rmtree(tmp_path / f"{number}")
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        gate, end = Gate(None, tmp_path, 1), time.monotonic() + 1
+        while time.monotonic() < end:
+            assert gate._stored() == 100
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_noise_on_the_page_is_that_of_robustness():
@@ -448,6 +479,47 @@ def test_noise_on_the_page_is_that_of_robustness():
     network.explain(answer, picture)
     assert answer.activity[0] != answer.activity[1] and 0 < answer.flips[0] < 1
     assert task.time_steps == 1 and answer.left_out == {}
+
+
+@pytest.fixture(scope="module")
+def networks() -> list[Network]:
+    return [Network(Run.open(CLASSES), name) for name in ("one", "two")]
+
+
+def test_a_stopped_film_keeps_a_picture_of_every_network(networks, tmp_path):
+    visit = Visit(tmp_path, lambda function: function())
+    visit.give(Source(write_film(tmp_path / "film.mp4", 4), "film.mp4", 10**6))
+    assert visit.ask(networks, {}, lambda done, of: visit.stopped.set() if done == 2 else None)
+    written = json.loads(visit.write_json(networks[0], 0.3).read_text())
+    assert len(written["images"]) == 2 and written["info"] == {"description": "predictions of one, last weights"}
+    assert [len(visit.answers[network.name]) for network in networks] == [2, 1] and visit.length(networks) == 1
+
+
+def test_nothing_is_shown_of_a_network_that_has_not_answered(networks, tmp_path):
+    page = Page(networks, {network.name: [] for network in networks}, None, 10**6)
+    page.build()
+    visit = Visit(tmp_path, lambda function: function())
+    visit.give(Source(write_film(tmp_path / "film.mp4", 2), "film.mp4", 10**6))
+    visit.ask(networks[:1], {}, lambda done, of: None)
+    values = {page.network: "one", page.beside: "two", page.time: 2, page.stage: "all stages"}
+    for act in (page._move, partial(page._step, 1)):
+        assert act(visit, values, None) == {} and visit.index == 0
+
+
+def test_the_visit_that_makes_room_for_another_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("detection.web.visits.MOST_VISITS", 1)
+    visits = Visits(tmp_path, lambda function: function())
+    first, second = visits.of("first"), visits.of("second")
+    assert first.stopped.is_set() and not first.folder.exists()
+    assert not second.stopped.is_set() and second.folder.exists() and visits.of("second") is second
+
+
+def test_examples_of_an_events_classifier_are_of_its_evaluation_data(tmp_path):
+    draw_classified(tmp_path / "data", num_train=4, num_val=4, size=32, seed=0)
+    values = {"format": "events", "root": str(tmp_path / "data"), "val": "val"}
+    config = parse_recipe({**NAMED, "data": values}, "test")
+    found = examples_of(SimpleNamespace(run=SimpleNamespace(config=config)), tmp_path / "examples")
+    assert len(found) == 4 and all(path.is_relative_to(tmp_path / "data" / "val") for path in found)
 
 
 def test_the_command_says_what_is_wrong(capsys, monkeypatch):

@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--costs", metavar="FILE", help="YAML or JSON, picojoules by operation (default: 45 nm)")
     parser.add_argument("--strict", action="store_true", help="no layer but the first may see real values")
     help = (
-        "for the files (default: RUN/analysis, with --images N RUN/analysis_N_images; RUN of zoo:NAME is runs/zoo/NAME)"
+        "for the files (default: RUN/analysis, with --images N RUN/analysis_N_images, with --strict and _strict behind "
+        "that; RUN of zoo:NAME is runs/zoo/NAME)"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=help)
     options = parser.parse_args(arguments)
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     from detection.runs import Run
 
     # Less than the whole analysis does not take its place.
-    part = f"_{options.images}_images" if options.images else "_strict" if options.strict else ""
+    part = (f"_{options.images}_images" if options.images else "") + "_strict" * options.strict
     out = options.out or Run.open(options.run).products / f"analysis{part}"
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out}: a file; a folder is needed")
@@ -50,8 +51,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     analysis.save(out)
     for table in analysis.tables():
         show_table(table.title, table.header, table.rows)
-    metrics = [key for key in ("AP", "AP50", "top1", "activity") if key in analysis.metrics]
-    print(f"{analysis.measured.num_images} images,", ", ".join(f"{key} {analysis.metrics[key]:.4f}" for key in metrics))
+    print(f"{analysis.measured.num_images} images, {analysis.summary()}")
     say(f"written to {out}: analysis.json, layers.csv, analysis.md")
     if not analysis.certificate.is_binary:
         first, number = analysis.certificate.violations[0], len(analysis.certificate.violations)

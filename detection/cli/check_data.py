@@ -28,12 +28,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser = recipe_parser(__doc__, prog)
     parser.usage = "%(prog)s RECIPE_OR_FOLDER [options] [--section.key VALUE ...]"
     add_format(parser)
-    given, layout = list(sys.argv[1:] if arguments is None else arguments), None
-    if given and Path(given[0]).is_dir():
-        options, overrides = parser.parse_known_args(given)
-        config, layout = recipe_of_folder(Path(given[0]), options.format, overrides)
+    options, overrides = parser.parse_known_args(arguments)
+    layout = None
+    if options.config and Path(options.config).is_dir():
+        config, layout = recipe_of_folder(Path(options.config), options.format, overrides)
     else:
-        config, options = parse_recipe(parser, given)
+        config, options = parse_recipe(parser, arguments)
         if options.format is not None:
             parser.error(f"--format {options.format}: for a folder; a recipe has data.format")
 

@@ -74,18 +74,18 @@ def parse_recipe(parser: Parser, arguments: Sequence[str] | None = None) -> tupl
     """Return the recipe of a command line, overrides applied, and the verb's own options.
 
     `--help` documents every key, with the values of RECIPE where it is given. `options.config` is the recipe's path.
-    With an option `--resume RUN` the recipe is that of the run.
+    With an option `--resume RUN`, of a verb that has it, the recipe is that of the run.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    run = option_of(arguments, "--resume")
+    options, overrides = parser.parse_known_args(arguments)
+    run = getattr(options, "resume", None)
     if run is not None:
         if not arguments[0].startswith("-"):
             parser.error(f"--resume {run} has its own recipe: leave {arguments[0]} out")
+        if options.out is not None:
+            parser.error(f"--resume {run} has its own folder: leave --out out")
         # In front, where a recipe stands: or else the value of an override would be taken for one.
-        arguments = [str(check_run(run) / "config.yaml"), *arguments]
-    options, overrides = parser.parse_known_args(arguments)
-    if run is not None and options.out is not None:
-        parser.error(f"--resume {run} has its own folder: leave --out out")
+        options, overrides = parser.parse_known_args([str(check_run(run) / "config.yaml"), *arguments])
     wants_help = any(argument in ("-h", "--help") for argument in overrides)
     if options.config is None and not wants_help:
         parser.error("which recipe? The first argument is a YAML file or a name of `hoyer-det recipes`")
@@ -93,13 +93,6 @@ def parse_recipe(parser: Parser, arguments: Sequence[str] | None = None) -> tupl
     if wants_help:
         _print_help(parser, options.config)
     return load_config(options.config, overrides), options
-
-
-def option_of(arguments: Sequence[str], option: str) -> str | None:
-    """Return the value of an option, None where it is not given; whatever the others are."""
-    parser = Parser(add_help=False)
-    parser.add_argument(option, dest="value")
-    return parser.parse_known_args(arguments)[0].value
 
 
 def _print_help(parser: Parser, config: Path | None) -> NoReturn:

@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     if options.images < 1:
         raise ValueError(f"--images {options.images}: at least one image is needed")
     parsed = [parse_variant(text) for text in options.variants]
+    if min(options.seeds) < 0:
+        raise ValueError(f"--seeds {min(options.seeds)}: expected 0 or more")
     variants = dict(parsed)
     if len(variants) < len(parsed):
         raise ValueError(f"--variants {' '.join(options.variants)}: a name stands there twice")
@@ -63,19 +65,20 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         except ValueError as error:
             raise ValueError(f"--variants {name}: {error}") from None
 
+    from detection.comparison import FILES, compare_runs, runs_of
+    from detection.runs import command_line
     from detection.tasks import task_of
 
     for name, each in recipes.items():
         task_of(each).check_names(f"--variants {name}")
+        for run in runs_of(options.out, name):  # all seeds are in the tables; classes are filled in from the data
+            require_same(flatten(run.config), each, str(run.folder), free=FREE_KEYS | {"data.classes", "train.seed"})
     for seed in options.seeds:
         for name, overrides in variants.items():
-            train(options.config, options.out / f"{name}_seed{seed}", [*common, *overrides], seed)
-
-    from detection.comparison import FILES, compare_runs
-    from detection.runs import command_line
-
-    data_root = next(iter(recipes.values())).data.root
-    compare_runs(options.out, variants, command_line(), options.images, data_root)
+            folder = options.out / f"{name}_seed{seed}"
+            train(options.config, folder, [*common, *overrides], seed, recipes[name].data.root)
+    roots = {name: each.data.root for name, each in recipes.items()}
+    compare_runs(options.out, variants, command_line(), options.images, roots)
     say(f"{options.out}: {', '.join(FILES)}")
 
 
@@ -119,8 +122,8 @@ def parse_variant(text: str) -> tuple[str, list[str]]:
         raise ValueError(f"--variants {text}: {str(error).lower()}") from None
 
 
-def train(recipe: str, folder: Path, overrides: Sequence[str], seed: int) -> None:
-    """Train one run in a process of its own, unless it is finished already.
+def train(recipe: str, folder: Path, overrides: Sequence[str], seed: int, data_root: Path) -> None:
+    """Train one run, by a recipe whose data lie in `data_root`, in a process of its own, unless it is finished already.
 
     Raises:
         ChildProcessError: it failed; its own message stands above.
@@ -128,14 +131,10 @@ def train(recipe: str, folder: Path, overrides: Sequence[str], seed: int) -> Non
     if (folder / "config.yaml").is_file():
         from detection.runs import Run
 
-        run = Run.open(folder)
-        wanted = override(read_recipe(find_recipe(recipe)), [*overrides, "--train.seed", str(seed)])
-        # Classes are filled in from the data.
-        require_same(flatten(run.config), wanted, str(folder), free=FREE_KEYS | {"data.classes"})
-        if run.finished:
+        if Run.open(folder).finished:
             say(f"{folder}: finished already")
             return
-        arguments = ["--resume", str(folder), "--data.root", str(wanted.data.root)]
+        arguments = ["--resume", str(folder), "--data.root", str(data_root)]
     else:
         arguments = [recipe, *overrides, "--train.seed", str(seed), "--out", str(folder)]
     say(f"{folder}: hoyer-det train {shlex.join(arguments)}")

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     columns = ("metric", "now", f"logged in epoch {logged.epoch}")
     shown = [(name, show(now), show(then)) for name, now, then in pairs]
     show_table(f"{options.run}, {options.weights} weights", columns, shown)
-    different = ", ".join(found.different)
+    different = ", ".join(name for name, now, then in pairs if then not in (None, now))
     print(f"not equal to the log: {different}" if different else "equal to the log in every digit")
 
 

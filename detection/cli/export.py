@@ -60,5 +60,6 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     print(f"agrees with PyTorch: {parity}")
     if options.evaluate:
         found = description["evaluation"]
-        rows = [(key, f"{value:.4f}", f"{found['run'][key]:.4f}") for key, value in found["file"].items()]
+        logged = {key: f"{value:.4f}" for key, value in found["run"].items()}  # older logs have fewer
+        rows = [(key, f"{value:.4f}", logged.get(key, "")) for key, value in found["file"].items()]
         show_table(str(path), ("metric", "file", "logged by the run"), rows)

@@ -43,9 +43,10 @@ class FilmOutput:
         """
         if self._writer is None:
             part = Path(plain_path(self.path.parent, self._place.name), ".film.mp4")
-            self._writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, picture.shape[1::-1])
-            if not self._writer.isOpened():
+            writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, picture.shape[1::-1])
+            if not writer.isOpened():
                 raise OSError(f"{self.path}: OpenCV cannot write MPEG-4 films here; --no-images writes the boxes alone")
+            self._writer = writer
         self._writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
 
     def close(self) -> None:
@@ -73,6 +74,15 @@ def plain_path(path: Path, place: str) -> str:
     return str(link)
 
 
+def open_capture(source: Path | int) -> cv2.VideoCapture:
+    """Return a film, or the camera of a number, as OpenCV opens it; whether it could is its `isOpened`."""
+    # OpenCV and FFmpeg write lines of their own about what is said in one sentence elsewhere.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    with tempfile.TemporaryDirectory() as place:
+        return cv2.VideoCapture(source if isinstance(source, int) else plain_path(source, place))
+
+
 def film(source: str, call: Call, advance: Callable[[], None]) -> str | None:
     """Take in every frame of a film or camera, drawn as a film; return a sentence, None if nothing was read.
 
@@ -92,11 +102,7 @@ def film(source: str, call: Call, advance: Callable[[], None]) -> str | None:
     if getattr(call.predictor.task.config.data, "are_events", False):
         call.failures.append(f"{name}: a film, and the network takes recordings of events")
         return None
-    # OpenCV and FFmpeg write lines of their own about what is said in one sentence here.
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    with tempfile.TemporaryDirectory() as place:
-        capture = cv2.VideoCapture(int(source) if camera else plain_path(Path(source), place))
+    capture = open_capture(int(source) if camera else Path(source))
     if not capture.isOpened():
         reason = "no such camera, or it cannot be opened" if camera else "no readable video"
         call.failures.append(f"{name}: {reason}")

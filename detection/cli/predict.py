@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import get_args
 
 from detection.cli.call import Call
-from detection.cli.common import Parser, check_run, locate, option_of
+from detection.cli.common import Parser, check_run, locate
 from detection.cli.output import JOURNAL, Output, arguments_of
 from detection.cli.sources import find_sources
 from detection.files import is_exported, is_recording, kind_of
@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     """Predict as a command line says."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser(prog)
-    resumed = option_of(arguments, "--resume")
+    alone = Parser(None, parser.prog, add_help=False)  # the others need a run and a source
+    alone.add_argument("--resume")
+    resumed = alone.parse_known_args(arguments)[0].resume
     if resumed is not None:
         if arguments not in (["--resume", resumed], [f"--resume={resumed}"]):
             parser.error(f"--resume {resumed} has its own command line: leave all else out")

@@ -30,9 +30,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.usage = "%(prog)s RECIPE_OR_RUN [options] [--section.key VALUE ...]"
     parser.add_argument("--classes", type=int, metavar="N", help="number of classes (default: those that it names)")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    source = arguments[0] if arguments else ""
-    if source.startswith("zoo:") or Path(source).is_dir():  # no recipe, but a run
-        arguments[0] = str(check_run(source) / "config.yaml")
+    source = parser.parse_known_args(arguments)[0].config or ""
+    if source.startswith("zoo:") or (source and Path(source).is_dir()):  # no recipe, but a run
+        arguments[arguments.index(source)] = str(check_run(source) / "config.yaml")
     config, options = parse_recipe(parser, arguments)
     if options.classes is not None and options.classes < 1:
         raise ValueError(f"--classes {options.classes}: at least one class is needed")
@@ -62,15 +62,19 @@ def with_classes(task: Task, number: int | None) -> Task:
 
 
 def measure(task: Task) -> tuple[nn.Module, Measurement, dict[str, list[tuple[int, ...]]]]:
-    """Return the network with new weights, its counts for one image, and the output shapes of each layer's calls."""
+    """Return the network with new weights, its counts for one image, and the output shapes of each layer's calls.
+
+    Raises:
+        ValueError: it cannot be built as the recipe says, or there is no memory for it.
+    """
     import torch
 
     from backbones import hook_layers, measure_activity, spike_layers
+    from detection.tasks.run import build_model
+    from detection.tasks.start import without_weights
 
-    config = task.config.model_copy(deep=True)
-    config.model.backbone.weights = None
     torch.manual_seed(0)
-    model = type(task)(config).build_model()
+    model = build_model(without_weights(task))
     shapes: dict[str, list[tuple[int, ...]]] = {}
     kinds = (torch.nn.Conv2d, torch.nn.Linear)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}

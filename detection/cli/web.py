@@ -9,6 +9,7 @@ It is there for this machine alone, unless --host says otherwise, and asks no ot
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -26,8 +27,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     """Serve the page that a command line asks for, until Ctrl-C."""
     options = build_parser(prog).parse_args(arguments)
     for name, value in (("--max-mb", options.max_mb), ("--max-megapixels", options.max_megapixels)):
-        if not value >= 1:
-            raise ValueError(f"{name} {value:g}: expected 1 or more")
+        if not 1 <= value < math.inf:
+            raise ValueError(f"{name} {value:g}: expected 1 or more, finite")
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"--port {options.port}: expected 0 to 65535")
     for run in options.runs:
         check_run(run)
     server = prepare(options)

@@ -243,11 +243,13 @@ def shorten(model: nn.Module, bits: int = 16) -> dict[str, Tensor]:
 def without_places(config: Recipe) -> Recipe:
     """Return the recipe with data/NAME and runs/NAME in the place of absolute paths, which are one machine's."""
     config = config.model_copy(deep=True)
-    backbone, distillation = config.model.backbone, config.distillation
+    distillation = config.distillation
     if config.data.root.is_absolute():
         config.data.root = Path("data") / config.data.root.name
-    if backbone.weights and Path(backbone.weights).is_absolute():
-        backbone.weights = str(Path("runs") / Path(backbone.weights).name)
+    for section in (config.model, config.model.backbone):
+        weights = getattr(section, "weights", None)
+        if weights and Path(weights).is_absolute():
+            section.weights = str(Path("runs") / Path(weights).name)
     if distillation.teacher and distillation.teacher.is_absolute():
         distillation.teacher = Path("runs") / distillation.teacher.name
     return config

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
+import timeit
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from backbones import zoo
 from detection.exporters.inference import open_file
+from detection.text import plural
 
 WARM_UP = 5  # calls before those that count
 
@@ -45,7 +44,7 @@ class Benchmark:
 
     def __str__(self) -> str:
         height, width = self.size
-        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        threads = plural(self.threads, "thread")
         return f"{self.path}: {spread_of(self.seconds)} for an image of {width}x{height} pixels, {threads}"
 
 
@@ -75,21 +74,14 @@ def benchmark_file(
     image = torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))
     torch.set_num_threads(threads)
     try:
-        alone = _time(lambda: file.run(image), repeats)
-        whole = _time(lambda: file(image), repeats)
+        alone, whole = (
+            timeit.repeat(call, number=1, repeat=WARM_UP + repeats)[WARM_UP:]
+            for call in (lambda: file.run(image), lambda: file(image))
+        )
     finally:
         torch.set_num_threads(before)
     metrics = {} if data_root is None else file.evaluate(data_root)
-    return Benchmark(zoo.locate(path), (height, width), threads, alone, whole, metrics)
-
-
-def _time(call: Callable[[], Any], repeats: int) -> tuple[float, ...]:
-    seconds = []
-    for _ in range(WARM_UP + repeats):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return tuple(seconds[WARM_UP:])
+    return Benchmark(zoo.locate(path), (height, width), threads, tuple(alone), tuple(whole), metrics)
 
 
 def spread_of(seconds: tuple[float, ...]) -> str:

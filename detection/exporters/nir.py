@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from graphlib import TopologicalSorter
 from typing import Any
 
 import numpy as np
@@ -167,7 +168,7 @@ def run_nir(graph: Any, x: Tensor) -> dict[str, Tensor]:
     """Return the outputs by name of an NIR graph of `to_nir`, computed in the type of x, (N, ...), for checks.
 
     Raises:
-        ValueError: a node of another kind.
+        ValueError: a node of another kind, or a cycle.
     """
     nir = import_extra("nir")
     incoming: dict[str, list[str]] = {name: [] for name in graph.nodes}
@@ -204,12 +205,6 @@ def run_nir(graph: Any, x: Tensor) -> dict[str, Tensor]:
                 return total.flatten(1)
         raise ValueError(f"{name}: a node of the kind {type(node).__name__}")
 
-    waiting = list(graph.nodes)
-    while waiting:
-        ready = [name for name in waiting if all(source in values for source in incoming[name])]
-        if not ready:
-            raise ValueError(f"the graph has a cycle through {waiting[0]}")
-        for name in ready:
-            values[name] = run(name, graph.nodes[name])
-        waiting = [name for name in waiting if name not in values]
+    for name in TopologicalSorter(incoming).static_order():
+        values[name] = run(name, graph.nodes[name])
     return {name: values[name] for name, node in graph.nodes.items() if isinstance(node, nir.Output)}

@@ -27,7 +27,7 @@ from detection.exporters.inference import METADATA_KEY, evaluate_file
 from detection.exporters.nir import to_nir
 from detection.exporters.onnx import OPSET, to_onnx
 from detection.exporters.parity import check_nir, check_onnx
-from detection.files import write_whole
+from detection.files import require_writable, write_whole
 from detection.runs import Run, Weights
 from detection.tasks import task_of
 from detection.tasks.base import Task
@@ -180,6 +180,7 @@ def _new_files(run: Run, out: str | Path | None, options: ExportOptions) -> tupl
         path.parent.mkdir(parents=True, exist_ok=True)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}")
+    require_writable(path.parent)
     return path, sidecar
 
 

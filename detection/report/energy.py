@@ -102,16 +102,7 @@ def networks_section(source: Source) -> Section:
     if source.analysis is None:
         return Section(*place, [], source.missing["analysis"])
     analysis, networks = source.analysis, source.analysis["networks"]
-    most = max(network["total_sram_pj"] for network in networks.values()) or 1.0
     own = next(iter(networks.values()))["total_pj"]
-    bars = [
-        (
-            look(name)[0],
-            [Bar(network["total_pj"] / most, look(name)[1], network["memory_sram_pj"] / most)],
-            [format_energy(network["total_sram_pj"])],
-        )
-        for name, network in networks.items()
-    ]
     rows = [
         (
             look(name)[0],
@@ -134,7 +125,22 @@ def networks_section(source: Source) -> Section:
         'table, "ratio" is the energy of the operations in units of the first row\'s.'
     )
     table = Table("Networks side by side", (*columns, "with SRAM", "with DRAM"), rows, sortable=False, lead=True)
-    return Section(*place, [text, Bars(bars), Words(note, "note"), table])
+    return Section(*place, [text, network_bars(networks), Words(note, "note"), table])
+
+
+def network_bars(networks: Mapping[str, Mapping[str, Any]]) -> Bars:
+    """Return the energy of networks of an analysis, operations and memory traffic to SRAM, on one scale."""
+    most = max(network["total_sram_pj"] for network in networks.values()) or 1.0
+    return Bars(
+        [
+            (
+                look(name)[0],
+                [Bar(network["total_pj"] / most, look(name)[1], network["memory_sram_pj"] / most)],
+                [format_energy(network["total_sram_pj"])],
+            )
+            for name, network in networks.items()
+        ]
+    )
 
 
 def certificate_section(source: Source) -> Section:

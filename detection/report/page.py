@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from detection.figures import to_svg
-from detection.files import write_whole
+from detection.files import require_writable, write_whole
 from detection.report.source import Source, complete, read_source
 from detection.report.views import UNKNOWN, compare, describe
 from detection.report.words import format_number, run_names
@@ -89,6 +89,7 @@ def _choose_out(sources: Sequence[Source], out: str | Path | None) -> Path:
         raise FileExistsError(f"{out}: a folder; name an HTML file")
     if out.exists() and GENERATOR not in out.read_text(encoding="utf-8", errors="replace")[:2000]:
         raise FileExistsError(f"{out} exists already and is no report page; name another file, or remove it first")
+    require_writable(out.parent)
     return out
 
 

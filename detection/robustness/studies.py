@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -17,7 +15,7 @@ from torch import nn
 from detection.config import Recipe
 from detection.curves import draw_robustness
 from detection.figures import save_png
-from detection.files import require_writable, write_whole
+from detection.files import require_writable, write_csv, write_whole
 from detection.robustness import ALL_LAYERS, IMAGE_KINDS, KINDS, RANDOM_KINDS, RGB_KINDS, SEVERITIES, SPIKE_KINDS, UNITS
 from detection.robustness.corruptions import corrupt_batches
 from detection.robustness.noise import potential_noise, record_margins, sum_margins
@@ -87,8 +85,10 @@ def study(
     if len(runs) < len(opened):  # two names are equal
         runs = {str(run.folder): run for run in opened}
     kinds_of = {name: _kinds_of(run, kinds) for name, run in runs.items()}
-    found = describe_environment(command).to_json() | _empty(task_of(opened[0].config), weights)
-    found["left_out"] += _left_out(kinds, kinds_of, runs)
+    task = task_of(opened[0].config)
+    found = describe_environment(command).to_json()
+    found |= {"task": task.name, "metrics": list(task.headline), "weights": weights, "runs": {}}
+    found |= {"left_out": list(_left_out(kinds, runs)), "results": [], "margins": [], "flips": []}
     for name, run in runs.items():
         subject = prepare(run, name, weights=weights, num_images=num_images)
         found["num_images"] = subject.num_images
@@ -131,23 +131,14 @@ def _kinds_of(run: Run, kinds: Sequence[str]) -> list[str]:
     return left
 
 
-def _empty(task: Task, weights: Weights) -> dict[str, Any]:
-    """Return what `study` returns before anything is measured."""
-    empty = {key: [] for key in ("left_out", "results", "margins", "flips")}
-    return {"task": task.name, "metrics": list(task.headline), "weights": weights, "runs": {}, **empty}
-
-
-def _left_out(
-    kinds: Sequence[str], kinds_of: Mapping[str, Sequence[str]], runs: Mapping[str, Run]
-) -> Iterator[dict[str, Any]]:
+def _left_out(kinds: Sequence[str], runs: Mapping[str, Run]) -> Iterator[dict[str, Any]]:
     """Yield an entry for each run that is not asked for all kinds, and say so on standard error."""
-    for name, chosen in kinds_of.items():
+    for name, run in runs.items():
         for why, reason in REASONS.items():
-            missing = [kind for kind in kinds if kind not in chosen and why_not(runs[name], kind) == why]
-            if not missing:
-                continue
-            say(f"{name}: {why}; left out: {', '.join(missing)}", error=True)
-            yield {"run": name, "kinds": missing, "reason": reason}
+            missing = [kind for kind in kinds if why_not(run, kind) == why]
+            if missing:
+                say(f"{name}: {why}; left out: {', '.join(missing)}", error=True)
+                yield {"run": name, "kinds": missing, "reason": reason}
 
 
 def _add(found: dict[str, Any], subject: Subject, run: Run, kinds: Sequence[str], seeds: Sequence[int]) -> None:
@@ -171,16 +162,13 @@ def _add(found: dict[str, Any], subject: Subject, run: Run, kinds: Sequence[str]
 def _write(found: Mapping[str, Any], out: Path) -> None:
     """Write robustness.json, robustness.csv (a line per number) and robustness.png."""
     write_whole(out / "robustness.json", (json.dumps(found, indent=2) + "\n").encode())
-    text = io.StringIO()
-    keys = ("run", "kind", "severity", "seed", "layer", "metric", "value")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(keys)
+    keys, lines = ("run", "kind", "severity", "seed", "layer", "metric", "value"), []
     for part in ("results", "margins", "flips"):
         for row in found[part]:
             place = {"kind": {"margins": "clean", "flips": "membrane"}.get(part)} | row
-            for metric in (key for key in row if key not in keys):
-                writer.writerow([*(place.get(key) for key in keys[:-2]), metric, row[metric]])
-    write_whole(out / "robustness.csv", text.getvalue().encode(errors="backslashreplace"))
+            metrics = (key for key in row if key not in keys)
+            lines += [[*(place.get(key) for key in keys[:-2]), metric, row[metric]] for metric in metrics]
+    write_csv(out / "robustness.csv", keys, lines)
     metric = found["metrics"][0]
     curves = {kind: runs for kind in KINDS if (runs := curves_of(found, kind, metric))}
     save_png(draw_robustness(curves, UNITS, f"{metric}, in [0, 1]"), out / "robustness.png")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from backbones import Backbone
@@ -228,7 +228,7 @@ class DetectionTask(Task):
             for images, targets in batches:
                 with accelerator.autocast():
                     predictions = model([image.to(device) for image in images])
-                evaluator.update([target["image_id"] for target in targets], [_to_cpu(each) for each in predictions])
+                evaluator.update([target["image_id"] for target in targets], send_to_device(predictions, "cpu"))
         # VOC ranks equal scores in order of arrival, which must not depend on the number of processes.
         evaluator.detections = Detections.join(gather_object([evaluator.detections])).sorted_by_image()
         metrics = evaluator.compute()
@@ -324,18 +324,16 @@ class DetectionTask(Task):
                     with precision:
                         found = model([self.prepare(model, pictures[index]).to(device) for index in chosen])
                     for index, detections in zip(chosen, found, strict=True):
-                        results[index] = self._prediction(detections, pictures[index])
+                        results[index] = self._prediction(send_to_device(detections, "cpu"), pictures[index])
         return [results[index] for index in range(len(pictures))]
 
     def prepare(self, model: nn.Module, picture: Tensor) -> Tensor:
         return unit(picture)
 
-    def _prediction(self, detections: dict[str, Tensor], picture: Tensor) -> Prediction:
-        found = _to_cpu(detections)
-        classes = tuple(self.config.data.classes)
+    def _prediction(self, found: dict[str, Tensor], picture: Tensor) -> Prediction:
         return Prediction(
             image=pixels_of(picture),
-            class_names=classes,
+            class_names=tuple(self.config.data.classes),
             path=None,
             boxes=found["boxes"].float(),
             scores=found["scores"].float(),
@@ -391,7 +389,3 @@ class DetectionTask(Task):
 
     def model_around(self, run: Callable[[Tensor], dict[str, Tensor]], *, boxes: bool = False) -> Callable[[Any], Any]:
         return (DetectorOfBoxes if boxes else DetectorOf)(self.build_model(), run)
-
-
-def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.cpu() for name, tensor in tensors.items()}

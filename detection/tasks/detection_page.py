@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 from torch import Tensor, nn
 
@@ -41,9 +42,8 @@ def save_sheet(model: nn.Module, dataset: DetectionDataset, path: Path) -> None:
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         found = [model([image.to(device)])[0] for image, _ in samples]
-    predictions = [{key: value.cpu() for key, value in each.items()} for each in found]
     images, targets = zip(*samples, strict=True)
-    save_png(draw_predictions(images, predictions, targets, dataset.annotations.categories), path)
+    save_png(draw_predictions(images, send_to_device(found, "cpu"), targets, dataset.annotations.categories), path)
 
 
 def class_sections(logged: Evaluation | None, found: Mapping[str, Sequence[Any]] | None) -> list[Section]:

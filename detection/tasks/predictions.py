@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from detection.runs import Run
+from detection.text import plural
 
 PIXELS = 2**26  # of the images that are in memory at a time, if they are several: 800 MB as floats
 Item = TypeVar("Item")
@@ -149,7 +150,7 @@ class Prediction(AnyPrediction):
 
     def __str__(self) -> str:
         counts = ", ".join(f"{number} {name}" for name, number in Counter(self.names).most_common())
-        return f"{len(self)} detection{'' if len(self) == 1 else 's'}" + (f" ({counts})" if counts else "")
+        return plural(len(self), "detection") + (f" ({counts})" if counts else "")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -173,7 +174,7 @@ class ClassPrediction(AnyPrediction):
 
     def since(self, clean: Self) -> str:
         (name, before), now = clean.top(1)[0], self.top(1)[0][0]
-        share = float(self.probabilities[clean.probabilities.argmax()])
+        share = float(self.probabilities[self.class_names.index(name)])
         return f"{'still' if now == name else 'no longer'} {name}, probability {share:.3f} instead of {before:.3f}"
 
     def draw(self) -> Image.Image:
@@ -201,9 +202,9 @@ def read_category_ids(run: Run) -> tuple[tuple[int, ...], Path | None]:
     numbers = tuple(range(1, len(classes) + 1))
     if config.data.format != "coco":
         return numbers, None
-    path = config.data.root / config.data.val[0]
     try:
+        path = config.data.root / (config.data.val or config.data.train)[0]  # without val, a part of train is for that
         id_of = {item["name"]: int(item["id"]) for item in json.loads(path.read_text("utf-8"))["categories"]}
         return tuple(id_of[name] for name in classes), path
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         return numbers, None

@@ -25,6 +25,10 @@ LARGEST = (800, 1333)  # as published for COCO
 STEPS, EPOCHS, MOST_EPOCHS = 1500, 40, 200
 SCALES = (3.0, 2.5, 3.5, 2.0, 4.0, 1.5)  # smallest anchors of a level in its strides; the first was measured most
 COVERED = 0.5  # IoU
+SPLIT_REASON = (
+    "there is one set alone: a part of it is for validation, chosen by data.split_seed; where images are "
+    "near-duplicates, such as frames of a film, data.group_by keeps those together"
+)
 LEFT_RIGHT = re.compile(r"(^|[^a-z])(left|right)([^a-z]|$)", re.IGNORECASE)
 
 
@@ -54,8 +58,9 @@ def propose(data: Mapping[str, Any], train: Annotations, saw: str) -> list[Choic
     objects = resized(train, min_size, max_size)
     levels, extra, scale, covered = _levels(objects)
     batch = _batch(number, max_size)
-    epochs = _epochs(number, batch)
-    steps = epochs * math.ceil(number / batch)
+    per_epoch = math.ceil(number / batch)
+    epochs = min(max(EPOCHS, round(STEPS / per_epoch, -1)), MOST_EPOCHS)
+    steps = epochs * per_epoch
     backbone: dict[str, Any] = {"name": "resnet18", "width": 0.5, "activation": "hoyer"}
     if small:
         backbone["weights"] = ZOO
@@ -77,7 +82,7 @@ def propose(data: Mapping[str, Any], train: Annotations, saw: str) -> list[Choic
         Choice("model.max_size", max_size, "the longer side belongs to it, by the images' shapes"),
         Choice("data.format", data["format"], saw),
         Choice("data.root", data["root"], ""),
-        *(Choice(f"data.{key}", data[key], _split_reason(key)) for key in others),
+        *(Choice(f"data.{key}", data[key], SPLIT_REASON if key == "val_fraction" else "") for key in others),
         Choice("data.classes", list(train.categories), "label 1 first"),
         Choice("data.augment", *_augment(train.categories)),
         Choice("hoyer", {"weight": 0.03, "reduction": "network", "warmup_epochs": min(4, epochs // 10)},
@@ -85,16 +90,9 @@ def propose(data: Mapping[str, Any], train: Annotations, saw: str) -> list[Choic
         Choice("optimizer", _optimizer(steps), f"Muon learns in few epochs; warm-up over a tenth of the {steps} steps, "
                "at most 100"),
         Choice("train", _train(batch, epochs, steps), f"{number} images in batches of {batch} are "
-               f"{math.ceil(number / batch)} steps per epoch; {EPOCHS} epochs or {STEPS} steps, whichever is more, but "
+               f"{per_epoch} steps per epoch; {EPOCHS} epochs or {STEPS} steps, whichever is more, but "
                f"no more than {MOST_EPOCHS} epochs"),
     ]  # fmt: skip
-
-
-def _split_reason(key: str) -> str:
-    if key == "val_fraction":
-        return "there is one set alone: a part of it is for validation, chosen by data.split_seed; where images are " \
-            "near-duplicates, such as frames of a film, data.group_by keeps those together"  # fmt: skip
-    return ""
 
 
 def _input_size(train: Annotations) -> tuple[int, int, str]:
@@ -145,10 +143,6 @@ def _levels(objects: Objects) -> tuple[list[str], int, float, str]:
 def _batch(number: int, max_size: int) -> int:
     largest = 4 if max_size > 800 else 16 if number >= SMALL_SET and max_size <= 512 else 8
     return min(largest, max(1, number // 4))
-
-
-def _epochs(number: int, batch: int) -> int:
-    return min(max(EPOCHS, round(STEPS / math.ceil(number / batch), -1)), MOST_EPOCHS)
 
 
 def _augment(classes: Sequence[str]) -> tuple[dict[str, float], str]:

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 
+from backbones import zoo
 from detection.config import Recipe, flatten, require_same
 from detection.files import require_writable
 from detection.records import DataFingerprint, EpochLog, RunInfo, Start, Weights
@@ -94,9 +95,10 @@ def train_run(
 def build_trainer(
     task: Task, splits: tuple[Dataset, Dataset], run: Run, accelerator: Accelerator, *, goes_on: bool, **options: Any
 ) -> tuple[Trainer, Start | None]:
-    """Return the trainer of a network that begins, or goes on, and what it starts from."""
+    """Return the trainer of a network, and what it has of model.weights; one that `goes_on` brings its own weights."""
     train, val = splits
-    model, start = begin_model(task, goes_on=goes_on)
+    model = build_model(without_weights(task) if goes_on else task)
+    start = None if goes_on else start_from(task, model)
     model, losses = prepare_model(task, model, accelerator)
     batches, val_batches = task.training_batches(train, accelerator), task.evaluation_batches(val, accelerator)
     trainer = Trainer(
@@ -149,7 +151,7 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
 
     Raises:
         FileExistsError: there is something in it already.
-        FileNotFoundError: with `resume`, there is no run.
+        FileNotFoundError: with `resume`, there is no run; without it, no such weights to start from.
         ImportError: the package of a logger is missing.
         ValueError: the recipe names something that is not registered, or with `resume`, the run has another recipe.
     """
@@ -158,6 +160,9 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
         require_same(flatten(Run.open(folder).config), config, str(folder))
     else:
         require_writable(Run.check_free(folder))
+        for source in (getattr(config.model, "weights", None), config.model.backbone.weights):
+            if source is not None and not zoo.locate(source).exists():
+                raise FileNotFoundError(f"{source}: no such weights file")
     loggers.require_packages(config)
 
 
@@ -224,17 +229,6 @@ def build_model(task: Task) -> nn.Module:
             f"the network of this recipe does not fit into the memory ({reason}); a smaller model.backbone.width or "
             "narrower neck and head may"
         ) from None
-
-
-def begin_model(task: Task, *, goes_on: bool) -> tuple[nn.Module, Start | None]:
-    """Return the network that a training begins with, and what it has of model.weights; errors as of both functions.
-
-    One that `goes_on` brings its own weights, and none are read.
-    """
-    if goes_on:
-        return build_model(without_weights(task)), None
-    model = build_model(task)
-    return model, start_from(task, model)
 
 
 def load_teacher(task: Task) -> nn.Module:
@@ -317,12 +311,8 @@ def require_same_origin(run: Run, info: RunInfo) -> None:
 
 def leave_pictures(run: Run) -> None:
     """Draw the curves of a run's log into its folder."""
-    from detection.curves import (
-        draw_anytime,
-        draw_curves,
-        draw_dynamics,
-        draw_potentials,
-    )  # which bring matplotlib, slow to import
+    # Which bring matplotlib, slow to import.
+    from detection.curves import draw_anytime, draw_curves, draw_dynamics, draw_potentials
     from detection.figures import save_png
 
     task, history = task_of(run.config), run.history()

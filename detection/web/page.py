@@ -117,16 +117,11 @@ class Page:
     def _lay_out_answers(self) -> None:
         self.said = gr.HTML(sentence(GREETING), elem_id="said", padding=False)
         self.drawn, self.bars, self.maps = [], [], []
+        picture = {"buttons": ["fullscreen"], "interactive": False}
         with gr.Row():
             for side in ("first", "second"):
                 with gr.Column(min_width=280, visible=side == "first", elem_classes="side") as column:
-                    shown = gr.Image(
-                        label="found",
-                        elem_id=f"drawn-{side}",
-                        elem_classes="drawn",
-                        buttons=["fullscreen"],
-                        interactive=False,
-                    )
+                    shown = gr.Image(label="found", elem_id=f"drawn-{side}", elem_classes="drawn", **picture)
                     bars = gr.Label(num_top_classes=5, label="classes", elem_id=f"bars-{side}", visible=False)
                 self.drawn.append(shown)
                 self.bars.append(bars)
@@ -146,16 +141,8 @@ class Page:
                     self.back = gr.Button("Stage before", size="sm", elem_id="back")
                     self.on = gr.Button("Next stage", size="sm", elem_id="next")
                 for side in ("first", "second"):
-                    self.maps.append(
-                        gr.Image(
-                            label="spikes",
-                            elem_id=f"maps-{side}",
-                            elem_classes=["drawn", "maps"],
-                            buttons=["fullscreen"],
-                            interactive=False,
-                            visible=side == "first",
-                        )
-                    )
+                    place = {"elem_id": f"maps-{side}", "elem_classes": ["drawn", "maps"]}
+                    self.maps.append(gr.Image(label="spikes", visible=side == "first", **place, **picture))
             with gr.Tab("What it costs"):
                 self.costs = gr.HTML(elem_id="costs", padding=False)
 
@@ -283,9 +270,10 @@ class Page:
         }
 
     def _move(self, visit: Visit, values: Values, tell: Tell) -> Updates:
-        if visit.source is None:
+        networks = self._chosen(values)
+        if not visit.has_answers(networks):
             return {}
-        visit.index = min(int(values[self.time]), visit.length(self._chosen(values))) - 1
+        visit.index = min(int(values[self.time]), visit.length(networks)) - 1
         return self._show(visit, values, tell)
 
     def _found(self, visit: Visit, networks: Sequence[Network], score: float) -> str:
@@ -295,7 +283,7 @@ class Page:
     def _show(self, visit: Visit, values: Values, tell: Tell) -> Updates:
         """Show the answers that are there already, at the score of the slider."""
         networks, score = self._chosen(values), values[self.score]
-        if visit.source is None or any(network.name not in visit.answers for network in networks):
+        if not visit.has_answers(networks):
             return {}
         paths = [visit.work(partial(visit.draw, network, score)) for network in networks]
         answers = {network.name: visit.answer(network) for network in networks}
@@ -317,7 +305,7 @@ class Page:
     def _explain(self, visit: Visit, values: Values, tell: Tell) -> Updates:
         """Show what takes longer: where the networks fire, and what the picture costs."""
         networks = self._chosen(values)
-        if visit.source is None or any(network.name not in visit.answers for network in networks):
+        if not visit.has_answers(networks):
             return {}
         answers = {network.name: visit.work(partial(visit.explain, network)) for network in networks}
         updates: Updates = {self.table: summary(answers, values[self.score]), self.costs: costs(answers)}
@@ -332,7 +320,7 @@ class Page:
 
     def _show_maps(self, visit: Visit, values: Values, tell: Tell) -> Updates:
         networks = self._chosen(values)
-        if visit.source is None or any(network.name not in visit.answers for network in networks):
+        if not visit.has_answers(networks):
             return {}
         updates: Updates = {}
         for index, network in enumerate(networks):
@@ -345,7 +333,7 @@ class Page:
 
     def _step(self, by: int, visit: Visit, values: Values, tell: Tell) -> Updates:
         """Go to another stage, behind the last one to the first."""
-        if visit.source is None:
+        if not visit.has_answers(self._chosen(values)):
             return {}
         stages = self._stages(visit, values)
         now = stages.index(values[self.stage]) if values[self.stage] in stages else 0

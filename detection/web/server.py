@@ -9,6 +9,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -54,17 +55,17 @@ class Gate:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        path, headers = (
-            scope["path"],
-            {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]},
-        )
+        path = scope["path"]
+        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         refusal = self._refusal(scope["method"], path, headers)
         body = None
         if refusal is None and scope["method"] == "POST":
-            most = self.most_bytes + MEGABYTE if path == "/gradio_api/upload" else MEGABYTE
+            upload = path == "/gradio_api/upload"
+            limit = self.most_bytes if upload else MEGABYTE
+            most = limit + MEGABYTE * upload  # what is sent around the file
             if int(headers.get("content-length", "0") or 0) > most:
-                refusal = (413, f"More than {most // MEGABYTE} MB are not taken here.")
-            elif path == "/gradio_api/upload":
+                refusal = (413, f"More than {limit / MEGABYTE:g} MB are not taken here.")
+            elif upload:
                 receive = _at_most(receive, most)
             else:
                 body = await _whole(receive, most)
@@ -105,7 +106,13 @@ class Gate:
         return all(isinstance(path, str) and self._is_own(path) for path in paths)
 
     def _stored(self) -> int:
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        """Return the bytes of all files; those that are removed meanwhile may count or not."""
+        total = 0
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    total += os.stat(os.path.join(folder, name)).st_size
+        return total
 
 
 def _paths(value: Any) -> Iterator[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from detection.cli.film import plain_path, read_frames
+from detection.cli.film import open_capture, read_frames
 from detection.cli.sources import VIDEO_EXTENSIONS
 from detection.data.events import draw_recordings
 from detection.data.image_files import open_image
@@ -86,9 +85,7 @@ class Source(NamedTuple):
     def _capture(self, task: Task) -> Iterator[cv2.VideoCapture]:
         if getattr(task.config.data, "are_events", False):
             raise ValueError("a film, and the network takes recordings of events")
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        with tempfile.TemporaryDirectory() as place:
-            capture = cv2.VideoCapture(plain_path(self.path, place))
+        capture = open_capture(self.path)
         try:
             if not capture.isOpened():
                 raise ValueError("no readable video")
@@ -114,7 +111,7 @@ def examples_of(predictor: Predictor, folder: Path) -> list[Path]:
     if getattr(data, "are_events", False):
         found = [
             path
-            for split in data.val
+            for split in ([data.val] if isinstance(data.val, str) else data.val)  # a classifier has one
             for path in sorted((data.root / split).rglob("*"))
             if path.suffix.lower() in EVENT_SUFFIXES
         ]

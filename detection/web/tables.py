@@ -9,10 +9,10 @@ from typing import Any
 from markupsafe import Markup
 
 from detection.curves import short_names
-from detection.report.energy import joule, look
+from detection.report.energy import joule, look, network_bars
 from detection.report.page import environment_of_parts
 from detection.report.words import format_count, format_energy
-from detection.sections import Bar, Bars, Cell, Table, Words, percent
+from detection.sections import Cell, Table, Words, percent
 from detection.web.answers import Answer
 
 SHOWN = ("spiking", "spiking_int8", "twin", "twin_int8")
@@ -45,15 +45,15 @@ def summary(answers: Mapping[str, Answer | None], score: float) -> str:
     rows = {
         "found": lambda answer: str(answer.prediction.above(score)),
         "without noise": lambda answer: "" if answer.clean is None else _since(answer, score),
-        "neurons that fire": lambda answer: _activity(answer),
-        "outputs that the noise flips": lambda answer: _flips(answer),
-        "synaptic operations": lambda answer: _operations(answer),
-        "energy of the operations": lambda answer: _energy(answer, 0),
+        "neurons that fire": _activity,
+        "outputs that the noise flips": _flips,
+        "synaptic operations": _operations,
+        "energy of the operations": _energy,
         "analogue twin's": lambda answer: _energy(answer, "twin"),
         "with 8-bit weights": lambda answer: _energy(answer, "spiking_int8"),
         "8-bit twin's": lambda answer: _energy(answer, "twin_int8"),
         "time in the network": lambda answer: f"{1000 * answer.seconds:.0f} ms",
-        "from the file to the picture": lambda answer: _whole(answer),
+        "from the file to the picture": _whole,
         "noise left out": lambda answer: "; ".join(f"{kind}: {why}" for kind, why in answer.left_out.items()),
     }
     cells = [
@@ -71,19 +71,11 @@ def costs(answers: Mapping[str, Answer]) -> str:
         if answer.analysis is None:
             continue
         analysis = answer.analysis
-        networks = [network for network in analysis["networks"] if network in SHOWN] or list(analysis["networks"])
-        most = max(analysis["networks"][network]["total_sram_pj"] for network in networks) or 1.0
-        bars = [
-            (
-                look(network)[0],
-                [Bar(energy["total_pj"] / most, look(network)[1], energy["memory_sram_pj"] / most)],
-                [format_energy(energy["total_sram_pj"])],
-            )
-            for network, energy in ((network, analysis["networks"][network]) for network in networks)
-        ]
+        networks = {network: energy for network, energy in analysis["networks"].items() if network in SHOWN}
+        networks = networks or analysis["networks"]
         note = "Energy of this picture. Full colour: operations; pale: memory traffic, if all of it goes to SRAM. "
-        parts += [Words(name, "heading"), Bars(bars), Words(note + analysis["costs"]["name"] + ".", "note")]
-        parts.append(_layers(name, analysis, networks))
+        parts += [Words(name, "heading"), network_bars(networks)]
+        parts += [Words(note + analysis["costs"]["name"] + ".", "note"), _layers(name, analysis, list(networks))]
     return render(parts)
 
 
@@ -133,20 +125,17 @@ def _operations(answer: Answer) -> str:
     return f"{format_count(own['acs'])} AC, {format_count(own['macs'])} MAC"
 
 
-def _energy(answer: Answer, network: int | str) -> str:
+def _energy(answer: Answer, other: str | None = None) -> str:
+    """The energy of the network's operations, or of another one's and how many times as much."""
     if answer.analysis is None:
         return WAIT
-    networks = answer.analysis["networks"]
-    first = next(iter(networks))
-    name = first if network == 0 else network
-    if name not in networks or (name == first and network != 0):
+    energies = {name: network["total_pj"] for name, network in answer.analysis["networks"].items()}
+    first, own = next(iter(energies.items()))
+    if other is None:
+        return format_energy(own)
+    if other == first or other not in energies:
         return DASH
-    times = "" if name == first or not networks[first]["total_pj"] else _times(networks, name, first)
-    return format_energy(networks[name]["total_pj"]) + times
-
-
-def _times(networks: Mapping[str, Any], name: str, first: str) -> str:
-    return f" ({networks[name]['total_pj'] / networks[first]['total_pj']:.2g}\N{MULTIPLICATION SIGN})"
+    return format_energy(energies[other]) + (f" ({energies[other] / own:.2g}\N{MULTIPLICATION SIGN})" if own else "")
 
 
 def _whole(answer: Answer) -> str:

@@ -84,18 +84,26 @@ class Visit:
         long = source.is_long(task)
         total = self.work(lambda: source.length(task)) if long else 1
         pictures = source.pictures(task)
-        while not self.stopped.is_set():
-            answer = self.work(lambda: _next(network, pictures, noise))
-            if answer is None:
-                break
+        while (answer := self.work(lambda: _next(network, pictures, noise))) is not None:
             found.append(_without_pixels(answer) if long else answer)
             if long:
                 tell(len(found), total)
+            if self.stopped.is_set():  # behind one picture at least, also of a network whose turn had not come
+                break
         return found
+
+    def end(self) -> None:
+        """Stop what is under way, and remove the files."""
+        self.stopped.set()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def has_answers(self, networks: Sequence[Network]) -> bool:
+        """Return whether something was given, and all these networks have answered to it."""
+        return self.source is not None and all(network.name in self.answers for network in networks)
 
     def length(self, networks: Sequence[Network]) -> int:
         """Return the number of pictures that all these networks have answered to."""
-        return min(len(self.answers.get(network.name, [])) for network in networks)
+        return min(len(self.answers[network.name]) for network in networks)
 
     def picture(self, network: Network) -> Tensor:
         """Return the picture that is shown, as the network takes it.
@@ -160,7 +168,8 @@ class Visit:
             for row in prediction.to_results(number):
                 area = {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} if "bbox" in row else {}
                 rows.append({"id": len(rows) + 1, **row, **area})
-        info = {"description": f"predictions of {network.name}, {network.weights} weights", "score_threshold": score}
+        info: dict[str, Any] = {"description": f"predictions of {network.name}, {network.weights} weights"}
+        info |= {"score_threshold": score} if network.has_boxes else {}
         labels = task.describe_labels(run)
         labels.pop("category_ids", None)  # where their numbers come from: a path of the server
         path = self._file(f"{self._stem}.json")
@@ -217,7 +226,7 @@ class Visits:
             gone = [self._found.popitem(last=False)[1] for _ in range(len(self._found) - MOST_VISITS)]
             visit = self._found[name]
         for each in gone:
-            shutil.rmtree(each.folder, ignore_errors=True)
+            each.end()
         return visit
 
     def end(self, name: str) -> None:
@@ -225,5 +234,4 @@ class Visits:
         with self._lock:
             visit = self._found.pop(name, None)
         if visit is not None:
-            visit.stopped.set()
-            shutil.rmtree(visit.folder, ignore_errors=True)
+            visit.end()
