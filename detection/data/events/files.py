@@ -26,7 +26,7 @@ from detection.data.events.frames import Size, events_to_frames, frames_to_pixel
 from detection.data.events.prophesee import EVENT, Recording
 from detection.data.records import NUM_THREADS, check_classes, require_folder
 from detection.files import EVENT_SUFFIXES as SUFFIXES
-from detection.text import printable
+from detection.text import plural, printable
 
 DVS128 = (128, 128)  # the sensor of DVS-CIFAR10: its files do not say
 
@@ -141,7 +141,8 @@ def list_recordings(
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no class folders, a class without recordings, or a wanted class that has no folder.
+        ValueError: no class folders, a class without recordings, in the set or in the part, or a wanted class that has
+            no folder.
     """
     folder = require_folder(root / split, "one folder of recordings per class, such as train/cars")
     found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -153,11 +154,18 @@ def list_recordings(
     for label, name in enumerate(names):
         paths = [path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES]
         paths.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
-        if not split:
-            first = round(train_share * len(paths))
-            paths = paths[:first] if train else paths[first:]
         if not paths:
             raise ValueError(f"{folder / name}: no recordings in it (allowed: {', '.join(SUFFIXES)})")
+        if not split:
+            number = len(paths)
+            first = round(train_share * number)
+            paths = paths[:first] if train else paths[first:]
+            if not paths:
+                part = "training" if train else "validation"
+                raise ValueError(
+                    f"{folder / name}: data.events.train_share {train_share:g} of {plural(number, 'recording')} leaves "
+                    f"none for {part}"
+                )
         files += [(path, label) for path in paths]
     return files, names
 
