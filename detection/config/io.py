@@ -208,7 +208,7 @@ def set_values(config: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
     """Return `config` with {"section.key": value} applied.
 
     Raises:
-        ValueError: a key or value is not allowed.
+        ValueError: a key or value is not allowed, or a plugin cannot be imported.
     """
     tree = config.model_dump()
     for key in config.hoyer.open_keys():  # they follow from the new values
@@ -223,9 +223,11 @@ def set_values(config: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
             place = place.setdefault(section, {}) if isinstance(place, dict) else {}
         place[last] = value
     try:
-        return type(config).model_validate(tree)
+        new = type(config).model_validate(tree)
     except ValidationError as error:
         raise ValueError(_explain_all(error, type(config))) from None
+    import_plugins(new.plugins)
+    return new
 
 
 def recipes_folder() -> Path:
