@@ -120,6 +120,7 @@ def _yolo(root: Path) -> Layout | None:
     except FileNotFoundError:
         return None
     labels = [path for path in visible_files(root) if path.suffix == ".txt" and path.name not in NOT_LABELS]
+    labels = [path for path in labels if path.is_file()]  # no links to nothing
     sample = [path for path in sorted(labels) if path.stat().st_size < 10**6][:: max(1, len(labels) // SAMPLE)]
     lines = [line.split() for path in sample for line in path.read_text(errors="replace").splitlines() if line.strip()]
     good = sum(len(line) >= 5 and all(map(_is_number, line)) for line in lines)
@@ -203,7 +204,10 @@ def _image_folder(root: Path, source: Path) -> str:
     with source.open("rb") as file:
         head = file.read(2**20).decode(errors="replace")
     said = re.search(r'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', head)
-    name = json.loads(said[1]).replace("\\", "/") if said else ""
+    try:
+        name = json.loads(said[1]).replace("\\", "/") if said else ""
+    except ValueError as error:
+        raise ValueError(f"{source}: not a JSON file: {error}") from None
     split = re.sub("^(instances|annotations)_?|_?(annotations|instances|coco)$", "", source.stem)
     places = [source.parent, root, root / split, root / "images" / split, root / "images", source.parent / "images"]
     places += sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir())
