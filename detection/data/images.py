@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from detection.config.registry import add_to
 from detection.config.schema import ImageData
 from detection.data.events.files import list_recordings, read_classified
 from detection.data.events.made import draw_classified
@@ -94,15 +95,7 @@ def register_image_format(name: str) -> Callable[[Reader], Reader]:
     Raises:
         ValueError: the name is taken by another function.
     """
-
-    def register(reader: Reader) -> Reader:
-        taken = _READERS.get(name, reader)
-        if (taken.__module__, taken.__qualname__) != (reader.__module__, reader.__qualname__):
-            raise ValueError(f"data.format {name!r} is registered already, by {taken.__module__}")
-        _READERS[name] = reader
-        return reader
-
-    return register
+    return lambda reader: add_to(_READERS, name, reader, "data.format")
 
 
 def image_format_names() -> list[str]:
