@@ -110,8 +110,8 @@ def read_csv(
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: a header that is not understood, or without the column split for a `value`; boxes that are shares
-            of the image; or nothing to train on.
+        ValueError: a header that is not understood or lacks a column, boxes that are shares of the image, or nothing to
+            train on.
     """
     require_file(source, "a CSV file with a header, an object per row")
     folder = require_folder(source.parent if folder is None else folder, f"the images of {source.name}")
@@ -138,13 +138,12 @@ def read_csv(
             problem = examine_image(path).problem or "no readable image header"
             dropped.append(f"{path}: {problem}; {image_left_out(len(objects))}")
         else:
-            more = {"layout": table.layout, "source": source, "dropped": dropped}
-            records.append(build_record(path, number, *size, objects, **more))
+            layout = table.layout
+            records.append(build_record(path, number, *size, objects, layout=layout, source=source, dropped=dropped))
     _refuse_shares(records, source)
     dropped += others_left_out(others, categories, source)
-    return build_annotations(
-        records, categories, range(1, len(categories) + 1), dropped, source=str(source), verify=verify
-    )
+    ids = range(1, len(categories) + 1)
+    return build_annotations(records, categories, ids, dropped, source=str(source), verify=verify)
 
 
 def read_table(source: Path, dropped: list[str], values: Sequence[str] = ()) -> Table:
