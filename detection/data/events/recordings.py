@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -158,4 +158,4 @@ def _record(
 ) -> EventRecord:
     source = path.with_name(path.name.removesuffix(EVENTS_END) + BOXES_END)
     plain = build_record(path, image_id, size[1], size[0], objects, layout="coco", source=source, dropped=dropped)
-    return EventRecord(**{each.name: getattr(plain, each.name) for each in fields(plain)}, end=end, settings=settings)
+    return EventRecord(**vars(plain), end=end, settings=settings)
