@@ -18,6 +18,7 @@ from backbones import spike_layers
 from backbones.networks import base as families
 from detection import tasks
 from detection.config import load_config, override, read_recipe, registry
+from detection.config.schema import Data, ImageData
 from detection.data import draw_scene, formats, images
 from detection.predict import Predictor
 from detection.records import EpochLog
@@ -404,6 +405,12 @@ def refusal(folder: Path, values: dict, *plugins: str) -> str:
     message = str(error.value)
     assert message.startswith(f"{recipe}: plugins: ") and "\n" not in message
     return message
+
+
+@pytest.mark.parametrize(("kind", "read"), [(Data, formats.read_split), (ImageData, images.read_image_split)])
+def test_formats_of_the_package_have_no_options(kind, read):
+    with pytest.raises(ValueError, match=r"data\.options: mirror: data\.format 'synthetic' has none"):
+        read(kind(format="synthetic", options={"mirror": True}), "train")
 
 
 def test_a_plugin_that_is_not_there(tmp_path):

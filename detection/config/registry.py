@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from detection.config.schema import Recipe
+from detection.text import nearest
 
 BUILT_IN = "detection.tasks.recipes"  # imported before the first lookup, as the plugins of a recipe are
 Registered = TypeVar("Registered", bound=Callable[..., Any])
@@ -24,6 +25,20 @@ def add_to(registry: dict[str, Registered], name: str, what: Registered, kind: s
         raise ValueError(f"{kind} {name!r} is registered already, by {taken.__module__}")
     registry[name] = what
     return what
+
+
+def find_reader(readers: dict[str, Registered], data: Any) -> Registered:
+    """Return what reads the format of a recipe's section `data`.
+
+    Raises:
+        ValueError: no such format, or it is one of this package, and has no `data.options`.
+    """
+    if data.format not in readers:
+        raise ValueError(f"data.format: unknown {data.format!r}{nearest(data.format, readers)}")
+    reader = readers[data.format]
+    if data.options and reader.__module__.startswith("detection."):
+        raise ValueError(f"data.options: {', '.join(data.options)}: data.format {data.format!r} has none")
+    return reader
 
 
 def register_recipe(kind: type[Recipe]) -> type[Recipe]:

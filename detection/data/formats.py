@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Literal
 
-from detection.config.registry import add_to
+from detection.config.registry import add_to, find_reader
 from detection.config.schema import Data
 from detection.data.coco import read_coco
 from detection.data.csv_files import read_csv
@@ -19,7 +19,6 @@ from detection.data.synthetic import draw_scenes
 from detection.data.transforms import build_transform
 from detection.data.voc import read_voc
 from detection.data.yolo import read_yolo
-from detection.text import nearest
 
 Split = Literal["train", "val"]
 Reader = Callable[[Data, Split, Sequence[str]], Annotations]
@@ -60,9 +59,7 @@ def read_split(data: Data, split: Split, classes: Sequence[str] | None = None) -
         FileNotFoundError: a file or folder is missing.
         ValueError: no such format, a key that the format needs is empty, or what the format's reader finds wrong.
     """
-    if data.format not in _READERS:
-        raise ValueError(f"data.format: unknown {data.format!r}{nearest(data.format, _READERS)}")
-    reader, wanted = _READERS[data.format], data.classes if classes is None else classes
+    reader, wanted = find_reader(_READERS, data), data.classes if classes is None else classes
     if data.val_fraction:
         return DetectionDataset(take_part(reader(data, "train", wanted), split, data))
     return DetectionDataset(reader(data, split, wanted))

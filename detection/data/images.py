@@ -16,14 +16,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from detection.config.registry import add_to
+from detection.config.registry import add_to, find_reader
 from detection.config.schema import ImageData
 from detection.data.events.files import list_recordings, read_classified
 from detection.data.events.made import draw_classified
 from detection.data.image_files import EXTENSIONS, Look, decode_image, examine_image, is_image, visible_files
 from detection.data.records import NUM_THREADS, check_classes, few, require_folder
 from detection.data.synthetic import CATEGORIES, SCALE, draw_scene
-from detection.text import nearest, plural, printable
+from detection.text import plural, printable
 
 Split = Literal["train", "val"]
 
@@ -120,9 +120,7 @@ def read_image_split(data: ImageData, split: Split, *, download: bool = False) -
         ValueError: no such format, the layout is not root/SPLIT/CLASS/*, a class has no image, a wanted class is not
             in the data, or the data's image size is not `data.size`.
     """
-    if data.format not in _READERS:
-        raise ValueError(f"data.format: unknown {data.format!r}{nearest(data.format, _READERS)}")
-    return _READERS[data.format](data, split, download)
+    return find_reader(_READERS, data)(data, split, download)
 
 
 @register_image_format("folder")
