@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from detection.data.csv_files import SPLITS, Table, read_header, read_table, rows_of
 from detection.data.image_files import is_image, visible_files
+from detection.data.records import finite_number
 from detection.data.voc import parse_xml
 from detection.data.voc_folders import IMAGES, find_split, flat_pair
 from detection.data.yolo import NOT_LABELS, find_set
@@ -123,7 +124,7 @@ def _yolo(root: Path) -> Layout | None:
     labels = [path for path in labels if path.is_file()]  # no links to nothing
     sample = [path for path in sorted(labels) if path.stat().st_size < 10**6][:: max(1, len(labels) // SAMPLE)]
     lines = [line.split() for path in sample for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    good = sum(len(line) >= 5 and all(map(_is_number, line)) for line in lines)
+    good = sum(len(line) >= 5 and None not in map(finite_number, line) for line in lines)
     if not good:
         return None
     saw = (
@@ -148,12 +149,6 @@ def _yolo(root: Path) -> Layout | None:
         values = _values("yolo", root, splits, None if splits else place.relative_to(root).as_posix())
         test = (splits["test"],) if values.get("val") and "test" in splits else ()
     return Layout("yolo", saw, good / max(1, len(lines)), values, test)
-
-
-def _is_number(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return float(text) == float(text)
-    return False
 
 
 # COCO
