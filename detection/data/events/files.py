@@ -80,7 +80,7 @@ def read_recording(path: Path, size: int, settings: Events) -> Tensor:
     Raises:
         OSError, ModuleNotFoundError, ValueError: see `read_events`, or an event lies outside of the sensor.
     """
-    with _named(path):
+    with named(path):
         events, sensor = read_events(path)
         frames = events_to_frames(events, settings.sensor or sensor, settings.steps, settings.by)
     return frames_to_pixels(frames, (size, size), settings.full)
@@ -112,13 +112,13 @@ def read_windows(path: Path, settings: Events, skip: int = 0) -> Iterator[Tensor
         raise ValueError(f"{path}: its header has no size of the sensor; the recipe has no data.events.sensor either")
     for first in range(start + skip * length, end + 1, length):
         window = (first, first + length)
-        with _named(path):
+        with named(path):
             frames = events_to_frames(between(*window), settings.sensor or size, settings.steps, settings.by, window)
         yield frames_to_pixels(frames, settings.sensor or size, settings.full)
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Name the file in errors that do not."""
     try:
         yield

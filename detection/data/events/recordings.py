@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from detection.config.schema import Events
+from detection.data.events.files import named
 from detection.data.events.frames import Size, events_to_frames, filter_boxes, frames_to_pixels, label_times
 from detection.data.events.made import CLASS_FILE
 from detection.data.events.prophesee import Recording, read_boxes
@@ -43,10 +44,8 @@ class EventRecord(Record):
         settings, size = self.settings, (self.height, self.width)
         window = (self.end - round(1e6 * settings.window), self.end)
         events = Recording(self.path).between(*window)
-        try:
+        with named(self.path):
             frames = events_to_frames(events, size, settings.steps, settings.by, window)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
         return frames_to_pixels(frames, size, settings.full).permute(1, 2, 0).numpy()
 
 
