@@ -381,6 +381,7 @@ def test_recordings_by_class(tmp_path):
     for split, options, expected in (
         ("Test", {}, "Test: no such folder; expected one folder of recordings per class"),
         ("Train/dog", {}, "dog: no class folders in it"),
+        ("Train/dog", {"classes": ["dog"]}, "dog: no class folders in it"),
         ("Train", {"classes": ["dig"]}, "no class 'dig'; did you mean 'dog'"),
         ("Train", {"classes": ["cat"]}, "cat: no recordings in it (allowed: .dat"),
         ("", {"train_share": 0.99, "classes": ["ant"]}, "train_share 0.99 of 5 recordings leaves none for validation"),

@@ -300,6 +300,8 @@ def test_classified_recordings_as_images(tmp_path):
     # The same files read as a set with splits, and as one without.
     data.format = "events"
     assert read_image_split(data, "val").fingerprint() == val.fingerprint()
+    some = read_image_split(data.model_copy(update={"classes": ["star", "square", "circle"]}), "val")
+    assert some.dropped == (f"{data.root}/val/triangle: not among the classes; left out",) and len(some) == 3
     data.root, data.train, data.val, data.events.train_share = data.root / "train", "", "", 0.5
     first, second = read_image_split(data, "train"), read_image_split(data, "val")
     assert torch.equal(first.pixels, train.pixels[::2]) and torch.equal(second.pixels, train.pixels[1::2])

@@ -21,7 +21,7 @@ from detection.config.schema import ImageData
 from detection.data.events.files import list_recordings, read_classified
 from detection.data.events.made import draw_classified
 from detection.data.image_files import EXTENSIONS, Look, decode_image, examine_image, is_image, visible_files
-from detection.data.records import NUM_THREADS, check_classes, few, require_folder
+from detection.data.records import NUM_THREADS, check_classes, class_folders, few, require_folder
 from detection.data.synthetic import CATEGORIES, SCALE, draw_scene
 from detection.text import plural, printable
 
@@ -174,7 +174,8 @@ def _recordings(data: ImageData, split: Split, folder: str) -> Images:
         raise ValueError(f"data.augment.randaugment {data.augment.randaugment}: it takes pictures, not events")
     share = data.events.train_share
     files, classes = list_recordings(data.root, folder, train=split == "train", classes=data.classes, train_share=share)
-    return Images(*read_classified(files, classes, data.size, data.events))
+    *images, dropped = read_classified(files, classes, data.size, data.events)
+    return Images(*images, (*map(printable, _other_classes(data.root / folder, classes)), *dropped))
 
 
 @register_image_format("cifar10")
@@ -195,13 +196,13 @@ def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
         ValueError: no class folders in it, a class without images, or a wanted class that has no folder.
     """
     require_folder(folder, "one folder of images per class, such as train/cat and train/dog")
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = class_folders(folder)
     if not found:
         raise ValueError(f"{folder}: no class folders in it; expected {folder.name}/CLASS/*.jpg, one folder per class")
     check_classes(classes, found, source=str(folder))
     names = tuple(classes) or tuple(found)
     files: list[tuple[Path, int]] = []
-    dropped = [f"{folder / name}: not among the classes; left out" for name in found if name not in names]
+    dropped = _other_classes(folder, names)
     for label, name in enumerate(names):
         inside = list(visible_files(folder / name))
         paths = sorted(filter(is_image, inside))
@@ -213,6 +214,11 @@ def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
             dropped.append(f"{folder / name}: {number} without the name of an image ({few(sorted(others))}); left out")
         files += [(path, label) for path in paths]
     return ImageFiles(tuple(files), names, tuple(map(printable, dropped)))
+
+
+def _other_classes(folder: Path, kept: Sequence[str]) -> list[str]:
+    others = [name for name in class_folders(folder) if name not in kept]
+    return [f"{folder / name}: not among the classes; left out" for name in others]
 
 
 def _usable(files: ImageFiles, looks: Sequence[Look]) -> ImageFiles:

@@ -24,7 +24,7 @@ from torch import Tensor
 from detection.config.schema import Events
 from detection.data.events.frames import Size, events_to_frames, frames_to_pixels
 from detection.data.events.prophesee import EVENT, Recording
-from detection.data.records import NUM_THREADS, check_classes, require_folder
+from detection.data.records import NUM_THREADS, check_classes, class_folders, require_folder
 from detection.files import EVENT_SUFFIXES as SUFFIXES
 from detection.text import plural, printable
 
@@ -145,11 +145,11 @@ def list_recordings(
             no folder.
     """
     folder = require_folder(root / split, "one folder of recordings per class, such as train/cars")
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = class_folders(folder)
+    if not found:
+        raise ValueError(f"{folder}: no class folders in it; expected {folder.name}/CLASS/*{SUFFIXES[0]}")
     check_classes(classes, found, source=str(folder))
     names = tuple(classes) or tuple(found)
-    if not names:
-        raise ValueError(f"{folder}: no class folders in it; expected {folder.name}/CLASS/*{SUFFIXES[0]}")
     files: list[tuple[Path, int]] = []
     for label, name in enumerate(names):
         paths = [path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES]
