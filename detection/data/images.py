@@ -153,7 +153,24 @@ def _folder(data: ImageData, split: Split, download: bool) -> Images | ImageFile
 
 @register_image_format("synthetic")
 def _synthetic(data: ImageData, split: Split, download: bool) -> Images:
-    return _draw(data, 0, data.num_train) if split == "train" else _draw(data, 1, data.num_val)
+    """A light shape on a dark ground per image, somewhere and of some size; the same settings, the same images."""
+    _require_classes(data, CATEGORIES)
+    number, part = (data.num_train, 0) if split == "train" else (data.num_val, 1)
+    pixels = np.empty((number, data.size, data.size, 3), dtype=np.uint8)
+    labels = torch.empty(number, dtype=torch.long)
+    for index in range(number):
+        rng = np.random.default_rng((part, index))
+        scene = draw_scene(2 * data.size, 1, rng)
+        # Lighter by a constant: which colours meet is then no part of the task, and a small network learns it soon.
+        mask = scene.masks[0].reshape(2 * data.size, SCALE, 2 * data.size, SCALE).mean(axis=(1, 3))
+        image = Image.fromarray((scene.image / 2 + 127 * mask[:, :, None]).astype(np.uint8))
+        # A square of one and a half to two times the shape's box, around it as far as the scene goes.
+        box = scene.boxes[0].reshape(2, 2)
+        side = min(rng.uniform(1.5, 2) * np.ptp(box, axis=0).max(), 2 * data.size)
+        corner = (box.mean(axis=0) - side / 2).clip(0, 2 * data.size - side)
+        window = image.resize((data.size, data.size), Image.Resampling.BILINEAR, box=(*corner, *(corner + side)))
+        pixels[index], labels[index] = np.asarray(window), int(scene.labels[0]) - 1
+    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels, CATEGORIES)
 
 
 @register_image_format("events")
@@ -176,12 +193,6 @@ def _recordings(data: ImageData, split: Split, folder: str) -> Images:
     files, classes = list_recordings(data.root, folder, train=split == "train", classes=data.classes, train_share=share)
     *images, dropped = read_classified(files, classes, data.size, data.events)
     return Images(*images, (*map(printable, _other_classes(data.root / folder, classes)), *dropped))
-
-
-@register_image_format("cifar10")
-@register_image_format("cifar100")
-def _torchvision(data: ImageData, split: Split, download: bool) -> Images:
-    return _cifar(data, split == "train", download)
 
 
 def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
@@ -235,32 +246,14 @@ def _usable(files: ImageFiles, looks: Sequence[Look]) -> ImageFiles:
     return ImageFiles(kept, files.classes, (*files.dropped, *map(printable, left_out + notes)))
 
 
-def _draw(data: ImageData, split: int, number: int) -> Images:
-    """A light shape on a dark ground per image, somewhere and of some size; the same settings, the same images."""
-    _require_classes(data, CATEGORIES)
-    pixels = np.empty((number, data.size, data.size, 3), dtype=np.uint8)
-    labels = torch.empty(number, dtype=torch.long)
-    for index in range(number):
-        rng = np.random.default_rng((split, index))
-        scene = draw_scene(2 * data.size, 1, rng)
-        # Lighter by a constant: which colours meet is then no part of the task, and a small network learns it soon.
-        mask = scene.masks[0].reshape(2 * data.size, SCALE, 2 * data.size, SCALE).mean(axis=(1, 3))
-        image = Image.fromarray((scene.image / 2 + 127 * mask[:, :, None]).astype(np.uint8))
-        # A square of one and a half to two times the shape's box, around it as far as the scene goes.
-        box = scene.boxes[0].reshape(2, 2)
-        side = min(rng.uniform(1.5, 2) * np.ptp(box, axis=0).max(), 2 * data.size)
-        corner = (box.mean(axis=0) - side / 2).clip(0, 2 * data.size - side)
-        window = image.resize((data.size, data.size), Image.Resampling.BILINEAR, box=(*corner, *(corner + side)))
-        pixels[index], labels[index] = np.asarray(window), int(scene.labels[0]) - 1
-    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels, CATEGORIES)
-
-
-def _cifar(data: ImageData, train: bool, download: bool) -> Images:
+@register_image_format("cifar10")
+@register_image_format("cifar100")
+def _cifar(data: ImageData, split: Split, download: bool) -> Images:
     if data.size != 32:
         raise ValueError(f"data.size {data.size}: the images of {data.format} have 32 pixels a side")
     kind = CIFAR10 if data.format == "cifar10" else CIFAR100
     try:
-        found = kind(str(data.root), train=train, download=download)
+        found = kind(str(data.root), train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
         if download:
             raise OSError(f"{data.root}: the download of {data.format} failed ({error})") from error
