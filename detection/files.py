@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -120,6 +120,21 @@ def require_size(path: Path, limit: int) -> None:
 
 
 KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+
+
+def walk_once(folder: str | Path, onerror: Callable[[OSError], object]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder from `folder` down and its files' names, through links too; a folder linked twice comes once.
+
+    Hidden folders are left out. `onerror` is called for one that cannot be read.
+    """
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, onerror=onerror, followlinks=True):
+        status = os.stat(place)
+        known = (status.st_dev, status.st_ino) in seen
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [] if known else sorted(name for name in folders if not name.startswith("."))
+        if not known:
+            yield place, names
 
 
 def is_recording(path: object) -> bool:

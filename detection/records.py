@@ -116,19 +116,7 @@ class EpochLog(Record):
     @classmethod
     def fields_of(cls, value: dict[str, Any]) -> dict[str, Any]:
         """Return the fields of a line; its tables in front of the first metric are the layers'."""
-        own = (
-            "epoch",
-            "step",
-            "lr",
-            "loss",
-            "seconds",
-            "images_per_second",
-            "memory_mib",
-            "eval_seconds",
-            "silent",
-            "warnings",
-            "ema",
-        )
+        own = cls.model_fields.keys() - {"losses", "layers", "evaluation"}
         found: dict[str, Any] = {key: value[key] for key in own if key in value}
         rest = {key: entry for key, entry in value.items() if key not in own}
         found["losses"] = {key.removeprefix(LOSS): rest.pop(key) for key in list(rest) if key.startswith(LOSS)}

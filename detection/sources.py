@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from detection.files import is_recording, kind_of
+from detection.files import is_recording, kind_of, walk_once
 
 
 def files_of(source: str, failures: list[str]) -> list[str]:
@@ -55,12 +55,6 @@ def expand(pattern: str, failures: list[str]) -> Iterator[str]:
     rest = parts[place + 1 :] or ["*"]
     tops = glob.glob(os.sep.join([*parts[:place], ""])) if place else [""]
     for top in tops:
-        seen: set[tuple[int, int]] = set()
-        for folder, folders, _ in os.walk(top or ".", onerror=note, followlinks=True):
-            status = os.stat(folder)
-            key = (status.st_dev, status.st_ino)
-            folders[:] = [] if key in seen else sorted(name for name in folders if not name.startswith("."))
-            if key not in seen:
-                seen.add(key)
-                within = folder if top else folder.removeprefix(".").removeprefix(os.sep)
-                yield from expand(os.path.join(glob.escape(within), *rest), failures)
+        for folder, _ in walk_once(top or ".", note):
+            within = folder if top else folder.removeprefix(".").removeprefix(os.sep)
+            yield from expand(os.path.join(glob.escape(within), *rest), failures)

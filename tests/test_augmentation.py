@@ -480,3 +480,18 @@ def test_mixing_follows_the_seed_and_ends_before_the_last_epochs(tmp_path):
     assert any(not torch.equal(image, each) for (image, _), each in zip(items, plain, strict=True))
     recipe.data.augment = Augment()
     assert task_of(recipe).training_batches(dataset, Accelerator()).batch_sampler.mixed_epochs == 0
+
+
+@pytest.mark.parametrize("key", ["mosaic", "mixup"])
+@pytest.mark.parametrize("side", [32, 96])  # enlarged, or shrunk: OpenCV shrinks four channels at the most
+def test_frames_of_several_steps_are_mixed_as_each_of_them_alone(key, side):
+    frames = [np.random.default_rng(number).integers(0, 256, (side, side, 12), dtype=np.uint8) for number in range(4)]
+
+    def mixed(channels: slice) -> np.ndarray:
+        torch.manual_seed(0)
+        samples = (sample_of(each[:, :, channels], [0, 0, side, side]) for each in frames[1:])
+        first = sample_of(frames[0][:48, :48, channels], [0, 0, 30, 30])
+        return build_mixture(only(key))(first, lambda: next(samples))[0]
+
+    apart = [mixed(slice(first, first + 4)) for first in range(0, 12, 4)]
+    np.testing.assert_array_equal(mixed(slice(None)), np.dstack(apart))

@@ -91,6 +91,7 @@ def test_an_override_leaves_the_rest_of_its_section_alone(tmp_path):
         ({"train": {"epochs": 0}}, ["train.epochs", "greater than 0", "got 0"]),
         ({"hoyer": {"reduction": "median"}}, ["hoyer.reduction", "'sum', 'mean' or 'network'", "'median'"]),
         ({"model": 3}, ["model", "got 3"]),
+        ({"data": {"events": {"window": 1e-7}}}, ["data.events.window", "greater than or equal to 0.000001"]),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_what_is_allowed(tmp_path, values, parts, attempt):

@@ -170,6 +170,9 @@ def test_coco_splits(fetched, tmp_path, monkeypatch):
     download(data)
     assert [name for name, _ in fetched] == ["train2017.zip", *["annotations_trainval2017.zip"] * 2]
     assert {folder for _, folder in fetched} == {tmp_path}
+    fetched.clear()
+    download(data.model_copy(update={"val": [], "val_images": "", "val_fraction": 0.1}))
+    assert [name for name, _ in fetched] == ["train2017.zip", "annotations_trainval2017.zip"]
     with pytest.raises(ValueError, match=r"my\.json with images in 'train2017': cannot be downloaded"):
         download(data.model_copy(update={"train": ["my.json"]}))
 

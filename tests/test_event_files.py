@@ -177,6 +177,10 @@ def test_box_files_of_all_spellings(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{"t": 1}], dtype=object), allow_pickle=True)
     np.save(tmp_path / "plain.npy", np.zeros((3, 8)))
     np.save(tmp_path / "no_class.npy", rows[["t", "x", "y", "w", "h"]])
+    np.save(tmp_path / "pairs.npy", np.zeros(2, [*BOX.descr[:4], ("h", "<f4", 2), ("class_id", "u1")]))
+    np.save(tmp_path / "texts.npy", np.zeros(2, [("t", "U3"), *BOX.descr[1:]]))
+    write(tmp_path / "zip.npy", b"PK\x03\x04 cut off")
+    write(tmp_path / "header.npy", b"\x93NUMPY\x01\x00\x05\x00{abc\n")
     write(tmp_path / "cut.npy", whole[:-5])
     write(tmp_path / "empty.npy", b"")
     write(tmp_path / "foreign.npy", b"t,x,y,w,h,class_id")
@@ -184,6 +188,10 @@ def test_box_files_of_all_spellings(tmp_path):
         ("objects", "no whole .npy file of boxes"),
         ("plain", "no rows of boxes; missing fields: t, x, y, w, h, class_id"),
         ("no_class", "missing fields: class_id (found: t, x, y, w, h)"),
+        ("pairs", "no rows of boxes; the field h is ('<f4', (2,)), no number"),
+        ("texts", "no rows of boxes; the field t is <U3, no number"),
+        ("zip", "no whole .npy file of boxes"),
+        ("header", "no whole .npy file of boxes"),
         ("cut", "no whole .npy file of boxes"),
         ("empty", "an empty file, 0 bytes"),
         ("foreign", "no whole .npy file of boxes"),
@@ -366,13 +374,17 @@ def test_recordings_by_class(tmp_path):
     files, _ = list_recordings(tmp_path, "", train=False, train_share=0.6, classes=["cat"])
     assert [(path.stem, label) for path, label in files] == [("cat_9", 0), ("cat_10", 0)]
     (tmp_path / "Train" / "dog").mkdir(parents=True)
+    (tmp_path / "Train" / "cat").mkdir()
     write(tmp_path / "Train" / "dog" / "1.dat", b"")
-    assert len(list_recordings(tmp_path, "Train", train=False)[0]) == 1  # a folder of its own: all of it
+    dogs, _ = list_recordings(tmp_path, "Train", train=False, classes=["dog"])
+    assert len(dogs) == 1  # a folder of its own: all of it
     for split, options, expected in (
         ("Test", {}, "Test: no such folder; expected one folder of recordings per class"),
         ("Train/dog", {}, "dog: no class folders in it"),
+        ("Train/dog", {"classes": ["dog"]}, "dog: no class folders in it"),
         ("Train", {"classes": ["dig"]}, "no class 'dig'; did you mean 'dog'"),
-        ("", {"train_share": 0.99, "classes": ["ant"]}, "ant: no recordings in it"),
+        ("Train", {"classes": ["cat"]}, "cat: no recordings in it (allowed: .dat"),
+        ("", {"train_share": 0.99, "classes": ["ant"]}, "train_share 0.99 of 5 recordings leaves none for validation"),
     ):
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
             list_recordings(tmp_path, split, **{"train": False} | options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -199,6 +200,16 @@ def test_images_and_boxes_of_recordings(tmp_path):
     assert [(record.end, len(record.labels)) for record in joined] == [(at, 3), (1_500_000, 1), (700_000, 1)]
 
 
+def test_recordings_of_one_name_in_several_folders_are_several_images(tmp_path):
+    data = small_set(tmp_path, one=[(700_000, 1, 2, 20, 25, 0, 5)], two=[(700_000, 1, 2, 20, 25, 0, 5)])
+    shutil.copytree(tmp_path / "train", tmp_path / "more")
+    data.train = ["train", "more", "train/"]
+    dataset = read_split(data, "train")
+    ids = [record.image_id for record in dataset.annotations.records]
+    assert ids == ["one_700000", "two_700000", "more/one_700000", "more/two_700000"]
+    assert [text for text in dataset.dropped if "used once" in text] == [f"{tmp_path}/train: named 2 times; used once"]
+
+
 def test_recordings_that_cannot_be_used_are_named(tmp_path):
     good = [(700_000, 1, 2, 20, 25, 0, 5)]
     data = small_set(tmp_path, good=good, cut=good, lonely=good, jumps=good, nothing=good)
@@ -238,6 +249,9 @@ def test_recordings_that_cannot_be_used_are_named(tmp_path):
         assert expected in str(caught.value)
     (tmp_path / "label_map_dictionary.json").write_text(json.dumps({"1": "car"}))
     with pytest.raises(ValueError, match=r"label_map_dictionary\.json: expected names by class_id from 0"):
+        read_split(data, "train")
+    (tmp_path / "label_map_dictionary.json").write_text(json.dumps({"0": "car", "1": "car"}))
+    with pytest.raises(ValueError, match=r"label_map_dictionary\.json: class 'car' is given twice"):
         read_split(data, "train")
 
 
@@ -286,6 +300,8 @@ def test_classified_recordings_as_images(tmp_path):
     # The same files read as a set with splits, and as one without.
     data.format = "events"
     assert read_image_split(data, "val").fingerprint() == val.fingerprint()
+    some = read_image_split(data.model_copy(update={"classes": ["star", "square", "circle"]}), "val")
+    assert some.dropped == (f"{data.root}/val/triangle: not among the classes; left out",) and len(some) == 3
     data.root, data.train, data.val, data.events.train_share = data.root / "train", "", "", 0.5
     first, second = read_image_split(data, "train"), read_image_split(data, "val")
     assert torch.equal(first.pixels, train.pixels[::2]) and torch.equal(second.pixels, train.pixels[1::2])

@@ -17,7 +17,8 @@ import backbones
 from backbones import spike_layers
 from backbones.networks import base as families
 from detection import tasks
-from detection.config import load_config, read_recipe, registry
+from detection.config import load_config, override, read_recipe, registry
+from detection.config.schema import Data, ImageData
 from detection.data import draw_scene, formats, images
 from detection.predict import Predictor
 from detection.records import EpochLog
@@ -406,9 +407,22 @@ def refusal(folder: Path, values: dict, *plugins: str) -> str:
     return message
 
 
+@pytest.mark.parametrize(("kind", "read"), [(Data, formats.read_split), (ImageData, images.read_image_split)])
+def test_formats_of_the_package_have_no_options(kind, read):
+    with pytest.raises(ValueError, match=r"data\.options: mirror: data\.format 'synthetic' has none"):
+        read(kind(format="synthetic", options={"mirror": True}), "train")
+
+
 def test_a_plugin_that_is_not_there(tmp_path):
     message = refusal(tmp_path, CLASSIFIER, "own_nothing")
     assert "own_nothing: cannot be imported" in message and "is it installed, or on PYTHONPATH?" in message
+
+
+def test_a_plugin_of_a_command_line_is_imported(tmp_path, write_plugin):
+    write_plugin("own_late", "raise RuntimeError('it was imported')")
+    recipe = read_recipe(write_recipe(tmp_path, CLASSIFIER))
+    with pytest.raises(ValueError, match=r"plugins: own_late: cannot be imported .RuntimeError: it was"):
+        override(recipe, ["--plugins", "own_late"])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from detection.tasks.classification import ClassificationTask
 from detection.tasks.recipes import ClassificationRecipe, DetectionRecipe
 from detection.tasks.run import load_model
 from detection.tasks.start import describe, start_from
-from detection.training.optim import choose_optimizer
+from detection.training.optim import build_optimizer
 from detection.training.parts import factors_of, find_parts, freeze
 
 SIZES = {"min_size": [64], "max_size": 64}
@@ -213,7 +213,7 @@ def test_rates_of_parts_are_multiplied_by_the_factor_of_the_longest_name():
     model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(2, 2), "c": nn.Linear(2, 2)}), "d": nn.Linear(2, 2)})
     factors = factors_of(model, {"a.b": 0.5, "a": 0.1}, {})
     assert factors == {"a.b.weight": 0.5, "a.b.bias": 0.5, "a.c.weight": 0.1, "a.c.bias": 0.1}
-    optimizer = choose_optimizer(model, schema.Optimizer(name="sgd", lr=2.0, weight_decay=0.0), (), factors)
+    optimizer = build_optimizer(model, schema.Optimizer(name="sgd", lr=2.0, weight_decay=0.0), (), factors)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -227,7 +227,7 @@ def test_rates_of_parts_are_multiplied_by_the_factor_of_the_longest_name():
 @pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
 def test_groups_of_every_optimiser_have_their_rates(name):
     model, config = new(classifier()), schema.Optimizer(name=name, lr=0.01, muon_lr=0.2)
-    groups = choose_optimizer(model, config, (), factors_of(model, {"backbone": 0.5}, {})).param_groups
+    groups = build_optimizer(model, config, (), factors_of(model, {"backbone": 0.5}, {})).param_groups
     of = {id(parameter): group for group in groups for parameter in group["params"]}
     assert len(of) == len(list(model.parameters()))
     for key, parameter in model.named_parameters():

@@ -457,6 +457,7 @@ def test_what_is_wrong_with_a_row(tmp_path, line, said):
         ("file,a,b\n", "its header has the columns 'file', 'a', 'b'; expected a column filename"),
         ("", "its header has the columns "),
         ("filename,class,xmin,ymin,xmax,ymax,Class\n", "has the column 'Class' twice"),
+        ("filename,class,xmin,ymin,xmax,ymax,split,Split\n", "has the column 'Split' twice"),
         ("filename,class,xmin,ymin,xmax,ymax\na.jpg,cat,.1,.1,.5,.5\n", "lie in 0 to 1: shares of the image"),
         (f'{HEADER}"b.jpg,1,2,3,4,cat\n', "not a CSV file: line 3"),
         (HEADER.partition("\n")[0], "none of its 2 usable images has a box"),
@@ -502,6 +503,12 @@ def test_what_is_no_data_set_is_told_with_what_was_looked_for(tmp_path, capsys):
         assert "_annotations.coco.json" in said and "CSV files with a header" in said
     with pytest.raises(ValueError, match="format 'xml': recognised are yolo, coco, voc, csv"):
         recognise(tmp_path, "xml")
+    (tmp_path / "classes.txt").write_text("cat\n")
+    (tmp_path / "a.txt").symlink_to("nowhere")
+    text = '{"images": [{"file_name": "a\\q.jpg"}], "annotations": [], "categories": []}'
+    (tmp_path / "all.json").write_text(text)
+    with pytest.raises(ValueError, match=r"all\.json: not a JSON file: Invalid"):
+        recognise(tmp_path)
 
 
 def test_check_data_of_a_folder(tmp_path, capsys):

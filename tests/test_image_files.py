@@ -44,6 +44,14 @@ def grey_of(path: Path) -> list[int]:
     return pixels[0, :, 0].tolist()
 
 
+@pytest.mark.parametrize("kind", [">f4", "f8", "longdouble", "f2"])
+def test_arrays_of_any_kind_of_floats(kind):
+    array = np.linspace(0, 1, 24).astype(kind).reshape(2, 4, 3)
+    picture = read_image(array)
+    assert str(picture.dtype) == "torch.float32"
+    assert np.array_equal(picture.permute(1, 2, 0).numpy(), array.astype(np.float32))
+
+
 def refused(path: Path) -> str:
     """The reason, the same for training, prediction and the check of a data set."""
     with pytest.raises(ValueError, match="does not decode") as caught:

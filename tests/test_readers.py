@@ -1,4 +1,4 @@
-"""Readers of VOC folders and COCO files: what they take, what they leave out, and the sentence about it."""
+"""Readers of VOC folders, COCO files and CSV files: what they take, what they leave out, and the sentence about it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 from fake_data import HEIGHT, WIDTH, coco_content, sentence, voc_object, write_coco, write_image, write_voc
 
 from detection.data import read_coco, read_voc
+from detection.data.csv_files import read_csv
 
 # --- VOC ------------------------------------------------------------------------------------------------------------
 
@@ -254,3 +255,25 @@ def test_coco_bad_files(tmp_path):
         read_coco(file, tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"instances\.json: none of its 2 usable images.*no area"):
         read_coco(*write_coco(tmp_path, coco_content([(1, 1, 0, 0)])))
+
+
+# --- CSV ------------------------------------------------------------------------------------------------------------
+
+
+def test_csv_value_of_a_column_that_is_not_there(tmp_path):
+    write_image(tmp_path / "a.png")
+    file = tmp_path / "all.csv"
+    file.write_text("filename,class,x,y,w,h\na.png,cat,1,2,3,4\n")
+    assert len(read_csv(file, "train").records) == 1
+    with pytest.raises(ValueError, match=r"all\.csv: its header has no column split, of which 'val' would be a value"):
+        read_csv(file, "val", value="val")
+
+
+def test_csv_short_row_of_a_wide_file_is_as_with_empty_cells(tmp_path):
+    write_image(tmp_path / "a.png")
+    wide = "".join(f"note{number}," for number in range(100))
+    file = tmp_path / "all.csv"
+    file.write_text(f"{wide}filename,class,x,y,w,h\n{',' * 100}a.png,cat,1,2,3,4\n1,2\n")
+    found = read_csv(file, "train")
+    assert [record.boxes.tolist() for record in found.records] == [[[1, 2, 4, 6]]]
+    sentence(found, "line 3 names no image; nothing to read in it")

@@ -36,7 +36,7 @@ class Events(Section):
         0.9, gt=0, lt=1, description="classification, sets without splits (data.train and val ''): the training part"
     )
     window: float = Field(
-        0.05, gt=0, le=60, description="detection: seconds of events before boxes that an image shows"
+        0.05, ge=1e-6, le=60, description="detection: seconds of events before boxes that an image shows"
     )
     tolerance: float = Field(
         0.0,

@@ -49,7 +49,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def read_recipe(path: str | Path) -> Recipe:
     """Return the recipe in a file, of the kind that its `task` says; errors as in `load_config`."""
-    return parse_recipe(_read_values(Path(path)), str(path))
+    values = read_yaml(Path(path))
+    if not isinstance(values, dict):
+        sections = ", ".join(Recipe.model_fields)
+        raise ValueError(f"{path}: expected sections {sections}, got {type(values).__name__}")
+    return parse_recipe(values, str(path))
 
 
 def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
@@ -208,7 +212,7 @@ def set_values(config: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
     """Return `config` with {"section.key": value} applied.
 
     Raises:
-        ValueError: a key or value is not allowed.
+        ValueError: a key or value is not allowed, or a plugin cannot be imported.
     """
     tree = config.model_dump()
     for key in config.hoyer.open_keys():  # they follow from the new values
@@ -223,9 +227,11 @@ def set_values(config: AnyRecipe, values: Mapping[str, Any]) -> AnyRecipe:
             place = place.setdefault(section, {}) if isinstance(place, dict) else {}
         place[last] = value
     try:
-        return type(config).model_validate(tree)
+        new = type(config).model_validate(tree)
     except ValidationError as error:
         raise ValueError(_explain_all(error, type(config))) from None
+    import_plugins(new.plugins)
+    return new
 
 
 def recipes_folder() -> Path:
@@ -292,14 +298,6 @@ def require_same(found: Mapping[str, Any], wanted: Recipe, source: str, *, free:
             raise ValueError(
                 f"{source}: trained with {key} {found[key]!r}, wanted is {now.get(key)!r}; name another folder"
             )
-
-
-def _read_values(path: Path) -> dict[str, Any]:
-    values = read_yaml(path)
-    if not isinstance(values, dict):
-        sections = ", ".join(Recipe.model_fields)
-        raise ValueError(f"{path}: expected sections {sections}, got {type(values).__name__}")
-    return values
 
 
 def _explain_all(error: ValidationError, kind: type[Section], most: int = 10) -> str:

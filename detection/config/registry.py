@@ -1,14 +1,44 @@
-"""The kinds of recipes by the task that they are for."""
+"""The kinds of recipes by the task that they are for; how all registries take what comes from elsewhere."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from detection.config.schema import Recipe
+from detection.text import nearest
 
 BUILT_IN = "detection.tasks.recipes"  # imported before the first lookup, as the plugins of a recipe are
+Registered = TypeVar("Registered", bound=Callable[..., Any])
 _RECIPES: dict[str, type[Recipe]] = {}
+
+
+def add_to(registry: dict[str, Registered], name: str, what: Registered, kind: str) -> Registered:
+    """Return a class or function after adding it to a registry; one whose module is imported again replaces itself.
+
+    Raises:
+        ValueError: the name is taken by another one; says by which module.
+    """
+    taken = registry.get(name, what)
+    if (taken.__module__, taken.__qualname__) != (what.__module__, what.__qualname__):
+        raise ValueError(f"{kind} {name!r} is registered already, by {taken.__module__}")
+    registry[name] = what
+    return what
+
+
+def find_reader(readers: dict[str, Registered], data: Any) -> Registered:
+    """Return what reads the format of a recipe's section `data`.
+
+    Raises:
+        ValueError: no such format, or it is one of this package, and has no `data.options`.
+    """
+    if data.format not in readers:
+        raise ValueError(f"data.format: unknown {data.format!r}{nearest(data.format, readers)}")
+    reader = readers[data.format]
+    if data.options and reader.__module__.startswith("detection."):
+        raise ValueError(f"data.options: {', '.join(data.options)}: data.format {data.format!r} has none")
+    return reader
 
 
 def register_recipe(kind: type[Recipe]) -> type[Recipe]:
@@ -17,12 +47,7 @@ def register_recipe(kind: type[Recipe]) -> type[Recipe]:
     Raises:
         ValueError: another class is registered for the task.
     """
-    name = kind.model_fields["task"].default
-    taken = _RECIPES.get(name, kind)
-    if (taken.__module__, taken.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise ValueError(f"task {name!r} is registered already, by {taken.__module__}")
-    _RECIPES[name] = kind
-    return kind
+    return add_to(_RECIPES, kind.model_fields["task"].default, kind, "task")
 
 
 def recipe_kinds() -> dict[str, type[Recipe]]:

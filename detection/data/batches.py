@@ -33,11 +33,6 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def epoch_order(number: int, seed: int, epoch: int) -> list[int]:
-    """The indices 0 to number - 1 in the order of an epoch."""
-    return torch.randperm(number, generator=torch.Generator().manual_seed(derive_seed(seed, epoch))).tolist()
-
-
 def take_share(batch: Sequence[int], share: tuple[int, int]) -> list[int]:
     """A process's part of a batch of all processes: parts in a row, of sizes that differ by one at the most.
 
@@ -140,7 +135,9 @@ class TrainingBatches(Sampler[list[tuple[int, ...]]]):
         """The epoch of a new pass, and (position in the epoch, indices) of its batches of all processes together."""
         epoch, first = self.epoch, self.first
         self.set_epoch(epoch + 1)
-        order, batch_size = epoch_order(self.number, self.seed, epoch)[: self.used], self.batch_size * self.share[1]
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        order = torch.randperm(self.number, generator=generator).tolist()[: self.used]
+        batch_size = self.batch_size * self.share[1]
         if self.ratios is not None and self.num_groups:
             batches = AspectRatioBatches(order, batch_size, self.ratios, self.num_groups)
         else:

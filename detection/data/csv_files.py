@@ -110,13 +110,16 @@ def read_csv(
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: a header that is not understood, boxes that are shares of the image, or nothing to train on.
+        ValueError: a header that is not understood or lacks a column, boxes that are shares of the image, or nothing to
+            train on.
     """
     require_file(source, "a CSV file with a header, an object per row")
     folder = require_folder(source.parent if folder is None else folder, f"the images of {source.name}")
     check_classes(classes)
     dropped: list[str] = []
     table = read_table(source, dropped, SPLITS.get(split, ()) if value is None else (value.lower(),))
+    if value is not None and not table.split_values:
+        raise ValueError(f"{source}: its header has no column split, of which {value!r} would be a value")
     found = {row.name for rows in table.images.values() for row in rows if row.box}
     categories = tuple(classes) or tuple(sorted(found))
     images = _files(table, folder, source, dropped)
@@ -135,13 +138,12 @@ def read_csv(
             problem = examine_image(path).problem or "no readable image header"
             dropped.append(f"{path}: {problem}; {image_left_out(len(objects))}")
         else:
-            more = {"layout": table.layout, "source": source, "dropped": dropped}
-            records.append(build_record(path, number, *size, objects, **more))
+            layout = table.layout
+            records.append(build_record(path, number, *size, objects, layout=layout, source=source, dropped=dropped))
     _refuse_shares(records, source)
     dropped += others_left_out(others, categories, source)
-    return build_annotations(
-        records, categories, range(1, len(categories) + 1), dropped, source=str(source), verify=verify
-    )
+    ids = range(1, len(categories) + 1)
+    return build_annotations(records, categories, ids, dropped, source=str(source), verify=verify)
 
 
 def read_table(source: Path, dropped: list[str], values: Sequence[str] = ()) -> Table:
@@ -151,12 +153,13 @@ def read_table(source: Path, dropped: list[str], values: Sequence[str] = ()) -> 
         ValueError: it is no CSV file with a header that is understood, or no row has one of the values.
     """
     rows = rows_of(source)
-    header = read_header(next(rows, (1, []))[1], source)
+    columns = next(rows, (1, []))[1]
+    header = read_header(columns, source)
     images: dict[str, list[Row]] = defaultdict(list)
     seen: dict[tuple[str, ...], int] = {}
     counts: Counter[str] = Counter()
     for line, cells in rows:
-        cells = [cell.strip() for cell in cells] + [""] * 64
+        cells = [cell.strip() for cell in cells] + [""] * len(columns)
         split = "" if header.split is None else cells[header.split].lower()
         counts[split] += 1
         if header.split is not None and values and split not in values:
@@ -216,11 +219,12 @@ def read_header(cells: Sequence[str], source: Path) -> Header:
     file, label = first(FILE), first(CLASS)
     if file is None or label is None or box is None:
         raise ValueError(f"{source}: its header has the columns {few(map(repr, cells))}; expected {ALLOWED}")
-    used = [file, label, *box, *(size or ())]
+    split = first(SPLIT)
+    used = [file, label, *box, *(size or ()), *(() if split is None else (split,))]
     twice = [cells[index] for index in used if names.count(names[index]) > 1]
     if twice or len(set(used)) < len(used):
         raise ValueError(f"{source}: its header has the column {(twice or [cells[file]])[0]!r} twice")
-    return Header(file, label, box, "corners" if corners else "coco", size, first(SPLIT))
+    return Header(file, label, box, "corners" if corners else "coco", size, split)
 
 
 def _files(table: Table, folder: Path, source: Path, dropped: list[str]) -> dict[Path, list[Row]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Literal
 
+from detection.config.registry import add_to, find_reader
 from detection.config.schema import Data
 from detection.data.coco import read_coco
 from detection.data.csv_files import read_csv
@@ -18,7 +19,6 @@ from detection.data.synthetic import draw_scenes
 from detection.data.transforms import build_transform
 from detection.data.voc import read_voc
 from detection.data.yolo import read_yolo
-from detection.text import nearest
 
 Split = Literal["train", "val"]
 Reader = Callable[[Data, Split, Sequence[str]], Annotations]
@@ -39,15 +39,7 @@ def register_format(name: str) -> Callable[[Reader], Reader]:
     Raises:
         ValueError: the name is taken by another function.
     """
-
-    def register(reader: Reader) -> Reader:
-        taken = _READERS.get(name, reader)
-        if (taken.__module__, taken.__qualname__) != (reader.__module__, reader.__qualname__):
-            raise ValueError(f"data.format {name!r} is registered already, by {taken.__module__}")
-        _READERS[name] = reader
-        return reader
-
-    return register
+    return lambda reader: add_to(_READERS, name, reader, "data.format")
 
 
 def format_names() -> list[str]:
@@ -67,9 +59,7 @@ def read_split(data: Data, split: Split, classes: Sequence[str] | None = None) -
         FileNotFoundError: a file or folder is missing.
         ValueError: no such format, a key that the format needs is empty, or what the format's reader finds wrong.
     """
-    if data.format not in _READERS:
-        raise ValueError(f"data.format: unknown {data.format!r}{nearest(data.format, _READERS)}")
-    reader, wanted = _READERS[data.format], data.classes if classes is None else classes
+    reader, wanted = find_reader(_READERS, data), data.classes if classes is None else classes
     if data.val_fraction:
         return DetectionDataset(take_part(reader(data, "train", wanted), split, data))
     return DetectionDataset(reader(data, split, wanted))
@@ -82,12 +72,7 @@ def build_datasets(data: Data) -> tuple[DetectionDataset, DetectionDataset]:
     """
     train = read_split(data, "train")
     val = read_split(data, "val", train.annotations.categories)
-    return replace_transform(train, data), val
-
-
-def replace_transform(dataset: DetectionDataset, data: Data) -> DetectionDataset:
-    """Return the dataset with the augmentation of a recipe."""
-    return DetectionDataset(dataset.annotations, build_transform(data.augment))
+    return DetectionDataset(train.annotations, build_transform(data.augment)), val
 
 
 @register_format("voc")
@@ -100,7 +85,7 @@ def _coco(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
     files = _named(data, split)
     if len(files) > 1:
         raise ValueError(f"data.{split}: {files}; data.format 'coco' takes one annotation file")
-    folder = _images_of(data, split)
+    folder = getattr(data, f"{split}_images")
     if not folder and PurePath(files[0]).name == ROBOFLOW:
         folder = str(PurePath(files[0]).parent)
     images = data.root / folder
@@ -109,7 +94,7 @@ def _coco(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
 
 @register_format("yolo")
 def _yolo(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
-    return read_yolo(data.root, split, data.train if split == "train" else data.val, classes, verify=data.verify)
+    return read_yolo(data.root, split, getattr(data, split), classes, verify=data.verify)
 
 
 @register_format("csv")
@@ -119,8 +104,9 @@ def _csv(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
         raise ValueError(f"data.{split}: {files}; data.format 'csv' takes one file")
     name, _, value = files[0].rpartition(":")
     name, value = (name, value) if name and not (data.root / files[0]).is_file() else (files[0], None)
-    folder = data.root / _images_of(data, split) if _images_of(data, split) else None
-    return read_csv(data.root / name, split, folder, classes, value=value, verify=data.verify)
+    folder = getattr(data, f"{split}_images")
+    images = data.root / folder if folder else None
+    return read_csv(data.root / name, split, images, classes, value=value, verify=data.verify)
 
 
 @register_format("synthetic")
@@ -147,12 +133,8 @@ def _recordings(data: Data, folders: Sequence[str], classes: Sequence[str]) -> A
     return read_recordings(data.root, folders, classes, data.events, verify=data.verify)
 
 
-def _images_of(data: Data, split: Split) -> str:
-    return data.train_images if split == "train" else data.val_images
-
-
 def _named(data: Data, split: Split) -> list[str]:
-    names = data.train if split == "train" else data.val
+    names = getattr(data, split)
     if not names:
         raise ValueError(f"data.{split}: empty; data.format {data.format!r} needs it")
     return names

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from detection.files import walk_once
+
 Verify = Literal["header", "full"]
 
 # Only these are tried, whatever a file's name says: others start programs (EPS) or are rare enough to be a mistake.
@@ -56,13 +58,8 @@ def visible_files(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error  # else a folder that cannot be read would be taken for an empty one
 
-    seen: set[tuple[int, int]] = set()
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        status = os.stat(place)
-        known = (status.st_dev, status.st_ino) in seen
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = [] if known else sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, name) for name in names if not known and not name.startswith("."))
+    for place, names in walk_once(folder, refuse):
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def open_image(file: Path | BinaryIO) -> Image.Image:

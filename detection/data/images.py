@@ -16,13 +16,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from detection.config.registry import add_to, find_reader
 from detection.config.schema import ImageData
 from detection.data.events.files import list_recordings, read_classified
 from detection.data.events.made import draw_classified
 from detection.data.image_files import EXTENSIONS, Look, decode_image, examine_image, is_image, visible_files
-from detection.data.records import NUM_THREADS, check_classes, few, require_folder
+from detection.data.records import NUM_THREADS, check_classes, class_folders, few, require_folder
 from detection.data.synthetic import CATEGORIES, SCALE, draw_scene
-from detection.text import nearest, plural, printable
+from detection.text import plural, printable
 
 Split = Literal["train", "val"]
 
@@ -94,15 +95,7 @@ def register_image_format(name: str) -> Callable[[Reader], Reader]:
     Raises:
         ValueError: the name is taken by another function.
     """
-
-    def register(reader: Reader) -> Reader:
-        taken = _READERS.get(name, reader)
-        if (taken.__module__, taken.__qualname__) != (reader.__module__, reader.__qualname__):
-            raise ValueError(f"data.format {name!r} is registered already, by {taken.__module__}")
-        _READERS[name] = reader
-        return reader
-
-    return register
+    return lambda reader: add_to(_READERS, name, reader, "data.format")
 
 
 def image_format_names() -> list[str]:
@@ -127,9 +120,7 @@ def read_image_split(data: ImageData, split: Split, *, download: bool = False) -
         ValueError: no such format, the layout is not root/SPLIT/CLASS/*, a class has no image, a wanted class is not
             in the data, or the data's image size is not `data.size`.
     """
-    if data.format not in _READERS:
-        raise ValueError(f"data.format: unknown {data.format!r}{nearest(data.format, _READERS)}")
-    return _READERS[data.format](data, split, download)
+    return find_reader(_READERS, data)(data, split, download)
 
 
 @register_image_format("folder")
@@ -162,7 +153,24 @@ def _folder(data: ImageData, split: Split, download: bool) -> Images | ImageFile
 
 @register_image_format("synthetic")
 def _synthetic(data: ImageData, split: Split, download: bool) -> Images:
-    return _draw(data, 0, data.num_train) if split == "train" else _draw(data, 1, data.num_val)
+    """A light shape on a dark ground per image, somewhere and of some size; the same settings, the same images."""
+    _require_classes(data, CATEGORIES)
+    number, part = (data.num_train, 0) if split == "train" else (data.num_val, 1)
+    pixels = np.empty((number, data.size, data.size, 3), dtype=np.uint8)
+    labels = torch.empty(number, dtype=torch.long)
+    for index in range(number):
+        rng = np.random.default_rng((part, index))
+        scene = draw_scene(2 * data.size, 1, rng)
+        # Lighter by a constant: which colours meet is then no part of the task, and a small network learns it soon.
+        mask = scene.masks[0].reshape(2 * data.size, SCALE, 2 * data.size, SCALE).mean(axis=(1, 3))
+        image = Image.fromarray((scene.image / 2 + 127 * mask[:, :, None]).astype(np.uint8))
+        # A square of one and a half to two times the shape's box, around it as far as the scene goes.
+        box = scene.boxes[0].reshape(2, 2)
+        side = min(rng.uniform(1.5, 2) * np.ptp(box, axis=0).max(), 2 * data.size)
+        corner = (box.mean(axis=0) - side / 2).clip(0, 2 * data.size - side)
+        window = image.resize((data.size, data.size), Image.Resampling.BILINEAR, box=(*corner, *(corner + side)))
+        pixels[index], labels[index] = np.asarray(window), int(scene.labels[0]) - 1
+    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels, CATEGORIES)
 
 
 @register_image_format("events")
@@ -183,13 +191,8 @@ def _recordings(data: ImageData, split: Split, folder: str) -> Images:
         raise ValueError(f"data.augment.randaugment {data.augment.randaugment}: it takes pictures, not events")
     share = data.events.train_share
     files, classes = list_recordings(data.root, folder, train=split == "train", classes=data.classes, train_share=share)
-    return Images(*read_classified(files, classes, data.size, data.events))
-
-
-@register_image_format("cifar10")
-@register_image_format("cifar100")
-def _torchvision(data: ImageData, split: Split, download: bool) -> Images:
-    return _cifar(data, split == "train", download)
+    *images, dropped = read_classified(files, classes, data.size, data.events)
+    return Images(*images, (*map(printable, _other_classes(data.root / folder, classes)), *dropped))
 
 
 def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
@@ -204,13 +207,13 @@ def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
         ValueError: no class folders in it, a class without images, or a wanted class that has no folder.
     """
     require_folder(folder, "one folder of images per class, such as train/cat and train/dog")
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = class_folders(folder)
     if not found:
         raise ValueError(f"{folder}: no class folders in it; expected {folder.name}/CLASS/*.jpg, one folder per class")
     check_classes(classes, found, source=str(folder))
     names = tuple(classes) or tuple(found)
     files: list[tuple[Path, int]] = []
-    dropped = [f"{folder / name}: not among the classes; left out" for name in found if name not in names]
+    dropped = _other_classes(folder, names)
     for label, name in enumerate(names):
         inside = list(visible_files(folder / name))
         paths = sorted(filter(is_image, inside))
@@ -222,6 +225,11 @@ def read_folder(folder: Path, classes: Sequence[str] = ()) -> ImageFiles:
             dropped.append(f"{folder / name}: {number} without the name of an image ({few(sorted(others))}); left out")
         files += [(path, label) for path in paths]
     return ImageFiles(tuple(files), names, tuple(map(printable, dropped)))
+
+
+def _other_classes(folder: Path, kept: Sequence[str]) -> list[str]:
+    others = [name for name in class_folders(folder) if name not in kept]
+    return [f"{folder / name}: not among the classes; left out" for name in others]
 
 
 def _usable(files: ImageFiles, looks: Sequence[Look]) -> ImageFiles:
@@ -238,32 +246,14 @@ def _usable(files: ImageFiles, looks: Sequence[Look]) -> ImageFiles:
     return ImageFiles(kept, files.classes, (*files.dropped, *map(printable, left_out + notes)))
 
 
-def _draw(data: ImageData, split: int, number: int) -> Images:
-    """A light shape on a dark ground per image, somewhere and of some size; the same settings, the same images."""
-    _require_classes(data, CATEGORIES)
-    pixels = np.empty((number, data.size, data.size, 3), dtype=np.uint8)
-    labels = torch.empty(number, dtype=torch.long)
-    for index in range(number):
-        rng = np.random.default_rng((split, index))
-        scene = draw_scene(2 * data.size, 1, rng)
-        # Lighter by a constant: which colours meet is then no part of the task, and a small network learns it soon.
-        mask = scene.masks[0].reshape(2 * data.size, SCALE, 2 * data.size, SCALE).mean(axis=(1, 3))
-        image = Image.fromarray((scene.image / 2 + 127 * mask[:, :, None]).astype(np.uint8))
-        # A square of one and a half to two times the shape's box, around it as far as the scene goes.
-        box = scene.boxes[0].reshape(2, 2)
-        side = min(rng.uniform(1.5, 2) * np.ptp(box, axis=0).max(), 2 * data.size)
-        corner = (box.mean(axis=0) - side / 2).clip(0, 2 * data.size - side)
-        window = image.resize((data.size, data.size), Image.Resampling.BILINEAR, box=(*corner, *(corner + side)))
-        pixels[index], labels[index] = np.asarray(window), int(scene.labels[0]) - 1
-    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels, CATEGORIES)
-
-
-def _cifar(data: ImageData, train: bool, download: bool) -> Images:
+@register_image_format("cifar10")
+@register_image_format("cifar100")
+def _cifar(data: ImageData, split: Split, download: bool) -> Images:
     if data.size != 32:
         raise ValueError(f"data.size {data.size}: the images of {data.format} have 32 pixels a side")
     kind = CIFAR10 if data.format == "cifar10" else CIFAR100
     try:
-        found = kind(str(data.root), train=train, download=download)
+        found = kind(str(data.root), train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
         if download:
             raise OSError(f"{data.root}: the download of {data.format} failed ({error})") from error

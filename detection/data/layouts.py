@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from detection.data.csv_files import SPLITS, Table, read_header, read_table, rows_of
 from detection.data.image_files import is_image, visible_files
+from detection.data.records import finite_number
 from detection.data.voc import parse_xml
 from detection.data.voc_folders import IMAGES, find_split, flat_pair
 from detection.data.yolo import NOT_LABELS, find_set
@@ -120,9 +121,10 @@ def _yolo(root: Path) -> Layout | None:
     except FileNotFoundError:
         return None
     labels = [path for path in visible_files(root) if path.suffix == ".txt" and path.name not in NOT_LABELS]
+    labels = [path for path in labels if path.is_file()]  # no links to nothing
     sample = [path for path in sorted(labels) if path.stat().st_size < 10**6][:: max(1, len(labels) // SAMPLE)]
     lines = [line.split() for path in sample for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    good = sum(len(line) >= 5 and all(map(_is_number, line)) for line in lines)
+    good = sum(len(line) >= 5 and None not in map(finite_number, line) for line in lines)
     if not good:
         return None
     saw = (
@@ -147,12 +149,6 @@ def _yolo(root: Path) -> Layout | None:
         values = _values("yolo", root, splits, None if splits else place.relative_to(root).as_posix())
         test = (splits["test"],) if values.get("val") and "test" in splits else ()
     return Layout("yolo", saw, good / max(1, len(lines)), values, test)
-
-
-def _is_number(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return float(text) == float(text)
-    return False
 
 
 # COCO
@@ -203,7 +199,10 @@ def _image_folder(root: Path, source: Path) -> str:
     with source.open("rb") as file:
         head = file.read(2**20).decode(errors="replace")
     said = re.search(r'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', head)
-    name = json.loads(said[1]).replace("\\", "/") if said else ""
+    try:
+        name = json.loads(said[1]).replace("\\", "/") if said else ""
+    except ValueError as error:
+        raise ValueError(f"{source}: not a JSON file: {error}") from None
     split = re.sub("^(instances|annotations)_?|_?(annotations|instances|coco)$", "", source.stem)
     places = [source.parent, root, root / split, root / "images" / split, root / "images", source.parent / "images"]
     places += sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir())

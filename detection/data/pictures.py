@@ -87,7 +87,9 @@ def _from_array(pixels: np.ndarray) -> Tensor:
         raise ValueError(f"image: expected an array (H, W), (H, W, 3) or (H, W, 4), got {pixels.shape}")
     if pixels.dtype == np.uint16:
         pixels = (pixels // 256).astype(np.uint8)
-    if pixels.dtype != np.uint8 and not np.issubdtype(pixels.dtype, np.floating):
+    if np.issubdtype(pixels.dtype, np.floating):
+        pixels = pixels.astype(np.float32)  # torch has neither long floats nor those of the other byte order
+    elif pixels.dtype != np.uint8:
         raise ValueError(f"image: expected uint8, uint16 or floats in [0, 1], got {pixels.dtype}")
     return _check_values(torch.from_numpy(np.ascontiguousarray(pixels[:, :, :3].transpose(2, 0, 1))))
 

@@ -272,6 +272,11 @@ def require_folder(path: Path, expected: str) -> Path:
     return path
 
 
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder of a set with one per class, sorted, none that is hidden."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def _to_corners(box: np.ndarray, layout: Layout) -> np.ndarray:
     low, high = box[:2], box[2:]
     if layout != "voc":

@@ -122,8 +122,7 @@ def _cover(sample: Sample, place: tuple[int, int, int, int], rng: np.random.Gene
     factor = max(size[0] / width, size[1] / height)
     scaled_size = max(size[0], round(factor * width)), max(size[1], round(factor * height))
     left, top = (int(rng.integers(have - want + 1)) for have, want in zip(scaled_size, size, strict=True))
-    method = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
-    scaled = cv2.resize(image, scaled_size, interpolation=method).reshape(*scaled_size[::-1], -1)
+    scaled = _resize(image, scaled_size, shrinks=factor < 1)
     rows = np.column_stack([boxes / np.tile([width, height], 2), labels])
     rows = _place(rows, size, scaled_size, (-left, -top))
     moved = (rows[:, :4] * np.tile(size, 2) + np.tile(corner, 2)).astype(np.float32)
@@ -247,11 +246,7 @@ class _ScaleJitter(A.DualTransform):
     ) -> np.ndarray:
         (w, h), (left, top) = scaled_size, offset
         height, width = img.shape[:2]
-        smaller = w < width
-        kind = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
-        # OpenCV takes four channels at a time; frames of events have more.
-        parts = np.split(img, range(4, img.shape[2], 4), axis=2)
-        scaled = np.dstack([cv2.resize(np.ascontiguousarray(part), scaled_size, interpolation=kind) for part in parts])
+        scaled = _resize(img, scaled_size, shrinks=w < width)
         frame = np.full_like(img, FRAME_COLOR if img.shape[2] == 3 else 0)
         x1, y1, x2, y2 = max(0, left), max(0, top), min(width, left + w), min(height, top + h)
         frame[y1:y2, x1:x2] = scaled[y1 - top : y2 - top, x1 - left : x2 - left]
@@ -262,6 +257,14 @@ class _ScaleJitter(A.DualTransform):
     ) -> np.ndarray:
         height, width = params["shape"][:2]
         return _place(bboxes, (width, height), scaled_size, offset)
+
+
+def _resize(image: np.ndarray, size: tuple[int, int], *, shrinks: bool) -> np.ndarray:
+    """An image (H, W, C) of any number of channels in another size, width and height."""
+    kind = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    # OpenCV takes four channels at a time; frames of events have more.
+    parts = np.split(image, range(4, image.shape[2], 4), axis=2)
+    return np.dstack([cv2.resize(np.ascontiguousarray(part), size, interpolation=kind) for part in parts])
 
 
 def _place(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from detection.config.registry import add_to
+
 if TYPE_CHECKING:
     from detection.config import Recipe
     from detection.tasks.base import Task
@@ -19,12 +21,7 @@ def register_task(task: type[Task]) -> type[Task]:
     Raises:
         ValueError: another class is registered for the task of its recipe.
     """
-    name = task.recipe.model_fields["task"].default
-    taken = _TASKS.get(name, task)
-    if (taken.__module__, taken.__qualname__) != (task.__module__, task.__qualname__):
-        raise ValueError(f"task {name!r} is registered already, by {taken.__module__}")
-    _TASKS[name] = task
-    return task
+    return add_to(_TASKS, task.recipe.model_fields["task"].default, task, "task")
 
 
 def task_of(config: Recipe) -> Task:

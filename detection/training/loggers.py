@@ -24,7 +24,10 @@ PROJECT = "hoyer-det"  # of the runs at Weights & Biases and MLflow; WANDB_PROJE
 
 
 class CsvTracker(GeneralTracker):
-    """A file log.csv in a run's folder: a row per epoch, a column per number; empty where an epoch has none."""
+    """A file log.csv in a run's folder: a row per epoch, a column per number; empty where an epoch has none.
+
+    It is whole after each epoch, and config.yaml has the configuration: nothing is to be done at beginning and end.
+    """
 
     name = "csv"
     requires_logging_directory = False
@@ -36,12 +39,6 @@ class CsvTracker(GeneralTracker):
     @property
     def tracker(self) -> Path:
         return self.path
-
-    def start(self) -> None:
-        """Do nothing: the file is there with its first row."""
-
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Do nothing: config.yaml has it."""
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **options: Any) -> None:
@@ -56,9 +53,6 @@ class CsvTracker(GeneralTracker):
         writer.writeheader()
         writer.writerows(rows)
         write_whole(self.path, text.getvalue().encode())
-
-    def finish(self) -> None:
-        """Do nothing: the file is whole after each epoch."""
 
 
 class OnceMLflow(MLflowTracker):

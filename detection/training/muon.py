@@ -89,7 +89,9 @@ class Muon(AdamW):
             blends = torch._foreach_lerp([grads[i] for i in same], [momenta[i] for i in same], group["momentum"])
             matrices = torch.stack([blend.flatten(1).bfloat16() for blend in blends])
             for number, update in zip(same, orthogonalise_shared(matrices, group["newton_steps"]), strict=True):
-                states[number]["update"] = _unflatten(update, parameters[number])
+                parameter = parameters[number]
+                # In its shape, type and memory order.
+                states[number]["update"] = torch.empty_like(parameter).copy_(update.view(parameter.shape))
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         scales: dict[float, list[int]] = defaultdict(list)
         for number, parameter in enumerate(parameters):
@@ -134,8 +136,3 @@ def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
-
-
-def _unflatten(update: Tensor, parameter: Tensor) -> Tensor:
-    """The update in the shape, type and memory order of the parameter."""
-    return torch.empty_like(parameter).copy_(update.view(parameter.shape))

@@ -21,27 +21,9 @@ def build_optimizer(
     predictions: Collection[str] = (),
     factors: Mapping[str, float] | None = None,
 ) -> Optimizer:
-    """Return `choose_optimizer`'s optimiser, whose steps scale gradients as the arithmetic of a layer wants it."""
-    optimizer = choose_optimizer(model, config, predictions, factors)
-    if layers := arithmetic_layers(model):
-
-        def scale(*_: Any) -> None:
-            for layer in layers.values():
-                layer.before_step()
-
-        optimizer.register_step_pre_hook(scale)
-    return optimizer
-
-
-def choose_optimizer(
-    model: nn.Module,
-    config: schema.Optimizer,
-    predictions: Collection[str] = (),
-    factors: Mapping[str, float] | None = None,
-) -> Optimizer:
     """Return AdamW, Adam with AMSGrad, SGD with momentum 0.9, or Muon for the hidden convolutions.
 
-    Weight decay only on tensors of two or more dimensions.
+    Weight decay only on tensors of two or more dimensions. Steps scale gradients as the arithmetic of a layer wants it.
 
     Args:
         model: its parameters that require a gradient.
@@ -64,21 +46,26 @@ def choose_optimizer(
     decayed = [name for name in rest if parameters[name].dim() >= 2]
     others = [name for name in rest if parameters[name].dim() < 2]
     adapted = groups(decayed, config.weight_decay, config.lr) + groups(others, 0.0, config.lr)
-    if config.name == "sgd":
-        return SGD(adapted, lr=config.lr, momentum=0.9)
-    if config.name == "adam":
-        return Adam(adapted, lr=config.lr, amsgrad=True)
-    if config.name == "adamw":
-        return AdamW(adapted, lr=config.lr)
-    return Muon(
-        groups([name for name in parameters if name in hidden], config.muon_decay, config.muon_lr),
-        adapted,
-        lr=config.lr,
-        muon_lr=config.muon_lr,
-        momentum=config.muon_momentum,
-        newton_steps=config.muon_newton_steps,
-        interval=config.muon_interval,
-    )
+    match config.name:
+        case "sgd":
+            optimizer: Optimizer = SGD(adapted, lr=config.lr, momentum=0.9)
+        case "adam":
+            optimizer = Adam(adapted, lr=config.lr, amsgrad=True)
+        case "adamw":
+            optimizer = AdamW(adapted, lr=config.lr)
+        case "muon":
+            optimizer = Muon(
+                groups([name for name in parameters if name in hidden], config.muon_decay, config.muon_lr),
+                adapted,
+                lr=config.lr,
+                muon_lr=config.muon_lr,
+                momentum=config.muon_momentum,
+                newton_steps=config.muon_newton_steps,
+                interval=config.muon_interval,
+            )
+    for layer in arithmetic_layers(model).values():
+        optimizer.register_step_pre_hook(lambda *_, layer=layer: layer.before_step())
+    return optimizer
 
 
 def hidden_convolutions(model: nn.Module, predictions: Collection[str] = ()) -> set[str]:

@@ -56,7 +56,6 @@ class StopSignals:
 
     Attributes:
         received: number of the signal, 0 before there is one.
-        impatient: inside of `interruptible` the signal raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
@@ -78,7 +77,7 @@ class StopSignals:
 
     @contextmanager
     def interruptible(self, allowed: bool) -> Iterator[None]:
-        """A part that nothing is lost of if it is broken off, such as an evaluation."""
+        """A part that loses nothing if it is broken off, such as an evaluation: a signal raises KeyboardInterrupt."""
         self._impatient = allowed
         try:
             if allowed and self.received:

@@ -24,9 +24,9 @@ from torch import Tensor
 from detection.config.schema import Events
 from detection.data.events.frames import Size, events_to_frames, frames_to_pixels
 from detection.data.events.prophesee import EVENT, Recording
-from detection.data.records import NUM_THREADS, check_classes, require_folder
+from detection.data.records import NUM_THREADS, check_classes, class_folders, require_folder
 from detection.files import EVENT_SUFFIXES as SUFFIXES
-from detection.text import printable
+from detection.text import plural, printable
 
 DVS128 = (128, 128)  # the sensor of DVS-CIFAR10: its files do not say
 
@@ -80,7 +80,7 @@ def read_recording(path: Path, size: int, settings: Events) -> Tensor:
     Raises:
         OSError, ModuleNotFoundError, ValueError: see `read_events`, or an event lies outside of the sensor.
     """
-    with _named(path):
+    with named(path):
         events, sensor = read_events(path)
         frames = events_to_frames(events, settings.sensor or sensor, settings.steps, settings.by)
     return frames_to_pixels(frames, (size, size), settings.full)
@@ -112,13 +112,13 @@ def read_windows(path: Path, settings: Events, skip: int = 0) -> Iterator[Tensor
         raise ValueError(f"{path}: its header has no size of the sensor; the recipe has no data.events.sensor either")
     for first in range(start + skip * length, end + 1, length):
         window = (first, first + length)
-        with _named(path):
+        with named(path):
             frames = events_to_frames(between(*window), settings.sensor or size, settings.steps, settings.by, window)
         yield frames_to_pixels(frames, settings.sensor or size, settings.full)
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Name the file in errors that do not."""
     try:
         yield
@@ -141,23 +141,31 @@ def list_recordings(
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no class folders, a class without recordings, or a wanted class that has no folder.
+        ValueError: no class folders, a class without recordings, in the set or in the part, or a wanted class that has
+            no folder.
     """
     folder = require_folder(root / split, "one folder of recordings per class, such as train/cars")
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = class_folders(folder)
+    if not found:
+        raise ValueError(f"{folder}: no class folders in it; expected {folder.name}/CLASS/*{SUFFIXES[0]}")
     check_classes(classes, found, source=str(folder))
     names = tuple(classes) or tuple(found)
-    if not names:
-        raise ValueError(f"{folder}: no class folders in it; expected {folder.name}/CLASS/*{SUFFIXES[0]}")
     files: list[tuple[Path, int]] = []
     for label, name in enumerate(names):
         paths = [path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES]
         paths.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
-        if not split:
-            first = round(train_share * len(paths))
-            paths = paths[:first] if train else paths[first:]
         if not paths:
             raise ValueError(f"{folder / name}: no recordings in it (allowed: {', '.join(SUFFIXES)})")
+        if not split:
+            number = len(paths)
+            first = round(train_share * number)
+            paths = paths[:first] if train else paths[first:]
+            if not paths:
+                part = "training" if train else "validation"
+                raise ValueError(
+                    f"{folder / name}: data.events.train_share {train_share:g} of {plural(number, 'recording')} leaves "
+                    f"none for {part}"
+                )
         files += [(path, label) for path in paths]
     return files, names
 

@@ -173,7 +173,9 @@ def read_boxes(path: Path) -> np.ndarray:
         raise ValueError(f"{path}: an empty file, 0 bytes")
     try:
         stored = np.load(path)  # which unpickles nothing
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header may fail in any way
         raise ValueError(f"{path}: no whole .npy file of boxes ({error})") from None
     found = getattr(stored, "dtype", np.dtype(float)).names or ()
     sources = {name: name if name in found else OLD_NAMES.get(name, name) for name in BOX.names}
@@ -183,6 +185,8 @@ def read_boxes(path: Path) -> np.ndarray:
     boxes = np.zeros(len(stored), BOX)
     for name, source in sources.items():
         if source in found:
+            if not np.issubdtype(stored.dtype[source], np.number):
+                raise ValueError(f"{path}: no rows of boxes; the field {source} is {stored.dtype[source]}, no number")
             boxes[name] = stored[source]
     return boxes[np.argsort(boxes["t"], kind="stable")]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from detection.config.schema import Events
+from detection.data.events.files import named
 from detection.data.events.frames import Size, events_to_frames, filter_boxes, frames_to_pixels, label_times
 from detection.data.events.made import CLASS_FILE
 from detection.data.events.prophesee import Recording, read_boxes
@@ -42,10 +44,8 @@ class EventRecord(Record):
         settings, size = self.settings, (self.height, self.width)
         window = (self.end - round(1e6 * settings.window), self.end)
         events = Recording(self.path).between(*window)
-        try:
+        with named(self.path):
             frames = events_to_frames(events, size, settings.steps, settings.by, window)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
         return frames_to_pixels(frames, size, settings.full).permute(1, 2, 0).numpy()
 
 
@@ -75,7 +75,10 @@ def read_recordings(
     records: list[Record] = []
     dropped: list[str] = []
     others: Counter[str] = Counter()
-    for folder in folders:
+    stems: set[str] = set()
+    for folder, number in Counter(map(os.path.normpath, folders)).items():
+        if number > 1:
+            dropped.append(f"{root / folder}: named {number} times; used once")
         require_folder(root / folder, f"recordings NAME{EVENTS_END} with NAME{BOXES_END} beside them")
         paths = sorted((root / folder).glob(f"*{EVENTS_END}"))
         if not paths:
@@ -86,12 +89,15 @@ def read_recordings(
             except (OSError, ValueError) as error:
                 dropped.append(f"{error}; recording left out")
                 continue
+            stem = path.name.removesuffix(EVENTS_END)
+            stem = f"{folder}/{stem}" if stem in stems else stem  # ids say which image is meant
+            stems.add(stem)
             few = filter_boxes(boxes, settings.skip, settings.min_diagonal, settings.min_side)
             others["too early or too small (data.events.skip, min_diagonal, min_side)"] += len(boxes) - len(few)
             for end, group in label_times(few, round(1e6 * settings.tolerance)):
                 objects = list(_objects(group, size, names, kept, others))
                 if objects:
-                    records.append(_record(path, end, size, objects, settings, dropped))
+                    records.append(_record(path, f"{stem}_{end}", end, size, objects, settings, dropped))
     records = [record for record in records if len(record.labels)]
     dropped += [f"{root}: {plural(number, 'object')} {why} left out" for why, number in others.items() if number]
     dropped = [printable(sentence) for sentence in dropped]
@@ -107,9 +113,11 @@ def _class_names(root: Path) -> tuple[str, ...]:
         return GEN1_CLASSES
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(str(found[str(number)]) for number in range(len(found)))
+        names = tuple(str(found[str(number)]) for number in range(len(found)))
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{path}: expected names by class_id from 0, such as {{"0": "car", "1": "bus"}}') from None
+    check_classes(names, source=str(path))
+    return names
 
 
 def _open(path: Path, settings: Events, verify: Verify) -> tuple[Size, np.ndarray]:
@@ -145,9 +153,8 @@ def _objects(
 
 
 def _record(
-    path: Path, end: int, size: Size, objects: Sequence[RawObject], settings: Events, dropped: list[str]
+    path: Path, image_id: str, end: int, size: Size, objects: Sequence[RawObject], settings: Events, dropped: list[str]
 ) -> EventRecord:
-    image_id = f"{path.name.removesuffix(EVENTS_END)}_{end}"
     source = path.with_name(path.name.removesuffix(EVENTS_END) + BOXES_END)
     plain = build_record(path, image_id, size[1], size[0], objects, layout="coco", source=source, dropped=dropped)
-    return EventRecord(**{each.name: getattr(plain, each.name) for each in fields(plain)}, end=end, settings=settings)
+    return EventRecord(**vars(plain), end=end, settings=settings)
