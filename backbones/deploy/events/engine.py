@@ -63,7 +63,13 @@ class Engine:
         Args:
             images: on the CPU.
             observe: called with each operation and what enters it.
+
+        Raises:
+            MemoryError: there is not enough memory.
+            ValueError: images on another device, or that the network does not take.
         """
+        if images.device.type != "cpu":
+            raise ValueError(f"images on {images.device}: the event-driven engine computes on the CPU")
         if observe is None and library.current() != "torch" and images.numel():
             return self._planned(images)
         values: dict[str, Value] = {"images": images.contiguous()}
