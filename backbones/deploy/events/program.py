@@ -16,6 +16,17 @@ from ..fold import ChannelThreshold, module_of
 from ..integer import IntegerLayer, IntegerReal, IntegerSpikes, QuantisedReal, is_binary, shape_of
 
 Operation = dict[str, Any]
+ANALOGUE: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    nn.Conv2d: ("conv2d", ("weight", "bias"), ("stride", "padding", "dilation", "groups")),
+    nn.Linear: ("linear", ("weight", "bias"), ()),
+    ChannelAffine: ("affine", ("scale", "shift"), ()),
+    nn.GroupNorm: ("group_norm", ("weight", "bias"), ("num_groups", "eps")),
+    nn.ReLU: ("relu", (), ()),
+    nn.AvgPool2d: ("avg_pool2d", (), ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")),
+    nn.AdaptiveAvgPool2d: ("adaptive_avg_pool2d", (), ("output_size",)),
+    nn.Flatten: ("flatten", (), ("start_dim",)),
+}
+"""Operation, tensors and attributes of each layer over real values."""
 ARITHMETIC = {operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div"}
 
 
@@ -84,6 +95,9 @@ class _Writer:
             bits = hashlib.sha256(value.cpu().numpy().tobytes()).digest()  # a head has the same for every level
             stored[key] = self.known.setdefault((value.dtype, value.shape, bits), f"{outputs[0]}.{key}")
             self.tensors.setdefault(stored[key], value)
+        for each in inputs:
+            if isinstance(each, fx.Node) and each not in self.names:
+                raise self.refuse(each, "number that depends on a map's size")
         entering = [self.names[each] if isinstance(each, fx.Node) else each for each in inputs]
         self.operations.append(
             {"op": op, "inputs": entering, "outputs": outputs, "attributes": attributes, "tensors": stored}
@@ -112,6 +126,8 @@ class _Writer:
         elif isinstance(module, nn.MaxPool2d):
             self._max_pool(node, module)
         elif isinstance(module, nn.Flatten) and is_binary(self.network, x):
+            if (module.start_dim, module.end_dim) != (1, -1):
+                raise self.refuse(node, f"{module} of spikes")
             self.flattened[node] = shape_of(x)[1:]
             self.emit("flatten_bits", [x], out)
         else:
@@ -270,38 +286,21 @@ class _Writer:
         return isinstance(layer, ChannelThreshold) and not layer.has_falling
 
     def _analogue(self, node: fx.Node, module: nn.Module | None) -> None:
-        x, out = node.args[0], [node.name]
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            tensors = {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
-            if isinstance(module, nn.Linear):
-                self.emit("linear", [x], out, tensors)
-            elif isinstance(module.padding, str) or module.padding_mode != "zeros":
-                raise self.refuse(node, f"convolution {module}")
-            else:
-                keys = ("stride", "padding", "dilation", "groups")
-                self.emit("conv2d", [x], out, tensors, **{key: getattr(module, key) for key in keys})
-        elif isinstance(module, nn.BatchNorm2d):
-            keys = ("running_mean", "running_var", "weight", "bias")
-            self.emit("batch_norm", [x], out, {key: getattr(module, key) for key in keys}, eps=module.eps)
-        elif isinstance(module, ChannelAffine):
-            self.emit("affine", [x], out, {"scale": module.scale, "shift": module.shift})
-        elif isinstance(module, nn.GroupNorm):
-            tensors = {"weight": module.weight, "bias": module.bias}
-            self.emit("group_norm", [x], out, tensors, num_groups=module.num_groups, eps=module.eps)
-        elif isinstance(module, nn.ReLU):
-            self.emit("relu", [x], out)
-        elif isinstance(module, nn.AvgPool2d):
-            keys = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-            self.emit("avg_pool2d", [x], out, **{key: getattr(module, key) for key in keys})
-        elif isinstance(module, nn.AdaptiveAvgPool2d):
-            self.emit("adaptive_avg_pool2d", [x], out, output_size=module.output_size)
-        elif isinstance(module, nn.Flatten):
-            self.emit("flatten", [x], out, start_dim=module.start_dim)
-        else:
+        found = next((entry for kind, entry in ANALOGUE.items() if isinstance(module, kind)), None)
+        if found is None:
             raise self.refuse(node, f"layer {module}")
+        if isinstance(module, nn.Conv2d) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
+            raise self.refuse(node, f"convolution {module}")
+        if getattr(module, "divisor_override", None) is not None or getattr(module, "end_dim", -1) != -1:
+            raise self.refuse(node, f"divisor or last dimension of one's own: {module}")
+        op, tensors, attributes = found
+        values = {key: getattr(module, key) for key in tensors if getattr(module, key) is not None}
+        self.emit(op, [node.args[0]], [node.name], values, **{key: getattr(module, key) for key in attributes})
 
     def _function(self, node: fx.Node) -> None:
         out, arguments = [node.name], list(node.args)
+        if not arguments:
+            raise self.refuse(node, f"function {node.target} of named arguments alone")
         if node.target in ARITHMETIC:
             self.emit(ARITHMETIC[node.target], arguments, out)
         elif node.target in (F.relu, torch.relu):
@@ -310,7 +309,9 @@ class _Writer:
             self.emit("cat", list(arguments[0]), out, dim=node.kwargs.get("dim", (*arguments, 0)[1]))
         elif node.target is F.interpolate and node.kwargs.get("mode") == "nearest":
             self.emit("resize_as", [arguments[0], self._size_of(node)], out)
-        elif node.target not in (builtins.getattr, operator.getitem):
+        elif node.target in (builtins.getattr, operator.getitem):
+            del self.names[node]  # a size, which an interpolation alone may take
+        else:
             raise self.refuse(node, f"function {node.target}")
 
     def _size_of(self, node: fx.Node) -> fx.Node:
@@ -326,7 +327,7 @@ class _Writer:
         (x, *arguments), name = node.args, str(node.target)
         if name == "flatten" and len(arguments) == 1:
             self.emit(name, [x], [node.name], start_dim=arguments[0])
-        elif name in ("permute", "unflatten"):
+        elif name in ("permute", "unflatten") and not node.kwargs:
             self.emit(name, [x], [node.name], arguments=arguments)
         else:
             raise self.refuse(node, f"method {name}")
