@@ -73,7 +73,7 @@ class Detections:
         kept = [row for row in rows if row["category_id"] in label_of]
         unknown = {row["image_id"] for row in kept} - number_of.keys()
         if unknown:
-            raise ValueError(f"results: image ids {sorted(unknown)[:5]} are not in the ground truth")
+            raise ValueError(f"results: image ids {in_order(unknown)[:5]} are not in the ground truth")
         return cls(
             np.array([number_of[row["image_id"]] for row in kept], dtype=np.int64),
             np.array([label_of[row["category_id"]] for row in kept], dtype=np.int64),
@@ -309,7 +309,11 @@ class CocoEvaluator:
 
 def sorted_ids(ground_truth: Mapping[str, Any]) -> list[int | str]:
     """Return the ids of the images, integers before texts: by their number, in which equal scores are ranked."""
-    ids = {image["id"] for image in ground_truth["images"]}
+    return in_order({image["id"] for image in ground_truth["images"]})
+
+
+def in_order(ids: Iterable[int | str]) -> list[int | str]:
+    """Return ids sorted, integers before texts."""
     return sorted(ids, key=lambda image_id: (isinstance(image_id, str), image_id))
 
 
