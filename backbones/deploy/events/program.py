@@ -103,6 +103,11 @@ class _Writer:
             {"op": op, "inputs": entering, "outputs": outputs, "attributes": attributes, "tensors": stored}
         )
 
+    def take_in(self, *nodes: fx.Node) -> None:
+        """Note that nodes are computed by an operation of another one."""
+        self.names |= {node: node.name for node in nodes}
+        self.fused |= {*nodes}
+
     def refuse(self, node: fx.Node, what: Any) -> ValueError:
         return ValueError(f"{node.target}: the event-driven engine has no {what}")
 
@@ -136,15 +141,14 @@ class _Writer:
     # Layers over spikes
 
     def _spikes(self, node: fx.Node, layer: IntegerSpikes) -> None:
-        source, tensors = node.args[0], {"weight": self._weight(node, layer)}
+        source, tensors = node.args[0], {"weight": self._weight(node, layer), "threshold_0": layer.threshold}
         if layer.pool is not None:
             inner = f"{node.name}_inner"
-            self._layer([source], layer, [inner], tensors | {"threshold_0": layer.threshold})
+            self.emit("layer", [source], [inner], tensors, conv=layer.conv, keeps_real=False)
             mask = {"inverted": layer.inverted} if bool(layer.inverted.any()) else {}
             self.emit("pool_bits", [inner], [node.name], mask, **_pool(layer.pool))
             return
         outputs = [node.name]
-        tensors |= {"threshold_0": layer.threshold}
         for other in self._siblings(node, layer):
             same = (self.module(other).weight == layer.weight).flatten(1).all(1)
             level = self.module(other).threshold
@@ -152,10 +156,9 @@ class _Writer:
             tensors[f"threshold_{len(outputs)}"] = torch.where(same, level, 1 - level)
             if not bool(same.all()):
                 tensors[f"turned_{len(outputs)}"] = ~same
-            self.names[other] = other.name
-            self.fused.add(other)
             outputs.append(other.name)
-        self._layer([source], layer, outputs, tensors)
+            self.take_in(other)
+        self.emit("layer", [source], outputs, tensors, conv=layer.conv, keeps_real=False)
 
     def _siblings(self, node: fx.Node, layer: IntegerSpikes) -> list[fx.Node]:
         """Return later layers over the same spikes whose weights are the same, or turned round."""
@@ -185,27 +188,14 @@ class _Writer:
         outputs = [last.name] * keeps_real + [each.name for each in comparisons]
         tensors = {"weight": self._weight(node, layer), "scale": layer.scale, "bias": layer.bias}
         tensors |= self._comparisons(comparisons, layer.out_channels)
-        for each in (last, *comparisons):
-            self.names[each] = each.name
-            self.fused.add(each)
-        self._layer(inputs, layer, outputs, tensors, keeps_real=keeps_real)
+        self.take_in(last, *comparisons)
+        self.emit("layer", inputs, outputs, tensors, conv=layer.conv, keeps_real=keeps_real)
 
     def _can_be_residual(self, other: Any, node: fx.Node) -> bool:
         """Return whether another summand is a real map of the same shape, and computed by now."""
         if not isinstance(other, fx.Node) or other not in self.names or is_binary(self.network, other):
             return False
         return shape_of(other) == shape_of(node)
-
-    def _layer(
-        self,
-        inputs: list[fx.Node],
-        layer: IntegerLayer,
-        outputs: list[str],
-        tensors: dict[str, Tensor],
-        *,
-        keeps_real: bool = False,
-    ) -> None:
-        self.emit("layer", inputs, outputs, tensors, conv=layer.conv, keeps_real=keeps_real)
 
     def _comparisons(self, nodes: list[fx.Node], channels: int) -> dict[str, Tensor]:
         tensors = {}
@@ -242,9 +232,7 @@ class _Writer:
             outputs = [others[0].name]
         source, normalise = self._normalisation(node.args[0], layer.weight.shape[1])
         tensors |= self._comparisons(comparisons, len(layer.weight)) | normalise
-        for each in (last, *comparisons, *(others if "more_scale" in tensors else ())):
-            self.names[each] = each.name
-            self.fused.add(each)
+        self.take_in(last, *comparisons, *(others if "more_scale" in tensors else ()))
         keys = {"stride": list(layer.stride), "padding": list(layer.padding), "keeps_real": bool(others)}
         keys["pool"] = None if pool is None else _pool(pool)
         self.emit("stem", [source], [*outputs, *(each.name for each in comparisons)], tensors, **keys)
@@ -276,8 +264,7 @@ class _Writer:
             for user in users:
                 self.emit("threshold", [x], [f"{user.name}_inner"], self._comparisons([user], shape_of(x)[1]))
                 self.emit("pool_bits", [f"{user.name}_inner"], [user.name], **_pool(pool))
-                self.names[user] = user.name
-                self.fused.add(user)
+            self.take_in(*users)
         else:
             self.emit("max_pool2d", [x], [node.name], **_pool(pool))
 
