@@ -49,20 +49,9 @@ class Backbone(nn.Module):
     make_spike: SpikeFactory
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        if "repeat" in self._modules:
-            return self._forward_in_steps(x)
         if "frames" in self._modules:
             x = self.frames(x)
-        if "stem" in self._modules:
-            x = self.stem(x)
-        maps = {}
-        for name, stage in zip(self.stage_names, self.stages, strict=True):
-            x = stage(x)
-            maps[name] = x
-        return {info.name: maps[info.name] for info in self.feature_info}
-
-    def _forward_in_steps(self, x: Tensor) -> dict[str, Tensor]:
-        maps, wanted, waiting = {}, [info.name for info in self.feature_info], True
+        maps, wanted, waiting = {}, [info.name for info in self.feature_info], "repeat" in self._modules
         for name, part in self.parts().items():
             if waiting and spike_layers(part):
                 x, waiting = self.repeat.within(part, x), False
