@@ -210,10 +210,8 @@ def _look_back(traced: fx.GraphModule, node: fx.Node) -> _Affine:
             factor, offset = norm_affine(module)
             scale, shift = scale * factor, scale * offset + shift
             node = node.args[0]
-            kinds = [module_of(traced, pool) for pool in pools]
-            has_maximum = any(isinstance(kind, nn.MaxPool2d) for kind in kinds)
-            has_average = any(map(is_mean, kinds))
-            if has_maximum and has_average and not (scale > 0).all():
+            are_maxima = {isinstance(module_of(traced, pool), nn.MaxPool2d) for pool in pools}
+            if len(are_maxima) == 2 and not (scale > 0).all():  # maxima and averages
                 return found
             found = _Affine(node, scale, shift, tuple(pools))
         elif is_mean(module) or (isinstance(module, nn.MaxPool2d) and bool((scale > 0).all())):
