@@ -255,14 +255,11 @@ class EventLayer:
 
     def call_for(self, x: Bits) -> tuple[library.EventConv, tuple[int, ...], tuple[int, ...], int]:
         """Return a call for inputs of this shape, the shape of its spikes, that of its real values, and `beside`."""
-        key = (library.current(), x.words.shape)
-        if key not in self._calls:
-            if len(self._calls) >= MOST_SHAPES:
-                self._calls.clear()
-            self._calls[key] = self._call_for(x)
-        return self._calls[key]
-
-    def _call_for(self, x: Bits) -> tuple[library.EventConv, tuple[int, ...], tuple[int, ...], int]:
+        shape = (library.current(), x.words.shape)
+        if shape in self._calls:
+            return self._calls[shape]
+        if len(self._calls) >= MOST_SHAPES:
+            self._calls.clear()
         number, height, width, _ = x.words.shape
         out_height, out_width = self.window.out_size((height, width))
         beside = self._beside(out_width)
@@ -273,7 +270,8 @@ class EventLayer:
         call.images, call.height, call.width = number, height, width
         call.out_height, call.out_width = out_height, out_width // beside
         place = (number, out_height, out_width)
-        return call, (*place, words_of(len(self.weight))), (*place, len(self.weight)), beside
+        self._calls[shape] = found = call, (*place, words_of(len(self.weight))), (*place, len(self.weight)), beside
+        return found
 
     def _beside(self, out_width: int) -> int:
         """Return how many neurons beside each other are computed at once, so that a narrow layer fills 64 channels."""
@@ -303,9 +301,7 @@ class EventLayer:
         """
         _, stride, padding, dilation = self.window
         weight, stride = self._weight_of(beside), (stride[0], beside * stride[1])
-        call = library.EventConv(
-            channels=weight.shape[1] * self.groups, out_channels=len(weight), groups=self.groups, beside=beside
-        )
+        call = library.EventConv(channels=self.channels, out_channels=len(weight), groups=self.groups, beside=beside)
         library.set_pairs(call, kernel=weight.shape[2:], stride=stride, pad=padding, dilation=dilation)
         call.num_spikes, call.safe = len(self.spikes), self.safe
         kept = [torch.empty(library.LIBRARY.events_packed_bytes(call), dtype=torch.int8)]

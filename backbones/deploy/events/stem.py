@@ -92,7 +92,9 @@ class EventStem:
 
     def call_for(self, shape: Sequence[int]) -> tuple[library.EventStem, tuple[int, ...], tuple[int, ...]]:
         """Return a call of one's own for images of a shape, the shape of its spikes and that of its real values."""
-        call, _ = self._prepared()
+        name = library.current()
+        template, _ = self._packed.get(name) or self._packed.setdefault(name, self._prepare())
+        call = library.EventStem.from_buffer_copy(template)
         number, _, call.height, call.width = shape
         out_channels, (out_size, size) = len(self.weight), self._sizes(shape)
         call.images, call.threads = number, torch.get_num_threads()
@@ -112,12 +114,6 @@ class EventStem:
         if self.more is not None:
             y = y * self.more.scale.view(-1, 1, 1) + self.more.shift.view(-1, 1, 1)
         return y if self.keeps_real else None, spikes
-
-    def _prepared(self) -> tuple[library.EventStem, list[Tensor]]:
-        """Return a call with all that does not depend on the input, a copy of its own, and what it points to."""
-        name = library.current()
-        template, kept = self._packed.get(name) or self._packed.setdefault(name, self._prepare())
-        return library.EventStem.from_buffer_copy(template), kept
 
     def _prepare(self) -> tuple[library.EventStem, list[Tensor]]:
         out_channels, channels = self.weight.shape[:2]
