@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..multistep import FramesToSteps, RepeatSteps, average_steps
-from ..spiking import SpikeFactory, spike_layers
+from ..spiking import SpikeFactory, require_same_object, spike_layers
 
 Stem = Literal["imagenet", "cifar"]
 
@@ -124,9 +124,7 @@ def register_backbone(*names: str) -> Callable[[type[Backbone]], type[Backbone]]
 
     def register(family: type[Backbone]) -> type[Backbone]:
         for name in names:
-            taken = _FAMILIES.get(name, family)
-            if (taken.__module__, taken.__qualname__) != (family.__module__, family.__qualname__):
-                raise ValueError(f"backbone {name!r} is registered already, by {taken.__module__}")
+            require_same_object(f"backbone {name!r}", _FAMILIES.get(name, family), family)
             _FAMILIES[name] = family
         return family
 
