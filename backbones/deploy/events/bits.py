@@ -242,16 +242,12 @@ class EventLayer:
 
     def check(self, x: Bits, residual: Tensor | None = None) -> None:
         """Raise ValueError for inputs that are not this layer's, such as those of images of another size."""
-        if x.words.shape[3] != words_of(self.channels):
-            raise ValueError(f"spikes of {x.channels} channels for a layer of {self.channels}: images of another size?")
+        channels = self.weight.shape[1] * self.groups
+        if x.words.shape[3] != words_of(channels):
+            raise ValueError(f"spikes of {x.channels} channels for a layer of {channels}: images of another size?")
         size = self.window.out_size(x.words.shape[1:3])
         if residual is not None and residual.shape != (len(x.words), len(self.weight), *size):
             raise ValueError(f"a residual of shape {tuple(residual.shape)} for a map of {size[0]}x{size[1]}")
-
-    @property
-    def channels(self) -> int:
-        """Channels of the input."""
-        return self.weight.shape[1] * self.groups
 
     def call_for(self, x: Bits) -> tuple[library.EventConv, tuple[int, ...], tuple[int, ...], int]:
         """Return a call for inputs of this shape, the shape of its spikes, that of its real values, and `beside`."""
@@ -282,7 +278,7 @@ class EventLayer:
     def sums(self, x: Bits) -> Tensor:
         """Return the sums (N, C', H', W'), float32 and exact: the reference."""
         keys = {"stride": self.window.stride, "padding": self.window.padding, "dilation": self.window.dilation}
-        spikes = Bits(x.words, self.channels).unpack()  # of flattened ones without their padding
+        spikes = Bits(x.words, self.weight.shape[1] * self.groups).unpack()  # of flattened ones without their padding
         return F.conv2d(spikes, self.weight.float(), groups=self.groups, **keys)
 
     def _reference(self, x: Bits, residual: Tensor | None) -> tuple[Tensor | None, list[Bits]]:
@@ -301,7 +297,9 @@ class EventLayer:
         """
         _, stride, padding, dilation = self.window
         weight, stride = self._weight_of(beside), (stride[0], beside * stride[1])
-        call = library.EventConv(channels=self.channels, out_channels=len(weight), groups=self.groups, beside=beside)
+        call = library.EventConv(
+            channels=weight.shape[1] * self.groups, out_channels=len(weight), groups=self.groups, beside=beside
+        )
         library.set_pairs(call, kernel=weight.shape[2:], stride=stride, pad=padding, dilation=dilation)
         call.num_spikes, call.safe = len(self.spikes), self.safe
         kept = [torch.empty(library.LIBRARY.events_packed_bytes(call), dtype=torch.int8)]

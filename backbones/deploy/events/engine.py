@@ -196,14 +196,6 @@ def _with_weights(
     return prepare
 
 
-def _method(name: str) -> Callable[[dict[str, Any], dict[str, Tensor]], Callable[..., Sequence[Value]]]:
-    return lambda attributes, tensors: _analogue(lambda x: getattr(x, name)(*attributes["arguments"]))
-
-
-def _constant(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
-    return lambda: [tensors["value"]]
-
-
 def _resize_as(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, size=like.shape[-2:], mode="nearest")
 
@@ -215,7 +207,7 @@ PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Run | ByKernels
     "threshold": _threshold,
     "pool_bits": _pool_bits,
     "flatten_bits": lambda attributes, tensors: lambda x: [x.flatten()],  # a view, which is planned as one
-    "constant": _constant,
+    "constant": lambda attributes, tensors: lambda: [tensors["value"]],
     "add": lambda attributes, tensors: (_analogue(torch.add), Maker.sum),
     "sub": _with_weights(torch.sub),
     "mul": _with_weights(lambda a, b: a * b),
@@ -233,8 +225,8 @@ PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Run | ByKernels
     "avg_pool2d": _with_weights(F.avg_pool2d),
     "adaptive_avg_pool2d": _with_weights(F.adaptive_avg_pool2d),
     "flatten": _with_weights(torch.flatten),
-    "permute": _method("permute"),
-    "unflatten": _method("unflatten"),
+    "permute": _with_weights(lambda x, arguments: x.permute(*arguments)),
+    "unflatten": _with_weights(lambda x, arguments: x.unflatten(*arguments)),
 }
 
 

@@ -258,19 +258,16 @@ class _Writer:
 
     def _max_pool(self, node: fx.Node, pool: nn.MaxPool2d) -> None:
         x, users = node.args[0], list(node.users)
+        layers = [self.module(user) for user in users]
         if is_binary(self.network, x):
             self.emit("pool_bits", [x], [node.name], **_pool(pool))
-        elif users and all(self._rises(user) for user in users):
+        elif users and all(isinstance(each, ChannelThreshold) and not each.has_falling for each in layers):
             for user in users:
                 self.emit("threshold", [x], [f"{user.name}_inner"], self._comparisons([user], shape_of(x)[1]))
                 self.emit("pool_bits", [f"{user.name}_inner"], [user.name], **_pool(pool))
             self.take_in(*users)
         else:
             self.emit("max_pool2d", [x], [node.name], **_pool(pool))
-
-    def _rises(self, node: fx.Node) -> bool:
-        layer = self.module(node)
-        return isinstance(layer, ChannelThreshold) and not layer.has_falling
 
     def _analogue(self, node: fx.Node, module: nn.Module | None) -> None:
         found = next((entry for kind, entry in ANALOGUE.items() if isinstance(module, kind)), None)
