@@ -63,8 +63,7 @@ class WeightedLayer:
         spikes_to: spike layers that take its output straight, through pooling, normalisation, dropout and flattening.
         output_bits: binary values that leave per output neuron, one for each spike layer, or `Sign`, that takes it, and
             from a layer in front of the time steps one for each of those; None where the output is needed as a real
-            value: none takes it, or something else does too, such as a
-            residual sum.
+            value: none takes it, or something else does too, such as a residual sum.
         arithmetic, accumulates, weight_bits: of an `ArithmeticConv2d`.
         num_signs: calls in which every input was exactly -1 or 1.
         active_in_steps, synops_in_steps: `num_active` and `num_synops` step by step; empty before the first call.

@@ -187,7 +187,7 @@ class _Writer:
         keeps_real = len(comparisons) < len(last.users)
         outputs = [last.name] * keeps_real + [each.name for each in comparisons]
         tensors = {"weight": self._weight(node, layer), "scale": layer.scale, "bias": layer.bias}
-        tensors |= self._comparisons(comparisons, layer.out_channels)
+        tensors |= self._comparisons(comparisons, len(layer.weight))
         self.take_in(last, *comparisons)
         self.emit("layer", inputs, outputs, tensors, conv=layer.conv, keeps_real=keeps_real)
 
