@@ -16,10 +16,14 @@ if TYPE_CHECKING:  # what is public here and can be called is an entry
 dependencies = [
     "torch",
     "torchvision",
+    "PIL",
     "accelerate",
     "albumentations",
+    "cv2",
+    "numpy",
     "pycocotools",
     "pydantic",
+    "rich",
     "safetensors",
     "yaml",
 ]

@@ -114,7 +114,7 @@ class GradedSpike(HoyerSpike):
 
     def __init__(self, channels: int, *, levels: int, **options: bool | float | str | tuple) -> None:
         super().__init__(channels, **options)
-        if not 2 <= levels <= 16:
+        if not isinstance(levels, int) or not 2 <= levels <= 16:
             raise ValueError(f"levels must be in 2..16, got {levels}")
         self.levels = levels
 

@@ -166,16 +166,18 @@ def register_neuron(
     """
 
     def register(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        taken = _NEURONS.get(name)
-        if taken is not None and (taken.make.__module__, taken.make.__qualname__) != (
-            make.__module__,
-            make.__qualname__,
-        ):
-            raise ValueError(f"neuron {name!r} is registered already, by {taken.make.__module__}")
+        if name in _NEURONS:
+            require_same_object(f"neuron {name!r}", _NEURONS[name].make, make)
         _NEURONS[name] = Neuron(make, spiking, words or name)
         return make
 
     return register
+
+
+def require_same_object(what: str, taken: Any, new: Any) -> None:
+    """Raise ValueError if a name is registered for something else than an earlier import of the same."""
+    if (taken.__module__, taken.__qualname__) != (new.__module__, new.__qualname__):
+        raise ValueError(f"{what} is registered already, by {taken.__module__}")
 
 
 def neurons() -> dict[str, Neuron]:

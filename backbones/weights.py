@@ -27,9 +27,9 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
 
     Args:
         backbone: changed in place, only if every key fits.
-        weights: "zoo:NAME", a .safetensors file, or a state dict. The keys are those of a bare backbone, of a
-            `Classifier` ("backbone.*") or of a detector ("backbone.body.*"); other parts of those are left out. Those
-            of one time step fit several, too: every leak is then 1.
+        weights: "zoo:NAME" or a file of it, a .safetensors file, or a state dict. The keys are those of a bare
+            backbone, of a `Classifier` ("backbone.*") or of a detector ("backbone.body.*"); other parts of those are
+            left out. Those of one time step fit several, too: every leak is then 1.
 
     Raises:
         FileNotFoundError: no such file.
@@ -40,8 +40,8 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
     if isinstance(weights, Mapping):
         state = dict(weights)
     else:
-        file = zoo.locate(weights) / "last.safetensors" if zoo.is_entry(weights) else Path(weights)
-        state, _ = read_tensors(file)
+        file = zoo.locate(weights)
+        state, _ = read_tensors(file / "last.safetensors" if zoo.name_of(file) else file)
     for prefix in ("backbone.body.", "backbone."):
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -102,7 +102,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     Raises:
         FileNotFoundError: no such file.
         ImportError: safetensors is not installed.
-        ValueError: the file is no safetensors file (one of torch.save: says how to convert it), or is damaged.
+        ValueError: the file is no safetensors file (one of torch.save: says how to convert it), is damaged, or is one
+            of the event-driven engine.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
@@ -127,6 +128,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         raise ValueError(f"{path}: damaged weights file ({' '.join(str(error).split())})") from None
     if not (CHECKSUM in metadata or any(DIGEST.match(value) for value in metadata.values())):
         return times_steps(tensors), ""
+    if "graph" in metadata:
+        raise ValueError(f"{path}: a file of the event-driven engine; its run has the weights")
     entry = metadata.get(CHECKSUM, "")
     if entry[:64] != checksum(tensors, entry[64:]):
         raise ValueError(f"{path}: damaged weights file (its content is not what its checksum says)")

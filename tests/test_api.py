@@ -1,6 +1,10 @@
 """The Python face: values of keys, what a prediction is asked of, how results look when printed; torch.hub."""
 
 import json
+import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ from test_export import CLASSIFIER, make_run, with_log
 
 import backbones
 import detection
+import hubconf
 from detection.config import find_recipe, load_config, read_recipe, set_values, spread_values
 from detection.data.pictures import read_image
 from detection.exporters import OnnxClassifier
@@ -152,3 +157,13 @@ def test_torch_hub_has_backbones_and_trained_networks():
         load("resnet18", pretrained="cifar10_vgg11")
     with pytest.raises(ValueError, match="no such entry of the zoo"):
         load("resnet18", pretrained="imagenet")
+
+
+def test_what_torch_hub_loads_is_declared_there():
+    code = "import hubconf, sys; hubconf.scenes_retinanet_resnet18(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.split("[<>=]", each)[0] for each in project["dependencies"]}
+    modules = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml"}
+    needed = {modules.get(name, name) for name in names} & set(loaded.split())
+    assert "torch" in needed and needed <= set(hubconf.dependencies)

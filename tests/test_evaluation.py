@@ -302,8 +302,8 @@ def test_compute_works_from_gathered_results() -> None:
     halves[0].detections = Detections.join([half.detections for half in halves]).sorted_by_image()
     assert halves[0].compute() == pytest.approx(whole, rel=0, abs=1e-12)
 
-    rows = [{"image_id": 99, "category_id": 1, "bbox": BOX, "score": 0.5}]
-    with pytest.raises(ValueError, match=r"image ids \[99\] are not in the ground truth"):
+    rows = [{"image_id": image_id, "category_id": 1, "bbox": BOX, "score": 0.5} for image_id in ("a", 99)]
+    with pytest.raises(ValueError, match=r"image ids \[99, 'a'\] are not in the ground truth"):
         Detections.from_rows(rows, truth, (1, 2, 3))
 
 

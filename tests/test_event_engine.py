@@ -190,6 +190,32 @@ def test_layers_that_share_their_weights_are_one():
     assert counts == [3, 1, 1, 1]
 
 
+def test_what_the_engine_would_compute_otherwise_is_refused():
+    class Last(nn.Module):
+        def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.compute = compute
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.compute(x)
+
+    images = torch.rand(16, 3, 8, 8)
+    parts = [nn.Conv2d(3, 8, 3, padding=1), backbones.HoyerSpike(8), nn.Conv2d(8, 8, 3, padding=1)]
+    for last, message in (
+        (nn.AvgPool2d(2, divisor_override=1), "3: .* no divisor or last dimension of one's own: AvgPool2d"),
+        (nn.Flatten(1, 2), "3: .* no divisor or last dimension of one's own: Flatten"),
+        (nn.Sequential(backbones.HoyerSpike(8), nn.Flatten(2)), r"3\.1: .* no Flatten\(start_dim=2"),
+        (nn.BatchNorm2d(8, track_running_stats=False), "3: .* no layer BatchNorm2d"),
+        (Last(lambda x: x * x.shape[2]), "no number that depends on a map's size"),
+        (Last(lambda x: torch.cat(tensors=[x, x])), "of named arguments alone"),
+        (Last(lambda x: x.permute(dims=(0, 2, 3, 1))), "permute: .* no method permute"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            to_program(integers_of(nn.Sequential(*parts, last).eval(), images))
+    network = integers_of(nn.Sequential(*parts, nn.GroupNorm(2, 8, affine=False)).eval(), images)
+    torch.testing.assert_close(Engine(to_program(network))(images)[0], network(images))
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

@@ -322,6 +322,19 @@ def test_what_the_kernels_do_not_take_is_refused():
         assert [each.density for each in found] == [1.0] * 3 + [0.0] * 5
 
 
+def test_a_layer_over_flattened_vectors_leaves_their_padding_out():
+    vector = torch.rand(3, 100) < 0.5
+    layer = EventLayer(
+        torch.ones(4, 100, 1, 1, dtype=torch.int8),
+        Window((1, 1)),
+        scale=torch.ones(4),
+        bias=torch.zeros(4),
+        keeps_real=True,
+    )
+    for real, _ in run_all(layer, Bits.pack(vector).flatten()):
+        assert torch.equal(real.flatten(1), vector.sum(1, keepdim=True).expand(3, 4).float())
+
+
 # --- the stem ---------------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +413,9 @@ def test_a_stem_takes_its_own_images_alone():
         for name in KERNELS:
             with using(name), pytest.raises(ValueError, match=r"expected float32 \(N, 3, height, width\)"):
                 stem(wrong)
+    for name in KERNELS:
+        with using(name), pytest.raises(ValueError, match="a map of 2x8 is too small for a window of 3x3"):
+            stem(torch.rand(1, 3, 2, 8))
 
 
 # --- comparisons and pools --------------------------------------------------------------------------------------------

@@ -138,3 +138,30 @@ def test_plans_are_few_and_each_has_its_shape(monkeypatch):
     monkeypatch.setattr(engine_module.library.LIBRARY, "events_run", lambda *arguments: 1)
     with pytest.raises(MemoryError, match="not enough memory for these images"):
         ours(images)
+
+
+@pytest.mark.parametrize("name", available())
+def test_images_that_a_program_does_not_take_are_refused_before_a_kernel_sees_them(name):
+    """Else they would read beside the memory; each kind by a plan and by one operation after the other."""
+    ours, at_once = Engine(everything(0, 8)), {"observe": lambda operation, entering: None}
+    small = Writer(0)
+    small.emit("threshold", "images", "bits", {"level_0": small.draw(5)})
+    small.layer("bits", "a a_bits", (5, 8), real=True, conv=CONV | {"padding": 0})
+    pool = {"kernel_size": [2, 2], "stride": [2, 2], "padding": [0, 0], "dilation": [1, 1], "ceil_mode": False}
+    small.emit("pool_bits", "a_bits", "pooled", **pool)
+    small.layer("pooled a", "b", (8, 8), real=True)
+    tight = Engine(Program(small.operations, ["b"], small.tensors))
+    cases = [
+        (ours, (1, 5, 14, 18), "spikes of .* channels for a layer of 1280: images of another size"),
+        (ours, (1, 4, 7, 9), "a map of 4 channels for comparisons of 5"),
+        (tight, (1, 5, 2, 9), "a map of 2x9 is too small for a window of 3x3"),
+        (tight, (1, 5, 3, 3), "a map of 1x1 is too small for a window of 2x2"),
+        (tight, (1, 5, 6, 6), r"a residual of shape \(1, 8, 4, 4\) for a map of 2x2"),
+    ]
+    with using(name):
+        for engine, shape, message in cases:
+            for options in ({}, at_once):
+                with pytest.raises(ValueError, match=message):
+                    engine(torch.rand(shape), **options)
+        with pytest.raises(ValueError, match="images on meta: the event-driven engine computes on the CPU"):
+            ours(torch.rand(1, 5, 7, 9, device="meta"))

@@ -128,6 +128,17 @@ def test_batches_are_those_of_torchvision_with_the_mean_added(monkeypatch):
         vision.suppress(torch.rand(2, 4), torch.rand(2), None, 0.5, 2)
 
 
+def test_images_of_other_channels_are_left_to_torchvision():
+    """Of one channel it makes three, others it refuses; the kernels would read and write beside the memory."""
+    plain = PlainBatch(GeneralizedRCNNTransform(64, 64, [0.5, 0.4, 0.3], [1.0] * 3))
+    images = [torch.rand(3, 40, 64), torch.full((1, 40, 64), 0.7)]
+    found = plain(images)[0].tensors
+    expected = plain([images[0], images[1].expand(3, 40, 64)])[0].tensors
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        plain([torch.rand(4, 40, 64)])
+
+
 def test_anchors_are_computed_once_per_size():
     generator = AnchorGenerator(((8,),), ((1.0,),))
     kept, maps = KeptAnchors(generator), [torch.zeros(1, 1, 2, 2)]

@@ -120,6 +120,25 @@ def test_a_negative_scale_keeps_a_pooled_twin_right():
         torch.testing.assert_close(fold(model)(x), model(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(3, 2, padding=1),
+        nn.AvgPool2d(2, divisor_override=1),
+        nn.AvgPool2d(3, 2, padding=1, count_include_pad=False),
+        nn.AvgPool2d(2, ceil_mode=True),
+    ],
+    ids=["zeros", "divisor", "cells", "ceil"],
+)
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_norm_changes_places_with_true_averages_alone(pool, norm_first):
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    for activation in (HoyerSpike(4), nn.ReLU()):
+        between = [nn.BatchNorm2d(4), pool] if norm_first else [pool, nn.BatchNorm2d(4)]
+        model = scramble(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *between, activation)).double()
+        torch.testing.assert_close(fold(model)(x), model(x))
+
+
 def test_few_spikes_flip_in_float32():
     flipped = total = 0
     for name in FAMILIES:

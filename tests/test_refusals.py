@@ -263,8 +263,9 @@ def test_targets_that_do_not_fit_are_refused_in_training():
     model = detection.build_detector(set_values(recipe, values)).train()
     images, boxes = [torch.rand(3, 64, 64)], torch.tensor([[4.0, 4, 30, 30]])
     assert model(images, [{"boxes": boxes, "labels": torch.tensor([2])}])
-    with pytest.raises(ValueError, match=r"found label 0; labels are in 1\.\.K"):
-        model(images, [{"boxes": boxes, "labels": torch.tensor([0])}])
+    for label in (0, 3):
+        with pytest.raises(ValueError, match=rf"found label {label}; labels are in 1\.\.K, K = 2"):
+            model(images, [{"boxes": boxes, "labels": torch.tensor([label])}])
     with pytest.raises(ValueError, match="expected one for each of 1 images, got 0"):
         model(images, [])
 

@@ -18,7 +18,7 @@ from test_backbones import (
 )
 from torch import Tensor
 
-from backbones import Classifier, create, load_weights
+from backbones import Classifier, create, load_weights, zoo
 
 
 def trained(name: str) -> Classifier:
@@ -110,6 +110,19 @@ def test_weights_of_another_stem_width_extremum_or_activation_do_not_fit():
 def test_weights_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
         create("vgg11", stem="cifar", width=WIDTH, weights=tmp_path / "nothing.safetensors")
+
+
+def test_files_of_a_zoo_entry():
+    name, options = "zoo:voc_retinanet_resnet18_spiking", zoo.settings("voc_retinanet_resnet18_spiking")
+    expected = create(**options, weights=name).state_dict()
+    assert_equal_state(create(**options, weights=f"{name}/last.safetensors").state_dict(), expected)
+    for load in (create, lambda weights, **options: load_weights(create(**options), weights)):
+        with pytest.raises(
+            ValueError, match=r"model\.events: a file of the event-driven engine; its run has the weights"
+        ):
+            load(**options, weights=f"{name}/model.events")
+        with pytest.raises(ValueError, match=r"other: no such file of the entry"):
+            load(**options, weights=f"{name}/other")
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights at all, but more than eight bytes"], ids=["empty", "text"])

@@ -7,8 +7,8 @@ At one time step a spike layer behind a BatchNorm, over x, the output of a convo
           = [b >= |v_th| E], a constant, where a = 0.
 
 Several BatchNorms behind each other are one a and b. A max-pool between them and the spike changes places with the
-comparison, an average with the BatchNorm. A BatchNorm whose output is needed as a real value, a residual branch's or
-that of a network with ReLU, moves into the weights of its convolution.
+comparison, an average with the BatchNorm, unless it counts zeros of the padding. A BatchNorm whose output is needed as
+a real value, a residual branch's or that of a network with ReLU, moves into the weights of its convolution.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch import Tensor, fx, nn
 from ..arithmetic import Sign, arithmetic_layers
 from ..spiking import SpikeLayer
 
-AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)  # what does nothing in evaluation
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -211,13 +210,11 @@ def _look_back(traced: fx.GraphModule, node: fx.Node) -> _Affine:
             factor, offset = norm_affine(module)
             scale, shift = scale * factor, scale * offset + shift
             node = node.args[0]
-            kinds = [module_of(traced, pool) for pool in pools]
-            has_maximum = any(isinstance(kind, nn.MaxPool2d) for kind in kinds)
-            has_average = any(isinstance(kind, AVERAGES) for kind in kinds)
-            if has_maximum and has_average and not (scale > 0).all():
+            are_maxima = {isinstance(module_of(traced, pool), nn.MaxPool2d) for pool in pools}
+            if len(are_maxima) == 2 and not (scale > 0).all():  # maxima and averages
                 return found
             found = _Affine(node, scale, shift, tuple(pools))
-        elif isinstance(module, AVERAGES) or (isinstance(module, nn.MaxPool2d) and bool((scale > 0).all())):
+        elif is_mean(module) or (isinstance(module, nn.MaxPool2d) and bool((scale > 0).all())):
             pools.append(node)
             node = node.args[0]
         else:
@@ -233,6 +230,14 @@ def _threshold(layer: SpikeLayer, affine: _Affine) -> ChannelThreshold:
     threshold = torch.where(scale == 0, constant, distance / torch.where(scale == 0, 1.0, scale))
     sign = torch.where(scale < 0, -1.0, 1.0).double().expand_as(threshold)
     return ChannelThreshold(sign * threshold, sign, dtype=layer.threshold.dtype)
+
+
+def is_mean(module: nn.Module | None) -> bool:
+    """Whether a pool changes places with scale * x + shift: an average whose weights add up to 1, at borders, too."""
+    if isinstance(module, nn.AvgPool2d):
+        counts_zeros = module.count_include_pad and module.padding not in (0, (0, 0))
+        return not counts_zeros and module.divisor_override is None
+    return isinstance(module, nn.AdaptiveAvgPool2d)
 
 
 def norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -254,7 +259,7 @@ def _fold_norms(traced: fx.GraphModule) -> None:
         scale, shift = norm_affine(norm)
         source = node.args[0]
         while len(source.users) == 1 and (
-            isinstance(module_of(traced, source), AVERAGES)
+            is_mean(module_of(traced, source))
             or (isinstance(module_of(traced, source), nn.MaxPool2d) and bool((scale > 0).all()))
         ):
             source = source.args[0]

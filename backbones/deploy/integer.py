@@ -7,10 +7,10 @@ With the weight w of an output channel, its scale s = max|w| / 127 and W = round
     y = d (clip(round(g (acc + o)), -128, 127))     where a real value does: 8 bits per channel, o an integer
 
 A linear layer that gives real values, that is logits, gives y = s acc + bias without rounding, and so does everything
-that is `exact`. Convolutions that see
-real values, the residual stream and whatever else is analogue stay in floating point. If asked for, analogue
-convolutions (of a pyramid, of a head; not the first of the network) round what they see to 8 bits, too: then W has 7,
-since a processor without VNNI adds pairs of products in 16 bits, and 2 * 255 * 64 < 2^15, as 2 * 1 * 127 is.
+that is `exact`. Convolutions that see real values, the residual stream and whatever else is analogue stay in floating
+point. If asked for, analogue convolutions (of a pyramid, of a head; not the first of the network) round what they see
+to 8 bits, too: then W has 7, since a processor without VNNI adds pairs of products in 16 bits, and 2 * 255 * 64 < 2^15,
+as 2 * 1 * 127 is.
 """
 
 from __future__ import annotations
@@ -65,10 +65,6 @@ class IntegerLayer(nn.Module):
                 raise ValueError(f"{layer}: only padding by a number of zeros can be added up in integers")
             keys = ("stride", "padding", "dilation", "groups")
             self.conv = {key: getattr(layer, key) for key in keys}
-
-    @property
-    def out_channels(self) -> int:
-        return self.weight.shape[0]
 
     def accumulate(self, x: Tensor) -> Tensor:
         """Sums of weights over active inputs: integers in float32, exact."""
@@ -169,7 +165,7 @@ class IntegerReal(IntegerLayer):
     def __init__(self, layer: nn.Conv2d | nn.Linear, *, limit: int = LIMIT, exact: bool = False) -> None:
         super().__init__(layer, limit=limit)
         self.exact = exact or self.conv is None
-        bias = torch.zeros(self.out_channels) if layer.bias is None else layer.bias.detach().float()
+        bias = torch.zeros(len(self.weight)) if layer.bias is None else layer.bias.detach().float()
         self.register_buffer("bias", bias.clone())
         self.register_buffer("offset", (bias / self.weight_scale).round().to(torch.int32))
         self.register_buffer("gain", torch.ones_like(bias))

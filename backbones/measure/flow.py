@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -102,8 +103,4 @@ class Flow(TorchFunctionMode):
 
 def _tensors(values: Any) -> Iterator[Tensor]:
     """Every tensor in nested lists, tuples and dicts."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (list, tuple, dict)):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _tensors(value)
+    return (value for value in tree_leaves(values) if isinstance(value, Tensor))

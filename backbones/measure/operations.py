@@ -64,8 +64,7 @@ class WeightedLayer:
         spikes_to: spike layers that take its output straight, through pooling, normalisation, dropout and flattening.
         output_bits: binary values that leave per output neuron, one for each spike layer, or `Sign`, that takes it, and
             from a layer in front of the time steps one for each of those; None where the output is needed as a real
-            value: none takes it, or something else does too, such as a
-            residual sum.
+            value: none takes it, or something else does too, such as a residual sum.
         arithmetic, accumulates, weight_bits: of an `ArithmeticConv2d`.
         num_signs: calls in which every input was exactly -1 or 1.
         active_in_steps, synops_in_steps: `num_active` and `num_synops` step by step; empty before the first call.
@@ -355,19 +354,16 @@ class _Recorder:
             layer.example = float(x[(x != 0) & (x != 1)][0])
         if isinstance(module, nn.Linear):
             synops = [number * module.out_features for number in counts.active]
-            self.add_work(layer, synops, x.numel() * module.out_features)
-            return
-        # Outputs per output channel that each input position reaches, (height, width): rows times columns.
-        fanout = torch.outer(*(self.fanout(x.shape[axis - 2], *geometry(module, axis)) for axis in (0, 1)))
-        outputs_per_input = module.out_channels // module.groups
-        planes = x.numel() // max(1, x.shape[-2] * x.shape[-1])  # of all images and channels
-        synops = [outputs_per_input * int((each * fanout).sum()) for each in counts.per_position]
-        self.add_work(layer, synops, outputs_per_input * planes * int(fanout.sum()))
-
-    def add_work(self, layer: WeightedLayer, synops: list[int], exact_macs: int) -> None:
+            layer.num_exact_macs += x.numel() * module.out_features
+        else:
+            # Outputs per output channel that each input position reaches, (height, width): rows times columns.
+            fanout = torch.outer(*(self.fanout(x.shape[axis - 2], *geometry(module, axis)) for axis in (0, 1)))
+            outputs_per_input = module.out_channels // module.groups
+            planes = x.numel() // max(1, x.shape[-2] * x.shape[-1])  # of all images and channels
+            synops = [outputs_per_input * int((each * fanout).sum()) for each in counts.per_position]
+            layer.num_exact_macs += outputs_per_input * planes * int(fanout.sum())
         layer.num_synops += sum(synops)
         layer.synops_in_steps = add_up(layer.synops_in_steps, synops)
-        layer.num_exact_macs += exact_macs
 
     def count(self, x: Tensor, steps: int) -> Counts:
         latest = self.latest

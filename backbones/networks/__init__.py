@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import zoo
 from ..arithmetic import convert, find_arithmetic
 from ..spiking import SpikeFactory
+from ..weights import load_weights
 from . import mobilenet, resnet, vgg  # noqa: F401, they register themselves
 from .base import (
     Backbone,
@@ -89,11 +91,8 @@ def create(
 
 
 def _load(backbone: Backbone, weights: str | Path | Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    from ..weights import load_weights  # which knows the class of a backbone
-    from ..zoo import is_entry, require_same
-
-    if is_entry(weights):
-        require_same(weights, settings)
+    if zoo.is_entry(weights):
+        zoo.require_same(weights, settings)
     load_weights(backbone, weights)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..multistep import FramesToSteps, RepeatSteps, average_steps
-from ..spiking import SpikeFactory, spike_layers
+from ..spiking import SpikeFactory, require_same_object, spike_layers
 
 Stem = Literal["imagenet", "cifar"]
 
@@ -49,20 +49,9 @@ class Backbone(nn.Module):
     make_spike: SpikeFactory
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        if "repeat" in self._modules:
-            return self._forward_in_steps(x)
         if "frames" in self._modules:
             x = self.frames(x)
-        if "stem" in self._modules:
-            x = self.stem(x)
-        maps = {}
-        for name, stage in zip(self.stage_names, self.stages, strict=True):
-            x = stage(x)
-            maps[name] = x
-        return {info.name: maps[info.name] for info in self.feature_info}
-
-    def _forward_in_steps(self, x: Tensor) -> dict[str, Tensor]:
-        maps, wanted, waiting = {}, [info.name for info in self.feature_info], True
+        maps, wanted, waiting = {}, [info.name for info in self.feature_info], "repeat" in self._modules
         for name, part in self.parts().items():
             if waiting and spike_layers(part):
                 x, waiting = self.repeat.within(part, x), False
@@ -135,9 +124,7 @@ def register_backbone(*names: str) -> Callable[[type[Backbone]], type[Backbone]]
 
     def register(family: type[Backbone]) -> type[Backbone]:
         for name in names:
-            taken = _FAMILIES.get(name, family)
-            if (taken.__module__, taken.__qualname__) != (family.__module__, family.__qualname__):
-                raise ValueError(f"backbone {name!r} is registered already, by {taken.__module__}")
+            require_same_object(f"backbone {name!r}", _FAMILIES.get(name, family), family)
             _FAMILIES[name] = family
         return family
 

@@ -78,7 +78,7 @@ def name_of(folder: Path) -> str | None:
 
 def require_same(source: str | Path, wanted: Mapping[str, Any]) -> None:
     """Raise ValueError that names the first of `KEYS` in which an entry's backbone is not the wanted one."""
-    trained = settings(str(source).removeprefix(PREFIX))
+    trained = settings(str(source).removeprefix(PREFIX).partition("/")[0])
     for key in KEYS:
         if key in trained and trained[key] != wanted[key]:
             raise ValueError(

@@ -73,7 +73,7 @@ class Detections:
         kept = [row for row in rows if row["category_id"] in label_of]
         unknown = {row["image_id"] for row in kept} - number_of.keys()
         if unknown:
-            raise ValueError(f"results: image ids {sorted(unknown)[:5]} are not in the ground truth")
+            raise ValueError(f"results: image ids {in_order(unknown)[:5]} are not in the ground truth")
         return cls(
             np.array([number_of[row["image_id"]] for row in kept], dtype=np.int64),
             np.array([label_of[row["category_id"]] for row in kept], dtype=np.int64),
@@ -219,27 +219,12 @@ class CocoEvaluator:
         """Precision (IoU, recall, area, detections) and recall (IoU, area, detections) of one category."""
         # Fresh ids from 1: pycocotools takes a box with id 0 for unmatched, and merges boxes that share an id.
         truth = [
-            {
-                "id": number,
-                "image_id": self._number_of[annotation["image_id"]] + 1,
-                "category_id": 1,
-                "bbox": list(annotation["bbox"]),
-                "area": annotation["area"],
-                "iscrowd": annotation.get("iscrowd", 0),
-            }
-            for number, annotation in enumerate(annotations, start=1)
+            _row(number, self._number_of[each["image_id"]], list(each["bbox"]), each["area"], each.get("iscrowd", 0))
+            for number, each in enumerate(annotations, start=1)
         ]
-        columns = zip((found.image + 1).tolist(), found.boxes.tolist(), found.scores.tolist(), strict=True)
+        columns = zip(found.image.tolist(), found.boxes.tolist(), found.scores.tolist(), strict=True)
         rows = [
-            {
-                "id": number,
-                "image_id": image,
-                "category_id": 1,
-                "bbox": box,
-                "score": score,
-                "area": box[2] * box[3],
-                "iscrowd": 0,
-            }
+            _row(number, image, box, box[2] * box[3]) | {"score": score}
             for number, (image, box, score) in enumerate(columns, start=1)
         ]
         images = sorted({row["image_id"] for row in (*truth, *rows)})  # no other has a say
@@ -307,9 +292,18 @@ class CocoEvaluator:
         return Detections(np.full(n, number), labels.numpy().astype(np.int64), boxes.numpy(), scores.numpy())
 
 
+def _row(number: int, image: int, box: list[float], area: float, iscrowd: int = 0) -> dict[str, Any]:
+    """Return a box for the counting packages, whose ids count from 1."""
+    return {"id": number, "image_id": image + 1, "category_id": 1, "bbox": box, "area": area, "iscrowd": iscrowd}
+
+
 def sorted_ids(ground_truth: Mapping[str, Any]) -> list[int | str]:
     """Return the ids of the images, integers before texts: by their number, in which equal scores are ranked."""
-    ids = {image["id"] for image in ground_truth["images"]}
+    return in_order({image["id"] for image in ground_truth["images"]})
+
+
+def in_order(ids: Iterable[int | str]) -> list[int | str]:
+    """Return ids sorted, integers before texts."""
     return sorted(ids, key=lambda image_id: (isinstance(image_id, str), image_id))
 
 

@@ -60,6 +60,7 @@ def build_detector(config: Recipe) -> nn.Module:
         spiking = model.neck.spiking
         neck = SpikingFPN(channels, model.neck.out_channels, spike, spiking=spiking, extra=extra, **shared)
     detector = BUILDERS[model.detector](model, BackboneWithNeck(body, neck, levels), len(config.data.classes), spike)
+    detector.num_labels = len(config.data.classes)
     if body.time_steps > 1:
         average_over_steps(detector, body)
     return detector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torchvision.models.detection.transform import resize_boxes
 
 from detection.models.inference import pad_for, within
 from detection.models.neck import BackboneWithNeck
-from detection.models.quick import KeptAnchors, PlainBatch
+from detection.models.quick import MOST_SIZES, KeptAnchors, PlainBatch
 
 
 class DensePredictions(nn.Module):
@@ -122,17 +123,16 @@ class _Bridge(nn.Module):
 
     def __init__(self, shapes: nn.Module, predict: Callable[[Tensor], dict[str, Tensor]]) -> None:
         super().__init__()
-        self.shapes: Callable[[Tensor], dict[str, Tensor]] = lambda images: shapes(images)
+        # On the meta device nothing is computed but shapes.
+        self.shapes = lru_cache(MOST_SIZES)(
+            lambda size: [x.shape for x in shapes(torch.empty(size, device="meta")).values()]
+        )
         self.predict = predict
-        self.known: dict[torch.Size, list[torch.Size]] = {}
         self.outputs: dict[str, Tensor] = {}
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         self.outputs = self.predict(images)
-        if images.shape not in self.known:  # on the meta device nothing is computed but shapes
-            maps = self.shapes(images.to("meta"))
-            self.known[images.shape] = [x.shape for x in maps.values()]
-        shapes = enumerate(self.known[images.shape])
+        shapes = enumerate(self.shapes(images.shape))
         return OrderedDict((str(level), images.new_zeros(()).expand(shape)) for level, shape in shapes)
 
 

@@ -28,7 +28,12 @@ class AnyShape:
     """Mixin of torchvision's detectors: images so long and thin that resizing would leave nothing of them are padded.
 
     Boxes stay those of the images: what was padded is no part of them.
+
+    Attributes:
+        num_labels: K, the largest label that a target may have.
     """
+
+    num_labels: float = math.inf
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
@@ -36,14 +41,15 @@ class AnyShape:
         """Return torchvision's losses in training, and in evaluation its detections, within each image.
 
         Raises:
-            ValueError: in training, not as many targets as images, or a label below 1.
+            ValueError: in training, not as many targets as images, or a label that is not in 1..K.
         """
         if self.training and targets is not None:
             if len(targets) != len(images):
                 raise ValueError(f"targets: expected one for each of {len(images)} images, got {len(targets)}")
             labels = torch.cat([target["labels"] for target in targets])
-            if bool((labels < 1).any()):
-                raise ValueError(f"targets: found label {int(labels.min())}; labels are in 1..K")
+            wrong = labels[(labels < 1) | (labels > self.num_labels)]  # on a GPU the loss would end the process
+            if len(wrong):
+                raise ValueError(f"targets: found label {wrong[0].item()}; labels are in 1..K, K = {self.num_labels}")
         padded = [pad_for(self.transform, image) for image in images]
         found = super().forward(padded, targets)
         if self.training:

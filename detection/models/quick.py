@@ -44,7 +44,9 @@ class PlainBatch(GeneralizedRCNNTransform):
         self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
         """Return the batch; padded with 0 once the mean is taken off, that is with the mean."""
-        if targets is None and images and all(has_vision(image) and image.dim() == 3 for image in images):
+        channels = len(self.image_mean)
+        plain = all(has_vision(image) and image.dim() == 3 and len(image) == channels for image in images)
+        if targets is None and images and plain:
             return self._by_kernels(images), None
         batch, targets = super().forward(images, targets)
         batch.tensors += batch.tensors.new_tensor(self.image_mean).view(-1, 1, 1)

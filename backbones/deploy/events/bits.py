@@ -90,6 +90,11 @@ class Comparison:
         elif self.turned is not None:
             self.sign = padded(torch.where(self.turned, -1.0, 1.0), 1.0)
 
+    def check(self, channels: int) -> None:
+        """Raise ValueError for a map of another number of channels."""
+        if channels != len(self.level):
+            raise ValueError(f"a map of {channels} channels for comparisons of {len(self.level)}")
+
     def of_sums(self, sums: Tensor) -> Tensor:
         """Return the spikes of sums (N, C, H, W), bool: the reference."""
         reached = sums >= self.level.view(-1, 1, 1)
@@ -103,8 +108,13 @@ class Comparison:
 
 
 def threshold(x: Tensor, comparison: Comparison) -> Bits:
-    """Return the spikes of a real map, float32 (N, C, H, W)."""
+    """Return the spikes of a real map, float32 (N, C, H, W).
+
+    Raises:
+        ValueError: a map of other channels.
+    """
     number, channels, height, width = x.shape
+    comparison.check(channels)
     if library.current() == "torch":
         return Bits.pack(comparison.of_real(x))
     x = x.permute(0, 2, 3, 1).contiguous()
@@ -131,8 +141,16 @@ class Window(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
 
     def out_size(self, size: Sequence[int], *, ceil: bool = False) -> tuple[int, int]:
-        """Return height and width of the output for those of the input, as torch has them."""
-        return tuple(map(self._length, size, range(2), (ceil, ceil)))  # type: ignore[return-value]
+        """Return height and width of the output for those of the input, as torch has them.
+
+        Raises:
+            ValueError: the input is too small.
+        """
+        height, width = map(self._length, size, range(2), (ceil, ceil))
+        if height < 1 or width < 1:
+            kernel = "x".join(map(str, self.kernel))
+            raise ValueError(f"a map of {size[0]}x{size[1]} is too small for a window of {kernel}: images too small?")
+        return height, width
 
     def _length(self, length: int, axis: int, ceil: bool) -> int:
         reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
@@ -202,7 +220,12 @@ class EventLayer:
         Args:
             x: spikes.
             residual: float32, shape of the real values.
+
+        Raises:
+            MemoryError: there is not enough memory.
+            ValueError: spikes of other channels, a map that is too small, or a residual of another shape.
         """
+        self.check(x, residual)
         if library.current() == "torch":
             return self._reference(x, residual)
         template, shape, size, beside = self.call_for(x)
@@ -217,16 +240,22 @@ class EventLayer:
             template.dense = self.pack_dense(template, beside)
         return None if real is None else real.permute(0, 3, 1, 2), [Bits(words, size[3]) for words in found]
 
+    def check(self, x: Bits, residual: Tensor | None = None) -> None:
+        """Raise ValueError for inputs that are not this layer's, such as those of images of another size."""
+        channels = self.weight.shape[1] * self.groups
+        if x.words.shape[3] != words_of(channels):
+            raise ValueError(f"spikes of {x.channels} channels for a layer of {channels}: images of another size?")
+        size = self.window.out_size(x.words.shape[1:3])
+        if residual is not None and residual.shape != (len(x.words), len(self.weight), *size):
+            raise ValueError(f"a residual of shape {tuple(residual.shape)} for a map of {size[0]}x{size[1]}")
+
     def call_for(self, x: Bits) -> tuple[library.EventConv, tuple[int, ...], tuple[int, ...], int]:
         """Return a call for inputs of this shape, the shape of its spikes, that of its real values, and `beside`."""
-        key = (library.current(), x.words.shape)
-        if key not in self._calls:
-            if len(self._calls) >= MOST_SHAPES:
-                self._calls.clear()
-            self._calls[key] = self._call_for(x)
-        return self._calls[key]
-
-    def _call_for(self, x: Bits) -> tuple[library.EventConv, tuple[int, ...], tuple[int, ...], int]:
+        shape = (library.current(), x.words.shape)
+        if shape in self._calls:
+            return self._calls[shape]
+        if len(self._calls) >= MOST_SHAPES:
+            self._calls.clear()
         number, height, width, _ = x.words.shape
         out_height, out_width = self.window.out_size((height, width))
         beside = self._beside(out_width)
@@ -237,7 +266,8 @@ class EventLayer:
         call.images, call.height, call.width = number, height, width
         call.out_height, call.out_width = out_height, out_width // beside
         place = (number, out_height, out_width)
-        return call, (*place, words_of(len(self.weight))), (*place, len(self.weight)), beside
+        self._calls[shape] = found = call, (*place, words_of(len(self.weight))), (*place, len(self.weight)), beside
+        return found
 
     def _beside(self, out_width: int) -> int:
         """Return how many neurons beside each other are computed at once, so that a narrow layer fills 64 channels."""
@@ -248,7 +278,8 @@ class EventLayer:
     def sums(self, x: Bits) -> Tensor:
         """Return the sums (N, C', H', W'), float32 and exact: the reference."""
         keys = {"stride": self.window.stride, "padding": self.window.padding, "dilation": self.window.dilation}
-        return F.conv2d(x.unpack(), self.weight.float(), groups=self.groups, **keys)
+        spikes = Bits(x.words, self.weight.shape[1] * self.groups).unpack()  # of flattened ones without their padding
+        return F.conv2d(spikes, self.weight.float(), groups=self.groups, **keys)
 
     def _reference(self, x: Bits, residual: Tensor | None) -> tuple[Tensor | None, list[Bits]]:
         sums = self.sums(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ FORMAT = "hoyer-det events"
 VERSION = 1
 MOST_PLANS = 8  # for images of other shapes and numbers of threads
 Value = Tensor | Bits
+ByKernels = tuple[Run, Callable[..., Sequence[Value] | None]]  # what runs an operation, and what plans it
 
 
 class Engine:
@@ -50,9 +51,9 @@ class Engine:
 
     def _prepare(self, operation: Operation) -> Step:
         tensors = {key: self.program.tensors[name] for key, name in operation["tensors"].items()}
-        run = PREPARE[operation["op"]](operation["attributes"], tensors)
-        by_kernels = run if isinstance(run, _ByKernels) else _ByKernels(run, None)
-        return Step(operation["inputs"], operation["outputs"], *by_kernels)
+        made = PREPARE[operation["op"]](operation["attributes"], tensors)
+        run, plan = made if isinstance(made, tuple) else (made, None)
+        return Step(operation["inputs"], operation["outputs"], run, plan)
 
     @torch.no_grad()
     def __call__(
@@ -63,7 +64,13 @@ class Engine:
         Args:
             images: on the CPU.
             observe: called with each operation and what enters it.
+
+        Raises:
+            MemoryError: there is not enough memory.
+            ValueError: images on another device, or that the network does not take.
         """
+        if images.device.type != "cpu":
+            raise ValueError(f"images on {images.device}: the event-driven engine computes on the CPU")
         if observe is None and library.current() != "torch" and images.numel():
             return self._planned(images)
         values: dict[str, Value] = {"images": images.contiguous()}
@@ -91,13 +98,6 @@ class Engine:
         return [_real(each) for each in found]
 
 
-class _ByKernels(NamedTuple):
-    """What runs an operation, and what plans it."""
-
-    run: Run
-    plan: Callable[..., Sequence[Value] | None] | None
-
-
 def _real(value: Value) -> Tensor:
     return value.unpack() if isinstance(value, Bits) else value
 
@@ -112,7 +112,7 @@ def _comparisons(tensors: Mapping[str, Tensor], name: str) -> list[Comparison]:
     return [Comparison(tensors[f"{name}_{index}"], tensors.get(f"turned_{index}")) for index in range(number)]
 
 
-def _layer(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> _ByKernels:
+def _layer(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> ByKernels:
     real = "scale" in tensors
     layer = EventLayer(
         **layer_options(tensors["weight"], attributes["conv"]),
@@ -129,10 +129,10 @@ def _layer(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> _ByKernels
             return list(spikes)
         return [y.flatten(1) if flat else y, *spikes]
 
-    return _ByKernels(run, lambda maker, *inputs: maker.layer(layer, flat, *inputs))
+    return run, lambda maker, *inputs: maker.layer(layer, flat, *inputs)
 
 
-def _stem(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> _ByKernels:
+def _stem(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> ByKernels:
     pool, more = attributes["pool"], tensors.get("more_scale")
     stem = EventStem(
         tensors["weight"],
@@ -151,16 +151,16 @@ def _stem(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> _ByKernels:
         y, spikes = stem(x)
         return [*spikes] if y is None else [y, *spikes]
 
-    return _ByKernels(run, lambda maker, x: maker.stem(stem, x))
+    return run, lambda maker, x: maker.stem(stem, x)
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
 
 
-def _threshold(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> _ByKernels:
+def _threshold(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> ByKernels:
     (comparison,) = _comparisons(tensors, "level")
-    return _ByKernels(
+    return (
         lambda x: [threshold(x[..., None, None] if x.dim() == 2 else x, comparison)],
         lambda maker, x: maker.threshold(comparison, x),
     )
@@ -171,11 +171,12 @@ def _window(attributes: Mapping[str, Any]) -> Window:
     return Window(*(tuple(attributes[key]) for key in keys))
 
 
-def _pool_bits(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> _ByKernels:
+def _pool_bits(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> ByKernels:
     window, ceil, turned = _window(attributes), attributes["ceil_mode"], tensors.get("inverted")
     mask = None if turned is None else mask_of(turned)
-    return _ByKernels(
-        lambda x: [max_pool(x, window, ceil=ceil, inverted=mask)], lambda maker, x: maker.pool(window, ceil, mask, x)
+    return (
+        lambda x: [max_pool(x, window, ceil=ceil, inverted=mask)],
+        lambda maker, x: maker.pool(window, ceil, mask, x),
     )
 
 
@@ -195,33 +196,25 @@ def _with_weights(
     return prepare
 
 
-def _method(name: str) -> Callable[[dict[str, Any], dict[str, Tensor]], Callable[..., Sequence[Value]]]:
-    return lambda attributes, tensors: _analogue(lambda x: getattr(x, name)(*attributes["arguments"]))
-
-
-def _constant(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> Callable[..., Sequence[Value]]:
-    return lambda: [tensors["value"]]
-
-
 def _resize_as(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, size=like.shape[-2:], mode="nearest")
 
 
-PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Run | _ByKernels]] = {
+PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Run | ByKernels]] = {
     "layer": _layer,
     "stem": _stem,
     "affine": _with_weights(_affine, "scale", "shift"),
     "threshold": _threshold,
     "pool_bits": _pool_bits,
     "flatten_bits": lambda attributes, tensors: lambda x: [x.flatten()],  # a view, which is planned as one
-    "constant": _constant,
-    "add": lambda attributes, tensors: _ByKernels(_analogue(torch.add), Maker.sum),
+    "constant": lambda attributes, tensors: lambda: [tensors["value"]],
+    "add": lambda attributes, tensors: (_analogue(torch.add), Maker.sum),
     "sub": _with_weights(torch.sub),
     "mul": _with_weights(lambda a, b: a * b),
     "div": _with_weights(torch.true_divide),
     "relu": _with_weights(torch.relu),
     "cat": _with_weights(lambda *parts, dim: torch.cat(parts, dim)),
-    "resize_as": lambda attributes, tensors: _ByKernels(_analogue(_resize_as), Maker.enlarge),
+    "resize_as": lambda attributes, tensors: (_analogue(_resize_as), Maker.enlarge),
     "conv2d": _with_weights(F.conv2d, "weight", "bias"),
     "linear": _with_weights(F.linear, "weight", "bias"),
     "batch_norm": _with_weights(F.batch_norm, "running_mean", "running_var", "weight", "bias"),
@@ -232,7 +225,8 @@ PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Run | _ByKernel
     "avg_pool2d": _with_weights(F.avg_pool2d),
     "adaptive_avg_pool2d": _with_weights(F.adaptive_avg_pool2d),
     "flatten": _with_weights(torch.flatten),
-    **{f"{name}": _method(name) for name in ("permute", "unflatten")},
+    "permute": _with_weights(lambda x, arguments: x.permute(*arguments)),
+    "unflatten": _with_weights(lambda x, arguments: x.unflatten(*arguments)),
 }
 
 

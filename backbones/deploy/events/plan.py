@@ -167,6 +167,7 @@ class Maker:
 
     def layer(self, layer: EventLayer, flat: bool, x: Bits, residual: Tensor | None = None) -> list[Value]:
         """Return the outputs of a layer over spikes, in place of its residual where that ends here."""
+        layer.check(x, residual)
         template, shape, size, beside = layer.call_for(x)
         spikes = [self.memory.take(shape, torch.int64) for _ in layer.spikes]
         real = None
@@ -204,6 +205,7 @@ class Maker:
     def threshold(self, comparison: Comparison, x: Tensor) -> list[Value]:
         """Return the spikes of real values, (N, C, H, W) or (N, C), by the call that makes these, if there is one."""
         rows = _arranged(x)
+        comparison.check(rows.shape[3])
         shape = (*rows.shape[:3], words_of(rows.shape[3]))
         source, beside, size = self.sources.get(rows.data_ptr(), (None, 1, ()))
         if source is not None and size == tuple(rows.shape) and source.num_spikes < library.MAX_OUTPUTS:

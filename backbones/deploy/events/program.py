@@ -16,6 +16,17 @@ from ..fold import ChannelThreshold, module_of
 from ..integer import IntegerLayer, IntegerReal, IntegerSpikes, QuantisedReal, is_binary, shape_of
 
 Operation = dict[str, Any]
+ANALOGUE: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    nn.Conv2d: ("conv2d", ("weight", "bias"), ("stride", "padding", "dilation", "groups")),
+    nn.Linear: ("linear", ("weight", "bias"), ()),
+    ChannelAffine: ("affine", ("scale", "shift"), ()),
+    nn.GroupNorm: ("group_norm", ("weight", "bias"), ("num_groups", "eps")),
+    nn.ReLU: ("relu", (), ()),
+    nn.AvgPool2d: ("avg_pool2d", (), ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")),
+    nn.AdaptiveAvgPool2d: ("adaptive_avg_pool2d", (), ("output_size",)),
+    nn.Flatten: ("flatten", (), ("start_dim",)),
+}
+"""Operation, tensors and attributes of each layer over real values."""
 ARITHMETIC = {operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div"}
 
 
@@ -84,10 +95,18 @@ class _Writer:
             bits = hashlib.sha256(value.cpu().numpy().tobytes()).digest()  # a head has the same for every level
             stored[key] = self.known.setdefault((value.dtype, value.shape, bits), f"{outputs[0]}.{key}")
             self.tensors.setdefault(stored[key], value)
+        for each in inputs:
+            if isinstance(each, fx.Node) and each not in self.names:
+                raise self.refuse(each, "number that depends on a map's size")
         entering = [self.names[each] if isinstance(each, fx.Node) else each for each in inputs]
         self.operations.append(
             {"op": op, "inputs": entering, "outputs": outputs, "attributes": attributes, "tensors": stored}
         )
+
+    def take_in(self, *nodes: fx.Node) -> None:
+        """Note that nodes are computed by an operation of another one."""
+        self.names |= {node: node.name for node in nodes}
+        self.fused |= {*nodes}
 
     def refuse(self, node: fx.Node, what: Any) -> ValueError:
         return ValueError(f"{node.target}: the event-driven engine has no {what}")
@@ -112,6 +131,8 @@ class _Writer:
         elif isinstance(module, nn.MaxPool2d):
             self._max_pool(node, module)
         elif isinstance(module, nn.Flatten) and is_binary(self.network, x):
+            if (module.start_dim, module.end_dim) != (1, -1):
+                raise self.refuse(node, f"{module} of spikes")
             self.flattened[node] = shape_of(x)[1:]
             self.emit("flatten_bits", [x], out)
         else:
@@ -120,15 +141,14 @@ class _Writer:
     # Layers over spikes
 
     def _spikes(self, node: fx.Node, layer: IntegerSpikes) -> None:
-        source, tensors = node.args[0], {"weight": self._weight(node, layer)}
+        source, tensors = node.args[0], {"weight": self._weight(node, layer), "threshold_0": layer.threshold}
         if layer.pool is not None:
             inner = f"{node.name}_inner"
-            self._layer([source], layer, [inner], tensors | {"threshold_0": layer.threshold})
+            self.emit("layer", [source], [inner], tensors, conv=layer.conv, keeps_real=False)
             mask = {"inverted": layer.inverted} if bool(layer.inverted.any()) else {}
             self.emit("pool_bits", [inner], [node.name], mask, **_pool(layer.pool))
             return
         outputs = [node.name]
-        tensors |= {"threshold_0": layer.threshold}
         for other in self._siblings(node, layer):
             same = (self.module(other).weight == layer.weight).flatten(1).all(1)
             level = self.module(other).threshold
@@ -136,10 +156,9 @@ class _Writer:
             tensors[f"threshold_{len(outputs)}"] = torch.where(same, level, 1 - level)
             if not bool(same.all()):
                 tensors[f"turned_{len(outputs)}"] = ~same
-            self.names[other] = other.name
-            self.fused.add(other)
             outputs.append(other.name)
-        self._layer([source], layer, outputs, tensors)
+            self.take_in(other)
+        self.emit("layer", [source], outputs, tensors, conv=layer.conv, keeps_real=False)
 
     def _siblings(self, node: fx.Node, layer: IntegerSpikes) -> list[fx.Node]:
         """Return later layers over the same spikes whose weights are the same, or turned round."""
@@ -168,28 +187,15 @@ class _Writer:
         keeps_real = len(comparisons) < len(last.users)
         outputs = [last.name] * keeps_real + [each.name for each in comparisons]
         tensors = {"weight": self._weight(node, layer), "scale": layer.scale, "bias": layer.bias}
-        tensors |= self._comparisons(comparisons, layer.out_channels)
-        for each in (last, *comparisons):
-            self.names[each] = each.name
-            self.fused.add(each)
-        self._layer(inputs, layer, outputs, tensors, keeps_real=keeps_real)
+        tensors |= self._comparisons(comparisons, len(layer.weight))
+        self.take_in(last, *comparisons)
+        self.emit("layer", inputs, outputs, tensors, conv=layer.conv, keeps_real=keeps_real)
 
     def _can_be_residual(self, other: Any, node: fx.Node) -> bool:
         """Return whether another summand is a real map of the same shape, and computed by now."""
         if not isinstance(other, fx.Node) or other not in self.names or is_binary(self.network, other):
             return False
         return shape_of(other) == shape_of(node)
-
-    def _layer(
-        self,
-        inputs: list[fx.Node],
-        layer: IntegerLayer,
-        outputs: list[str],
-        tensors: dict[str, Tensor],
-        *,
-        keeps_real: bool = False,
-    ) -> None:
-        self.emit("layer", inputs, outputs, tensors, conv=layer.conv, keeps_real=keeps_real)
 
     def _comparisons(self, nodes: list[fx.Node], channels: int) -> dict[str, Tensor]:
         tensors = {}
@@ -226,9 +232,7 @@ class _Writer:
             outputs = [others[0].name]
         source, normalise = self._normalisation(node.args[0], layer.weight.shape[1])
         tensors |= self._comparisons(comparisons, len(layer.weight)) | normalise
-        for each in (last, *comparisons, *(others if "more_scale" in tensors else ())):
-            self.names[each] = each.name
-            self.fused.add(each)
+        self.take_in(last, *comparisons, *(others if "more_scale" in tensors else ()))
         keys = {"stride": list(layer.stride), "padding": list(layer.padding), "keeps_real": bool(others)}
         keys["pool"] = None if pool is None else _pool(pool)
         self.emit("stem", [source], [*outputs, *(each.name for each in comparisons)], tensors, **keys)
@@ -254,54 +258,33 @@ class _Writer:
 
     def _max_pool(self, node: fx.Node, pool: nn.MaxPool2d) -> None:
         x, users = node.args[0], list(node.users)
+        layers = [self.module(user) for user in users]
         if is_binary(self.network, x):
             self.emit("pool_bits", [x], [node.name], **_pool(pool))
-        elif users and all(self._rises(user) for user in users):
+        elif users and all(isinstance(each, ChannelThreshold) and not each.has_falling for each in layers):
             for user in users:
                 self.emit("threshold", [x], [f"{user.name}_inner"], self._comparisons([user], shape_of(x)[1]))
                 self.emit("pool_bits", [f"{user.name}_inner"], [user.name], **_pool(pool))
-                self.names[user] = user.name
-                self.fused.add(user)
+            self.take_in(*users)
         else:
             self.emit("max_pool2d", [x], [node.name], **_pool(pool))
 
-    def _rises(self, node: fx.Node) -> bool:
-        layer = self.module(node)
-        return isinstance(layer, ChannelThreshold) and not layer.has_falling
-
     def _analogue(self, node: fx.Node, module: nn.Module | None) -> None:
-        x, out = node.args[0], [node.name]
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            tensors = {"weight": module.weight} | ({} if module.bias is None else {"bias": module.bias})
-            if isinstance(module, nn.Linear):
-                self.emit("linear", [x], out, tensors)
-            elif isinstance(module.padding, str) or module.padding_mode != "zeros":
-                raise self.refuse(node, f"convolution {module}")
-            else:
-                keys = ("stride", "padding", "dilation", "groups")
-                self.emit("conv2d", [x], out, tensors, **{key: getattr(module, key) for key in keys})
-        elif isinstance(module, nn.BatchNorm2d):
-            keys = ("running_mean", "running_var", "weight", "bias")
-            self.emit("batch_norm", [x], out, {key: getattr(module, key) for key in keys}, eps=module.eps)
-        elif isinstance(module, ChannelAffine):
-            self.emit("affine", [x], out, {"scale": module.scale, "shift": module.shift})
-        elif isinstance(module, nn.GroupNorm):
-            tensors = {"weight": module.weight, "bias": module.bias}
-            self.emit("group_norm", [x], out, tensors, num_groups=module.num_groups, eps=module.eps)
-        elif isinstance(module, nn.ReLU):
-            self.emit("relu", [x], out)
-        elif isinstance(module, nn.AvgPool2d):
-            keys = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-            self.emit("avg_pool2d", [x], out, **{key: getattr(module, key) for key in keys})
-        elif isinstance(module, nn.AdaptiveAvgPool2d):
-            self.emit("adaptive_avg_pool2d", [x], out, output_size=module.output_size)
-        elif isinstance(module, nn.Flatten):
-            self.emit("flatten", [x], out, start_dim=module.start_dim)
-        else:
+        found = next((entry for kind, entry in ANALOGUE.items() if isinstance(module, kind)), None)
+        if found is None:
             raise self.refuse(node, f"layer {module}")
+        if isinstance(module, nn.Conv2d) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
+            raise self.refuse(node, f"convolution {module}")
+        if getattr(module, "divisor_override", None) is not None or getattr(module, "end_dim", -1) != -1:
+            raise self.refuse(node, f"divisor or last dimension of one's own: {module}")
+        op, tensors, attributes = found
+        values = {key: getattr(module, key) for key in tensors if getattr(module, key) is not None}
+        self.emit(op, [node.args[0]], [node.name], values, **{key: getattr(module, key) for key in attributes})
 
     def _function(self, node: fx.Node) -> None:
         out, arguments = [node.name], list(node.args)
+        if not arguments:
+            raise self.refuse(node, f"function {node.target} of named arguments alone")
         if node.target in ARITHMETIC:
             self.emit(ARITHMETIC[node.target], arguments, out)
         elif node.target in (F.relu, torch.relu):
@@ -310,7 +293,9 @@ class _Writer:
             self.emit("cat", list(arguments[0]), out, dim=node.kwargs.get("dim", (*arguments, 0)[1]))
         elif node.target is F.interpolate and node.kwargs.get("mode") == "nearest":
             self.emit("resize_as", [arguments[0], self._size_of(node)], out)
-        elif node.target not in (builtins.getattr, operator.getitem):
+        elif node.target in (builtins.getattr, operator.getitem):
+            del self.names[node]  # a size, which an interpolation alone may take
+        else:
             raise self.refuse(node, f"function {node.target}")
 
     def _size_of(self, node: fx.Node) -> fx.Node:
@@ -326,7 +311,7 @@ class _Writer:
         (x, *arguments), name = node.args, str(node.target)
         if name == "flatten" and len(arguments) == 1:
             self.emit(name, [x], [node.name], start_dim=arguments[0])
-        elif name in ("permute", "unflatten"):
+        elif name in ("permute", "unflatten") and not node.kwargs:
             self.emit(name, [x], [node.name], arguments=arguments)
         else:
             raise self.refuse(node, f"method {name}")

@@ -60,7 +60,7 @@ class EventStem:
 
         Raises:
             MemoryError: there is not enough memory.
-            ValueError: images of another type, or with other channels.
+            ValueError: images of another type, with other channels, or too small.
         """
         self.check(x)
         if library.current() == "torch":
@@ -76,20 +76,27 @@ class EventStem:
         return None if real is None else real.permute(0, 3, 1, 2), [Bits(words, size[3]) for words in found]
 
     def check(self, x: Tensor) -> None:
-        """Raise ValueError for images of another type, or with other channels."""
+        """Raise ValueError for images of another type, with other channels, or too small."""
         channels = self.weight.shape[1]
         if x.dtype != torch.float32 or x.dim() != 4 or x.shape[1] != channels:
             raise ValueError(
                 f"images of {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}: expected float32 "
                 f"(N, {channels}, height, width)"
             )
+        self._sizes(x.shape)
+
+    def _sizes(self, shape: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return height and width of the convolution and of its pool for images of a shape."""
+        size = self.window.out_size(shape[2:])
+        return size, size if self.pool is None else self.pool.out_size(size, ceil=self.ceil)
 
     def call_for(self, shape: Sequence[int]) -> tuple[library.EventStem, tuple[int, ...], tuple[int, ...]]:
         """Return a call of one's own for images of a shape, the shape of its spikes and that of its real values."""
-        call, _ = self._prepared()
+        name = library.current()
+        template, _ = self._packed.get(name) or self._packed.setdefault(name, self._prepare())
+        call = library.EventStem.from_buffer_copy(template)
         number, _, call.height, call.width = shape
-        out_channels, out_size = len(self.weight), self.window.out_size(shape[2:])
-        size = out_size if self.pool is None else self.pool.out_size(out_size, ceil=self.ceil)
+        out_channels, (out_size, size) = len(self.weight), self._sizes(shape)
         call.images, call.threads = number, torch.get_num_threads()
         (call.out_height, call.out_width), (call.pooled_height, call.pooled_width) = out_size, size
         return call, (number, *size, words_of(out_channels)), (number, *size, out_channels)
@@ -107,12 +114,6 @@ class EventStem:
         if self.more is not None:
             y = y * self.more.scale.view(-1, 1, 1) + self.more.shift.view(-1, 1, 1)
         return y if self.keeps_real else None, spikes
-
-    def _prepared(self) -> tuple[library.EventStem, list[Tensor]]:
-        """Return a call with all that does not depend on the input, a copy of its own, and what it points to."""
-        name = library.current()
-        template, kept = self._packed.get(name) or self._packed.setdefault(name, self._prepare())
-        return library.EventStem.from_buffer_copy(template), kept
 
     def _prepare(self) -> tuple[library.EventStem, list[Tensor]]:
         out_channels, channels = self.weight.shape[:2]
