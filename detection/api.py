@@ -47,20 +47,24 @@ def load(run: str | Path, weights: Weights = "last", device: str | torch.device 
 
 
 def train(
-    recipe: str | Path | Recipe | None = None,
+    recipe: str | Path | Recipe | Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     *,
     callbacks: Sequence[Callback] = (),
     resume: str | Path | None = None,
+    extend: int = 0,
+    extend_lr: float = 0.5,
     **overrides: Any,
 ) -> Run:
     """Train a recipe into a run folder and return the run: `detection.train("recipe.yaml", train={"epochs": 3})`.
 
     Args:
-        recipe: YAML file, name of a recipe that comes with the package, or a recipe.
+        recipe: YAML file, name of a recipe that comes with the package, a recipe, or the values of one as in its file.
         out: folder of the new run; None: runs/NAME of the recipe's file.
         callbacks: called at the turns of the training, see `detection.Callback`.
         resume: a run that was interrupted, to go on with, by its own recipe and in its own folder.
+        extend, extend_lr: with `resume`, so many epochs behind the end, a further cycle of the schedule with a new
+            optimiser, at such a part of the recipe's learning rates.
         overrides: values of keys: `train={"epochs": 3}`, `**{"train.epochs": 3}` or `train__epochs=3`.
 
     Raises:
@@ -70,16 +74,19 @@ def train(
         ValueError: a key or value is not allowed, neither or both of `recipe` and `resume` are given, or what is wrong
             with the data.
     """
-    from detection.config import Recipe, find_recipe, read_recipe, set_values, spread_values
+    from detection.config import Recipe, find_recipe, parse_recipe, read_recipe, set_values, spread_values
     from detection.runs import Run
     from detection.tasks.run import train_run
 
     if (recipe is None) == (resume is None) or (resume is not None and out is not None):
         raise ValueError("detection.train: give a recipe, and perhaps a folder `out`, or the run to `resume` alone")
+    if not (extend >= 0 and extend_lr > 0) or (extend and resume is None):
+        raise ValueError(f"detection.train: extend {extend} and extend_lr {extend_lr}: above 0, and with resume=RUN")
     if resume is not None:
         config, out, command = Run.open(resume).config, resume, f"detection.train(resume={str(resume)!r})"
-    elif isinstance(recipe, Recipe):
-        config, name = recipe, recipe.task
+    elif isinstance(recipe, (Recipe, Mapping)):
+        config = parse_recipe(recipe, "recipe") if isinstance(recipe, Mapping) else recipe
+        name = config.task
     else:
         path = find_recipe(recipe)
         config, name = read_recipe(path), path.stem
@@ -87,7 +94,10 @@ def train(
     folder = Path("runs") / name if out is None else Path(out)
     if resume is None:
         command = f"detection.train({str(recipe)!r}, ...)" if overrides else f"detection.train({str(recipe)!r})"
-    train_run(config, folder, [command], resume=resume is not None, callbacks=callbacks)
+    elif extend and not Run.open(folder).finished:  # first to its end
+        train_run(config, folder, [command], resume=True, callbacks=callbacks)
+    options = {"extend": extend, "lr_factor": extend_lr} if extend else {}
+    train_run(config, folder, [command], resume=resume is not None, callbacks=callbacks, **options)
     return Run.open(folder)
 
 

@@ -167,3 +167,20 @@ def test_what_torch_hub_loads_is_declared_there():
     modules = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml"}
     needed = {modules.get(name, name) for name in names} & set(loaded.split())
     assert "torch" in needed and needed <= set(hubconf.dependencies)
+
+
+def test_a_run_goes_on_behind_its_end_from_python(tmp_path):
+    data = CLASSIFIER["data"] | {"root": str(tmp_path / "data"), "workers": 0}
+    values = CLASSIFIER | {"data": data, "train": {"epochs": 1, "batch_size": 20}}
+    run = detection.train(values, tmp_path / "run")
+    assert run.finished and run.config.task == "classification"
+    run = detection.train(resume=tmp_path / "run", extend=1, extend_lr=0.25)
+    assert [line.epoch for line in run.history()] == [1, 2]
+    assert [each.model_dump() for each in run.info().extended] == [{"after": 1, "epochs": 1, "lr_factor": 0.25}]
+    with pytest.raises(FileExistsError, match="finished already, nothing to go on with"):
+        detection.train(resume=tmp_path / "run")
+    for options in ({"extend": 1}, {"resume": run.folder, "extend": -1}, {"resume": run.folder, "extend_lr": 0}):
+        with pytest.raises(ValueError, match="above 0, and with resume=RUN"):
+            detection.train(*(() if "resume" in options else (values,)), **options)
+    with pytest.raises(ValueError, match=r"^recipe: unknown key 'train\.epoch'; did you mean 'epochs'"):
+        detection.train(values | {"train": {"epoch": 1}}, tmp_path / "other")

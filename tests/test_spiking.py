@@ -141,7 +141,7 @@ def test_options_of_other_neurons_are_left_aside_and_unknown_ones_are_refused():
     assert factory.options == {"extremum": "channel"} and factory(5).extremum.shape == (5,)
     assert SpikeFactory("graded", levels=7)(3).levels == 7
     assert SpikeFactory("relu", extremum="channel", momentum=0.5).options == {}
-    allowed = r"\(allowed: extremum, levels, momentum, reset, threshold, time_steps, window\)"
+    allowed = r"\(allowed: extremum, levels, momentum, reset, threshold, thresholds, time_steps, window\)"
     with pytest.raises(ValueError, match=rf"no neuron has the option 'level' {allowed}"):
         SpikeFactory("hoyer", level=7)
     for levels in (1, 17):

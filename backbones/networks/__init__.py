@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import zoo
 from ..arithmetic import convert, find_arithmetic
-from ..spiking import SpikeFactory
+from ..spiking import SpikeFactory, neurons
 from ..weights import load_weights
 from . import mobilenet, resnet, vgg  # noqa: F401, they register themselves
 from .base import (
@@ -76,6 +77,10 @@ def create(
     for key in options.keys() & (others.keys() - own.keys()):
         if options[key] != others[key]:
             raise ValueError(f"{key} must be {others[key]!r} for {name}, which has no other, got {options[key]!r}")
+    known = {*others, *(option for neuron in neurons().values() for option in neuron.options)}
+    if unknown := sorted(options.keys() - known):
+        taken = [key for key in inspect.signature(create).parameters if key != "options"]
+        raise ValueError(f"create has no option {unknown[0]!r} (allowed: {', '.join([*taken, *sorted(known)])})")
     spike = SpikeFactory(activation, **{key: value for key, value in options.items() if key not in others})
     channels = _channels_of_a_step(in_channels, frames, spike.time_steps)
     backbone = family(name, spike, in_channels=channels, stem=stem, width=width, **given)
@@ -86,7 +91,7 @@ def create(
         backbone.run_in_steps(spike.time_steps, frames=frames > 1)
     if weights is not None:
         wanted = {"name": name, "width": width, "stem": stem, "activation": activation, "arithmetic": arithmetic}
-        _load(backbone, weights, {"extremum": "layer"} | others | wanted | options)
+        _load(backbone, weights, {"extremum": "layer", "thresholds": 1} | others | wanted | options)
     return backbone
 
 
