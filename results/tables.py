@@ -43,6 +43,7 @@ BEST = (
     "demo_scenes_retinanet_resnet18_hoyer",
     "c1_bccd_retinanet_resnet18_hoyer",
     "c1_bccd_retinanet_resnet18_spiking_head",
+    "bccd_thresholds/thresholds3",
     "c6_voc_retinanet_resnet18/spiking_taught",
     "c3_coco128_fasterrcnn_resnet18_hoyer",
     "c5_cifar10_vgg16/hoyer_150_epochs",
@@ -51,7 +52,9 @@ BEST = (
 COUNTERPARTS = {
     f"c6_voc_retinanet_resnet18/{name}": "c6_voc_retinanet_resnet18/relu"
     for name in ("spikes", "membrane", "membrane_taught", "spiking_taught")
-} | {"c7_imagenette_resnet18/hoyer": "c7_imagenette_resnet18/relu"}
+}
+COUNTERPARTS["c7_imagenette_resnet18/hoyer"] = "c7_imagenette_resnet18/relu"
+COUNTERPARTS["bccd_thresholds/thresholds3"] = "c4_fast/bccd_relu"  # its precision by its name, not "auto"
 COMPARED = "compare_cifar10"  # the comparison that README.md shows
 # Keys that say nothing about an analogue network.
 SPIKING_KEYS = (
@@ -63,6 +66,7 @@ SPIKING_KEYS = (
     "model.backbone.time_steps",
     "model.backbone.reset",
     "model.backbone.levels",
+    "model.backbone.thresholds",
 )
 NETWORKS = {
     "vgg16": "VGG16",

@@ -153,6 +153,15 @@ def test_the_engine_file_of_vgg16_gives_its_numbers_again(real_data):
     assert found["top1"] == pytest.approx(logged["run"]["top1"], abs=0.002)
 
 
+def test_the_detector_of_three_thresholds_gives_its_numbers_again(real_data):
+    """hoyer-det benchmark results/bccd_thresholds/thresholds3/export/model.events --data.root BCCD."""
+    path = ROOT / "results" / "bccd_thresholds" / "thresholds3" / "export" / "model.events"
+    logged = json.loads(path.with_name("model.events.json").read_text())["evaluation"]
+    found = detection.load(path).evaluate(real_data("bccd") / "bccd")
+    assert found == {key: pytest.approx(logged["file"][key], abs=1e-6) for key in found}
+    assert found["AP"] == pytest.approx(logged["run"]["AP"], abs=0.01)
+
+
 def test_the_detector_of_voc_gives_its_numbers_again(real_data):
     """hoyer-det benchmark backbones/zoo/voc_retinanet_resnet18_spiking/model.events --data.root VOCDEVKIT."""
     path = zoo.find("voc_retinanet_resnet18_spiking") / "model.events"
