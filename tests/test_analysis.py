@@ -213,7 +213,7 @@ def test_a_spiking_detector_on_real_images_that_have_moved(tmp_path, real_data, 
     make_run(tmp_path / "run", config)
     assert re.search(r"gone.*: no such .*--data\.root FOLDER", error_of(monkeypatch, capsys, tmp_path / "run"))
     run_tool(monkeypatch, "analyze", tmp_path / "run", "--data.root", folder, "--images", 3, "--strict")
-    text = (tmp_path / "run" / "analysis_3_images" / "analysis.json").read_text()
+    text = (tmp_path / "run" / "analysis_3_images_strict" / "analysis.json").read_text()
     result = json.loads(text, parse_constant=pytest.fail)  # no NaN, which browsers refuse
     assert result["num_images"] == 3
     assert result["certificate"]["binary"] is True

@@ -130,7 +130,7 @@ def test_the_neurons_that_come_with_the_package():
     assert list(known) == ["hoyer", "relu", "fixed", "graded", "sign"]
     assert [neuron.spiking for neuron in known.values()] == [True, False, True, True, False]
     shared = ("extremum", "momentum", "threshold", "window")
-    assert known["hoyer"].options == known["fixed"].options == (*shared, "time_steps", "reset")
+    assert known["hoyer"].options == known["fixed"].options == (*shared, "time_steps", "reset", "thresholds")
     assert set(known["graded"].options) == {*shared, "levels", "time_steps", "reset"} and known["relu"].options == ()
     known.clear()
     assert neurons()

@@ -63,8 +63,7 @@ def create(
 
     Raises:
         ValueError: an unknown name, activation, arithmetic, stem or option, a value that is not allowed, an option that
-            this family does not have, a width that is not positive, weights that do not fit, or depthwise convolutions
-            where the arithmetic has none.
+            this family does not have, weights that do not fit, or depthwise convolutions in an arithmetic without.
     """
     family, own = find_family(name)
     activation = activation or find_arithmetic(arithmetic).activation
@@ -77,10 +76,7 @@ def create(
     for key in options.keys() & (others.keys() - own.keys()):
         if options[key] != others[key]:
             raise ValueError(f"{key} must be {others[key]!r} for {name}, which has no other, got {options[key]!r}")
-    known = {*others, *(option for neuron in neurons().values() for option in neuron.options)}
-    if unknown := sorted(options.keys() - known):
-        taken = [key for key in inspect.signature(create).parameters if key != "options"]
-        raise ValueError(f"create has no option {unknown[0]!r} (allowed: {', '.join([*taken, *sorted(known)])})")
+    _refuse_unknown(options, others)
     spike = SpikeFactory(activation, **{key: value for key, value in options.items() if key not in others})
     channels = _channels_of_a_step(in_channels, frames, spike.time_steps)
     backbone = family(name, spike, in_channels=channels, stem=stem, width=width, **given)
@@ -93,6 +89,13 @@ def create(
         wanted = {"name": name, "width": width, "stem": stem, "activation": activation, "arithmetic": arithmetic}
         _load(backbone, weights, {"extremum": "layer", "thresholds": 1} | others | wanted | options)
     return backbone
+
+
+def _refuse_unknown(options: Mapping[str, Any], of_families: Mapping[str, Any]) -> None:
+    known = {*of_families, *(option for neuron in neurons().values() for option in neuron.options)}
+    if unknown := sorted(options.keys() - known):
+        taken = [key for key in inspect.signature(create).parameters if key != "options"]
+        raise ValueError(f"create has no option {unknown[0]!r} (allowed: {', '.join([*taken, *sorted(known)])})")
 
 
 def _load(backbone: Backbone, weights: str | Path | Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:

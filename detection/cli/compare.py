@@ -31,9 +31,9 @@ VARIANTS = {
     "norm_before_pool": ["--model.backbone.pool_first", "False"],
     "graded2": ["--model.backbone.activation", "graded", "--model.backbone.levels", "2"],
     "graded4": ["--model.backbone.activation", "graded", "--model.backbone.levels", "4"],
+    "thresholds3": ["--model.backbone.thresholds", "3"],
     "steps2": ["--model.backbone.time_steps", "2"],
     "steps4": ["--model.backbone.time_steps", "4"],
-    "thresholds3": ["--model.backbone.thresholds", "3"],
     "binary": ["--model.backbone.arithmetic", "binary"],
     # Its layers scale their own steps of SGD, as its authors train; AdamW leaves it at chance for long.
     "adder": shlex.split(
