@@ -153,6 +153,14 @@ def test_the_engine_file_of_vgg16_gives_its_numbers_again(real_data):
     assert found["top1"] == pytest.approx(logged["run"]["top1"], abs=0.002)
 
 
+def test_a_classifier_of_three_thresholds_gives_its_numbers_again(real_data):
+    """hoyer-det evaluate results/widths_cifar10/hoyer_w0125_t3_seed0 --data.root CIFAR10."""
+    run = ROOT / "results" / "widths_cifar10" / "hoyer_w0125_t3_seed0"
+    found, logged = evaluate_run(run, data_root=real_data("cifar10") / "cifar10")
+    assert found.metrics["top1"] == pytest.approx(logged.metrics["top1"], abs=0.005)
+    assert found.activity == pytest.approx(logged.evaluation.activity, abs=0.005)
+
+
 def test_the_detector_of_three_thresholds_gives_its_numbers_again(real_data):
     """hoyer-det benchmark results/bccd_thresholds/thresholds3/export/model.events --data.root BCCD."""
     path = ROOT / "results" / "bccd_thresholds" / "thresholds3" / "export" / "model.events"
