@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .hoyer import WINDOW, HoyerSpike, Window
-from .multistep import MultiStepSpike, Reset, check_steps
+from .multistep import MultiStepSpike, Reset, check_count, check_steps
 from .spiking import register_neuron
 
 Scope = Literal["layer", "channel"]
@@ -162,8 +162,7 @@ def make_graded(
 def _with_thresholds(
     channels: int, thresholds: int, make: Callable[[int], HoyerSpike]
 ) -> HoyerSpike | SeveralThresholds:
-    if isinstance(thresholds, bool) or not isinstance(thresholds, int) or thresholds < 1:
-        raise ValueError(f"thresholds must be a whole number from 1 on, got {thresholds!r}")
+    check_count("thresholds", thresholds)
     return make(channels) if thresholds == 1 else SeveralThresholds(channels, thresholds, make)
 
 

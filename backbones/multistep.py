@@ -36,8 +36,13 @@ def check_steps(time_steps: int, reset: str) -> None:
     """Raise ValueError for a number of steps or a reset that there is not."""
     if reset not in get_args(Reset):
         raise ValueError(f"reset must be 'subtract' or 'zero', got {reset!r}")
-    if isinstance(time_steps, bool) or not isinstance(time_steps, int) or time_steps < 1:
-        raise ValueError(f"time_steps must be a whole number from 1 on, got {time_steps!r}")
+    check_count("time_steps", time_steps)
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise ValueError unless an option is a whole number from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
 
 
 def average_steps(x: Tensor, time_steps: int) -> Tensor:
