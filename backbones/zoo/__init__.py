@@ -76,11 +76,16 @@ def name_of(folder: Path) -> str | None:
     return folder.name if folder.parent == FOLDER.resolve() else None
 
 
+def differ(key: str, trained: Any, wanted: Any) -> bool:
+    """Whether weights that were trained with one value of a setting do not fit another: one threshold fits several."""
+    return trained != wanted and (key.rpartition(".")[2], trained) != ("thresholds", 1)
+
+
 def require_same(source: str | Path, wanted: Mapping[str, Any]) -> None:
     """Raise ValueError that names the first of `KEYS` in which an entry's backbone is not the wanted one."""
     trained = settings(str(source).removeprefix(PREFIX).partition("/")[0])
     for key in KEYS:
-        if key in trained and trained[key] != wanted[key]:
+        if key in trained and differ(key, trained[key], wanted[key]):
             raise ValueError(
                 f"{source}: trained with {key} {trained[key]!r}, wanted is {wanted[key]!r}; "
                 f"backbones.zoo.settings() gives what it takes"

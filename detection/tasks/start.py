@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from backbones import read_tensors, zoo
 from backbones.weights import LEAK, require_finite
+from backbones.widen import widen
 from detection.config import Recipe, flatten
 from detection.records import Extension, Start
 from detection.runs import Run, check_weights
@@ -89,7 +90,7 @@ def require_same_network(place: str, theirs: Recipe, ours: Recipe) -> None:
         )
     then, now = flatten(theirs.model), flatten(ours.model)
     for key in KEYS:  # where one is None, its value follows from others, and the shapes tell
-        if then.get(key) is not None and now.get(key) is not None and then[key] != now[key]:
+        if then.get(key) is not None and now.get(key) is not None and zoo.differ(key, then[key], now[key]):
             raise ValueError(f"{place}: trained with model.{key} {then[key]!r}, this recipe's is {now[key]!r}")
 
 
@@ -112,7 +113,7 @@ def take_over(
 
     Args:
         model: changed only if all fits but the classes.
-        state: of the other network.
+        state: of the other network; one threshold fits several, see `widen`.
         layers: those with outputs per class, see `Task.class_outputs`.
         classes: names of the other network's and of this one's.
         source: of the state dict, for messages.
@@ -122,6 +123,7 @@ def take_over(
     """
     own = {key: value.clone() for key, value in model.state_dict().items()}
     known, wanted = map(list, classes)
+    state = widen(state, model)
     both = [name for name in wanted if name in known]
     start = Start(source=source, classes=both, left_out=[key for key in state if key not in own])
     problems = [f"{key!r} is unknown here" for key in start.left_out]
