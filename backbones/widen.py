@@ -25,18 +25,19 @@ def widen(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
     Shape: where `model` has k neurons in place of one, (k C,) of (C,) and (out, k C, ...) of (out, C, ...).
     """
-    state, wanted = dict(state), model.state_dict()
+    state, wanted, times = dict(state), model.state_dict(), 1
     norm: tuple[str, nn.Module] | None = None
     for name, module in model.named_modules():
         if isinstance(module, SeveralThresholds) and f"{name}.2.v_th" not in state and f"{name}.v_th" in state:
+            times = module.thresholds
             state |= _neurons(name, module, state, norm)
             for key in [key for key in state if key.startswith(f"{name}.") and key not in wanted]:
                 del state[key]
         elif not isinstance(module, nn.Sequential):
             norm = (name, module) if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) else None
     for key, value in wanted.items():
-        if key in state and state[key].shape != value.shape:
-            state[key] = _behind(state[key], value.shape)
+        if times > 1 and key in state and value.dim() > 1:
+            state[key] = _behind(state[key], value.shape, times)
     return state
 
 
@@ -48,28 +49,25 @@ def _neurons(
     times = layer.thresholds
     if norm is None or (scale := state.get(f"{norm[0]}.weight")) is None:
         return own
-    scale, shift = scale.abs(), state[f"{norm[0]}.bias"]
+    # Behind a BN these are the mean and the variance of every channel of a batch, with which the next changes nothing.
+    mean, variance = state[f"{norm[0]}.bias"].repeat(times), scale.square().repeat(times)
+    deviation = (variance + layer[1].eps).sqrt()
     distance = torch.linspace(0.5, -0.5, times)
     distance = (distance - distance[times // 2]).repeat_interleave(len(scale))
-    # Behind a BN these are the mean and the deviation of every channel of a batch.
-    own[f"{name}.1.running_mean"] = shift.repeat(times)
-    own[f"{name}.1.running_var"] = scale.square().repeat(times)
-    own[f"{name}.1.weight"] = scale.repeat(times)
-    own[f"{name}.1.bias"] = shift.repeat(times) + distance * scale.repeat(times)
+    norm_values = {"running_mean": mean, "running_var": variance}
+    norm_values |= {"weight": deviation, "bias": mean + distance * deviation}
+    own |= {f"{name}.1.{key}": value for key, value in norm_values.items()}
     for key in own:
-        if key.startswith(f"{name}.2."):
-            theirs = state[f"{name}.{key.removeprefix(f'{name}.2.')}"]
+        theirs = state.get(key.replace(f"{name}.2.", f"{name}."))  # none for the leak of several time steps
+        if theirs is not None:
             own[key] = theirs if theirs.shape == own[key].shape else theirs.repeat(times)
     return own
 
 
-def _behind(weight: Tensor, shape: torch.Size) -> Tensor:
+def _behind(weight: Tensor, shape: torch.Size, times: int) -> Tensor:
     """The weights of a layer behind several neurons: those of the middle one, 0 for the others."""
-    if weight.dim() < 2 or weight.dim() != len(shape) or weight.shape[0] != shape[0] or weight.shape[2:] != shape[2:]:
+    if shape != (weight.shape[0], times * weight.shape[1], *weight.shape[2:]):
         return weight
-    times, rest = divmod(shape[1], weight.shape[1])
-    if rest:
-        return weight
-    wide = weight.new_zeros(shape)
-    wide[:, times // 2 * weight.shape[1] : (times // 2 + 1) * weight.shape[1]] = weight
-    return wide
+    wide = weight.new_zeros(shape).unflatten(1, (times, -1))
+    wide[:, times // 2] = weight
+    return wide.flatten(1, 2)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from detection.config import Recipe
+    from detection.config.training_sections import Precision
     from detection.exporters import OnnxFile
     from detection.predict import Predictor
     from detection.records import EpochLog, Evaluation
@@ -143,6 +144,7 @@ def evaluate(
     *,
     data_root: str | Path | None = None,
     save: str | Path | None = None,
+    precision: Precision | None = None,
 ) -> EvaluatedRun:
     """Evaluate a saved run again: `detection.evaluate("runs/demo").metrics["AP50"]`.
 
@@ -151,15 +153,16 @@ def evaluate(
         weights: "last", "best" or "ema".
         data_root: where its data lie now; None: where they lay when it was trained.
         save: new folder for a detector's predictions.json (COCO results), metrics.json and precision_recall.png.
+        precision: "no" (float32), "bf16", "fp16" or "auto"; None: that of the training.
 
     Raises:
         FileExistsError: there is something in `save` already.
         FileNotFoundError: no such run, weights, or data.
-        ValueError: the weights are damaged or do not fit.
+        ValueError: the weights are damaged or do not fit, or there is no such precision.
     """
     from detection.tasks.evaluate import evaluate_run
 
-    evaluation, logged = evaluate_run(run, weights, data_root=data_root, save=save)
+    evaluation, logged = evaluate_run(run, weights, data_root=data_root, save=save, precision=precision)
     return EvaluatedRun(str(run), evaluation, logged)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from detection.cli.common import check_run, saved_run_parser, show_table
+from detection.config.training_sections import Precision
 
 if TYPE_CHECKING:
     from detection.records import Evaluation
@@ -17,6 +18,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser = saved_run_parser(__doc__, prog)
     help = "detectors: new folder for predictions.json (COCO results), metrics.json and pictures"
     parser.add_argument("--save", metavar="FOLDER", help=help)
+    help = "of the passes, no: float32; spikes near their threshold depend on it (default: that of the training)"
+    parser.add_argument("--precision", choices=get_args(Precision), help=help)
     options = parser.parse_args(arguments)
     check_run(options.run)
 
@@ -26,7 +29,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     from detection.runs import Run
     from detection.tasks import task_of
 
-    found = evaluate(options.run, options.weights, data_root=options.data_root, save=options.save)
+    where = {"data_root": options.data_root, "save": options.save}
+    found = evaluate(options.run, options.weights, **where, precision=options.precision)
     if not PartialState().is_main_process:  # of several, one tells
         return
     task, logged = task_of(Run.open(options.run).config), found.logged

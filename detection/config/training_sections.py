@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from detection.config.base import Fraction, Positive, Section
 
+Precision = Literal["no", "bf16", "fp16", "auto"]
+
 
 class Hoyer(Section):
     """The Hoyer regulariser: weight * sum over spike layers of H.
@@ -123,7 +125,7 @@ class Train(Section):
         description="parts of the network that stay as they are, running averages included: backbone, neck, head, or a "
         "module such as backbone.stem",
     )
-    precision: Literal["no", "bf16", "fp16", "auto"] = Field(
+    precision: Precision = Field(
         "no", description="mixed precision; no: float32; auto: bf16 where the processor or GPU multiplies it natively"
     )
     compile: bool = Field(False, description="torch.compile the backbone")

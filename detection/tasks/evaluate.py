@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from backbones import stop_after, time_steps
+from detection.config.training_sections import Precision
 from detection.files import require_writable
 from detection.records import EpochLog, Evaluation, Weights
 from detection.runs import Run
@@ -22,6 +23,7 @@ def evaluate_run(
     *,
     data_root: str | Path | None = None,
     save: str | Path | None = None,
+    precision: Precision | None = None,
 ) -> tuple[Evaluation, EpochLog]:
     """Return the metrics of a saved run, computed anew, and the log line of the epoch that the weights come from.
 
@@ -30,17 +32,20 @@ def evaluate_run(
         weights: which of its weights.
         data_root: where its data lie now; None: where they lay when it was trained.
         save: folder for files about the predictions, see `Task.evaluate`; must not exist, or be empty.
+        precision: of the passes; None: that of the training.
 
     Raises:
         FileExistsError: there is something in `save` already.
         FileNotFoundError: no such run, weights, or data.
         ImportError: the package of the run's evaluation.backend is not installed.
-        ValueError: the weights are damaged or do not fit.
+        ValueError: the weights are damaged or do not fit, or there is no such precision.
     """
     if save is not None:
         save = Run.check_free(save)
         require_writable(save)
     run = Run.open(folder, data_root)
+    if precision is not None:
+        run.config.train.precision = precision
     task = task_of(run.config)
     logged = run.logged(weights, task.best_by)
     model, accelerator = load_for_evaluation(run, weights)
