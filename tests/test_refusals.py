@@ -221,6 +221,17 @@ def test_weights_that_are_missing_are_named_before_the_data_are_read(tmp_path, m
     assert capsys.readouterr().err == f"error: {tmp_path / 'gone'}: no such weights file\n"
 
 
+def test_a_teacher_that_cannot_teach_is_named_before_the_data_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ClassificationTask, "read", lambda *arguments: pytest.fail("data were read"))
+    for teacher, sentence in (
+        (tmp_path / "gone", f"{tmp_path / 'gone'} is not a run folder"),
+        ("zoo:scenes_retinanet_resnet18", "trained for detection, not for classification"),
+    ):
+        with pytest.raises(SystemExit):
+            call("train", "cifar10_vgg11", "--distillation.teacher", teacher, "--out", tmp_path / "run")
+        assert sentence in capsys.readouterr().err
+
+
 def test_an_image_whose_classes_are_equal_is_compared_with_the_class_that_is_named():
     names = tuple(f"class {number}" for number in range(40))
     noisy, clean = (

@@ -131,6 +131,25 @@ def test_twins_are_priced_with_one_neuron_for_each_potential():
     assert found[2]["spiking"].comparisons == 2 * found[1]["spiking"].comparisons
 
 
+def test_outputs_leave_as_the_bits_of_their_neurons():
+    """3 neurons of a potential are 3 bits in place of a real value; of 4 levels the one is 2, and is read as such."""
+    images, found = torch.rand(2, 3, 32, 32), {}
+    for key, options in {
+        "one": {},
+        "three": {"thresholds": 3},
+        "graded": {"activation": "graded", "levels": 4},
+    }.items():
+        torch.manual_seed(0)
+        backbone = backbones.create("vgg11", width=0.125, stem="cifar", head="pooled", **options)
+        measured = measure_activity(backbones.Classifier(backbone, 10).eval(), [images])
+        name, layer = list(measured.layers.items())[1]
+        found[key] = layer.output_bits, energy(measured).layers[name]["spiking"]
+    (one, of_one), (three, of_three), (graded, of_graded) = found.values()
+    assert (one, three, graded) == (1, 3, 2)
+    assert of_three.write_bits == 3 * of_one.write_bits and of_three.read_bits == 3 * of_one.read_bits
+    assert of_graded.write_bits == 2 * of_one.write_bits and of_graded.read_bits == 2 * of_one.read_bits
+
+
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [

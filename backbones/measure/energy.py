@@ -21,9 +21,10 @@ multiply that they save is 3.7). Conventions:
   costs nothing: it folds into the threshold, in the twins into the weights. Nor do pooling, residual sums, or what
   follows the last layer.
 - Memory: every weight is read once per image, also where several calls share it; every input of a layer is read once
-  and every output written once. Inputs of 0/1, or of -1 and 1, are 1 bit. An output leaves as 1 bit for each spike
-  layer that takes it straight, or as a real value where something else needs it too (a residual sum). In the twins all
-  of them are real values. A real value has 32 bits, with 8-bit numbers 8; a weight likewise, but a bias has always 32.
+  and every output written once. Inputs of 0/1, or of -1 and 1, are 1 bit, graded spikes of n levels log2 n, rounded up.
+  An output leaves as such bits for each neuron that takes it straight, or as a real value where something else needs it
+  too (a residual sum). In the twins all of them are real values. A real value has 32 bits, with 8-bit numbers 8; a
+  weight likewise, but a bias has always 32.
 - In T time steps all steps of the spiking networks count: operations, comparisons and activations. From the second
   step on, each neuron of a spike layer reads and writes its carried-over potential, a real value, and multiplies it by
   the leak, a MAC; the reset costs nothing. Weights are read once for all steps. All others take one step. The cost of
@@ -185,7 +186,7 @@ class FirstLayer:
     Attributes:
         spike_layer: the first spike layer that ran.
         num_neurons, firing_rate: of it, per image.
-        spike_bits: 1 per neuron.
+        spike_bits: 1 per neuron, of graded spikes more.
         entropy_bits: a bound for any code that knows the firing rate alone: neurons times the binary entropy of it.
         image_bits: 8 for each channel of each pixel that the network sees, so after resizing and padding.
         spikes_suffice: whether these spikes are all that the rest of the network needs. Where they are not, as with a
@@ -287,14 +288,14 @@ def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, cos
     leaving = float(real_bits)
     if own and layer.output_bits is not None:
         share = 1 if network in SKIPPING else layer.time_steps / measured.time_steps
-        leaving = min(layer.output_bits * share, real_bits)
+        leaving = min(layer.output_bits * share / (measured.thresholds if network == "binary" else 1), real_bits)
     counts = {
         "macs": 0 if adds else layer.num_exact_macs / taken / fewer,
         "acs": 0,
         "comparisons": layer.num_inputs if own and layer.is_sign else 0,
         # Once per image in which the layer ran, however many levels of a pyramid share it.
         "weight_bits": (layer.num_weights / fewer * weight_bits + layer.num_biases * BIAS_BITS) * layer.num_images,
-        "read_bits": layer.num_inputs / taken / fewer * (1 if one_bit else real_bits),
+        "read_bits": layer.num_inputs / taken / fewer * ((own and measured.input_bits(layer)) or real_bits),
         "write_bits": layer.num_outputs / steps * leaving,
     }
     for key, count in _of_neurons(network, layer.spikes_from, measured).items():
@@ -358,11 +359,11 @@ def _first_layer(measured: Measurement) -> FirstLayer | None:
         spike_layer=first,
         num_neurons=num_neurons,
         firing_rate=rate,
-        spike_bits=num_neurons,
+        spike_bits=num_neurons * measured.spikes[first].bits,
         entropy_bits=num_neurons * entropy,
         image_bits=image_bits,
         spikes_suffice=layer.output_bits is not None and layer.spikes_to == [first],
-        reduction=_quotient(image_bits, num_neurons),
+        reduction=_quotient(image_bits, num_neurons * measured.spikes[first].bits),
         entropy_reduction=_quotient(image_bits, num_neurons * entropy),
     )
 

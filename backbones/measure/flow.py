@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ class Destination(NamedTuple):
 
     Attributes:
         spikes: spike layers that take it straight.
-        bits: binary values that leave per output neuron, one for each of these; None where something else takes it too.
+        bits: that leave per output neuron, those of a spike for each neuron of these; None where something else takes
+            it too.
     """
 
     spikes: list[str]
@@ -30,6 +31,7 @@ class _Output:
 
     num: int
     takers: list[str] = field(default_factory=list)
+    bits: int = 0
     elsewhere: bool = False
 
 
@@ -41,18 +43,19 @@ class Flow(TorchFunctionMode):
 
     Args:
         layers: names of the layers with weights.
-        spike_layers: names of the spike layers.
+        spike_layers: bits of a spike by the names of the spike layers.
 
     Attributes:
         feeds: {spike layer: the first layer with weights that takes its output}.
     """
 
-    def __init__(self, layers: Collection[str], spike_layers: Collection[str]) -> None:
+    def __init__(self, layers: Collection[str], spike_layers: Mapping[str, int]) -> None:
         super().__init__()
         self.layers, self.spike_layers = layers, spike_layers
         self.inside = 0  # of how many followed modules
         self.outputs: dict[str, list[_Output]] = {}
         self.origins = WeakTensorKeyDictionary()  # tensor -> _Output
+        self.copies = WeakTensorKeyDictionary()  # tensor -> how many times it has each value of its origin
         self.spikes = WeakTensorKeyDictionary()  # tensor -> name of the spike layer
         self.feeds: dict[str, str] = {}
 
@@ -75,6 +78,7 @@ class Flow(TorchFunctionMode):
                 self.feeds.setdefault(self.spikes[x], name)
         elif name in self.spike_layers and x in self.origins:
             self.origins[x].takers.append(name)
+            self.origins[x].bits += self.spike_layers[name] * self.copies.get(x, 1)
 
     def leave(self, name: str, x: Tensor, output: Tensor) -> None:
         if name in self.layers:
@@ -82,7 +86,8 @@ class Flow(TorchFunctionMode):
             self.outputs.setdefault(name, []).append(self.origins[output])
         elif name in self.spike_layers:
             self.spikes[output] = name
-        else:  # nothing but a way to the next layer
+        else:  # nothing but a way to the next layer, or to several neurons for each potential
+            self.copies[output] = self.copies.get(x, 1) * max(1, output[:1].numel() // max(1, x[:1].numel()))
             for table in (self.origins, self.spikes):
                 if x in table:
                     table[output] = table[x]
@@ -95,7 +100,7 @@ class Flow(TorchFunctionMode):
         for name, outputs in self.outputs.items():
             num, bits = sum(output.num for output in outputs), None
             if num and all(output.takers and not output.elsewhere for output in outputs):
-                bits = sum(output.num * len(output.takers) for output in outputs) / num
+                bits = sum(output.num * output.bits for output in outputs) / num
             takers = [taker for output in outputs for taker in output.takers]
             found[name] = Destination(list(dict.fromkeys(takers)), bits)
         return found

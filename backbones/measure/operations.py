@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..activations import SeveralThresholds
+from ..activations import RepeatChannels, SeveralThresholds
 from ..arithmetic import ArithmeticConv2d, Sign
 from ..multistep import RepeatSteps
 from ..spiking import spike_layers
@@ -22,6 +22,7 @@ from .record import LayerActivity, add_up, hook_layers
 
 # What may lie between a layer with weights and the spike layer that takes its output: all of it is done on the way.
 TRANSPARENT = (
+    RepeatChannels,
     nn.MaxPool2d,
     nn.AvgPool2d,
     nn.AdaptiveMaxPool2d,
@@ -62,9 +63,9 @@ class WeightedLayer:
         example: an input that was neither 0 nor 1; None if there was none.
         spikes_from: spike layers whose output enters this layer, those left out that entered another one before.
         spikes_to: spike layers that take its output straight, through pooling, normalisation, dropout and flattening.
-        output_bits: binary values that leave per output neuron, one for each spike layer, or `Sign`, that takes it, and
-            from a layer in front of the time steps one for each of those; None where the output is needed as a real
-            value: none takes it, or something else does too, such as a residual sum.
+        output_bits: that leave per output neuron: one for each neuron, or `Sign`, that takes it, more for a graded
+            spike, and from a layer in front of the time steps as many for each of those; None where the output is
+            needed as a real value: none takes it, or something else does too, such as a residual sum.
         arithmetic, accumulates, weight_bits: of an `ArithmeticConv2d`.
         num_signs: calls in which every input was exactly -1 or 1.
         active_in_steps, synops_in_steps: `num_active` and `num_synops` step by step; empty before the first call.
@@ -177,6 +178,15 @@ class Measurement:
             )
         layers = {name: layer.stopped(steps, self.time_steps) for name, layer in self.layers.items()}
         return replace(self, layers=layers, spikes=spikes)
+
+    def input_bits(self, layer: WeightedLayer) -> int | None:
+        """Return the bits of a layer's inputs where they are spikes, graded ones too, or signs; None: real values."""
+        if layer.is_binary or layer.is_sign:
+            return 1
+        graded = [each for each in map(self.spikes.get, layer.spikes_from) if each.levels > 2]
+        levels = [(layer.example or 0.0) * (each.levels - 1) for each in graded]  # a mean of spikes is none of them
+        whole = all(abs(level - round(level)) < 0.1 for level in levels)
+        return max((each.bits for each in graded), default=None) if whole else None
 
     def comparisons(self, layer: WeightedLayer) -> int:
         """Return the comparisons that make a layer's inputs: one per neuron of its spike layers, or per sign."""
@@ -295,7 +305,8 @@ class _Recorder:
         self.seen_in_pass.clear()
         self.stop_following()  # of a pass that failed
         if not self.followed:
-            self.flow = Flow(self.measured.layers, self.measured.spikes.keys() | self.signs)
+            bits = {name: each.bits for name, each in self.measured.spikes.items()} | dict.fromkeys(self.signs, 1)
+            self.flow = Flow(self.measured.layers, bits)
             self.flow.__enter__()
 
     def end_pass(self, name: str, model: nn.Module, images: Any, output: Any) -> None:

@@ -87,6 +87,11 @@ class LayerActivity:
         self.spikes_in_steps = add_up(self.spikes_in_steps, spikes_in_steps)
 
     @property
+    def bits(self) -> int:
+        """Bits of a spike: 1 of two levels, 4 of sixteen."""
+        return (self.levels - 1).bit_length()
+
+    @property
     def firing_rate(self) -> float:
         """Spikes per neuron, image and time step, in [0, 1]; 0 before the first pass."""
         return self.num_spikes / self.num_neurons if self.num_neurons else 0.0

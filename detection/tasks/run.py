@@ -151,9 +151,10 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
 
     Raises:
         FileExistsError: there is something in it already.
-        FileNotFoundError: with `resume`, there is no run; without it, no such weights to start from.
+        FileNotFoundError: with `resume`, there is no run; without it, no such weights to start from; or no teacher.
         ImportError: the package of a logger is missing.
-        ValueError: the recipe names something that is not registered, or with `resume`, the run has another recipe.
+        ValueError: the recipe names something that is not registered, or a teacher that cannot teach its network; or
+            with `resume`, the run has another recipe.
     """
     task_of(config).check_names()
     if resume:
@@ -163,6 +164,8 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
         for source in (getattr(config.model, "weights", None), config.model.backbone.weights):
             if source is not None and not zoo.locate(source).exists():
                 raise FileNotFoundError(f"{source}: no such weights file")
+    if config.distillation.teacher is not None:
+        find_teacher(task_of(config))
     loggers.require_packages(config)
 
 
@@ -232,7 +235,12 @@ def build_model(task: Task) -> nn.Module:
 
 
 def load_teacher(task: Task) -> nn.Module:
-    """Return the network of distillation.teacher with its last weights, in evaluation mode.
+    """Return the network of distillation.teacher with its last weights, in evaluation mode; see `find_teacher`."""
+    return load_model(find_teacher(task))
+
+
+def find_teacher(task: Task) -> Run:
+    """Return the run of distillation.teacher.
 
     Raises:
         FileNotFoundError: it is no run folder.
@@ -243,7 +251,7 @@ def load_teacher(task: Task) -> nn.Module:
     if theirs.task != ours.task:
         raise ValueError(f"{place}: trained for {theirs.task}, not for {ours.task}")
     known, wanted = list(theirs.data.classes), list(ours.data.classes)
-    if known != wanted:
+    if wanted and known != wanted:  # without any they are those of data that are not read yet
         raise ValueError(
             f"{place}: knows the classes {', '.join(known[:5])} ({len(known)} in all), "
             f"this recipe has {', '.join(wanted[:5])} ({len(wanted)} in all)"
@@ -252,7 +260,7 @@ def load_teacher(task: Task) -> nn.Module:
         task.learn_from(task_of(theirs))
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
-    return load_model(run)
+    return run
 
 
 def fit(trainer: Trainer, info: RunInfo, *, resume: bool, extend: bool = False) -> EpochLog:
