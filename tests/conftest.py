@@ -54,6 +54,7 @@ def attempt(record_property) -> Callable[..., AbstractContextManager[None]]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "pictures: trainings of the test draw the curves of their log, see `no_curves`")
     config.addinivalue_line("markers", "attempt(kind, number=1): the whole test is so many attempts, see `attempt`")
 
 
@@ -76,3 +77,13 @@ def new_process():
     yield
     kill_started()
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test's own training draws no curves, which takes longer than the training itself, unless the test looks at them.
+
+    Runs that several tests share, and those of other processes, have them.
+    """
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("detection.tasks.run.leave_pictures", lambda run: None)

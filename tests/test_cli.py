@@ -383,6 +383,7 @@ def test_first_sentence_of_a_recipe():
     assert recipes.first_sentence("model: {}\n") == ""
 
 
+@pytest.mark.pictures
 def test_a_recipe_is_trained_by_its_name(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     short = ["--data.scenes.num_train", "8", "--data.scenes.num_val", "4", "--train.epochs", "1", "--data.workers", "0"]

@@ -362,6 +362,7 @@ TASK = """
 """
 
 
+@pytest.mark.pictures
 def test_a_task_from_elsewhere_trains_and_evaluates(tmp_path, write_plugin, capsys):
     write_plugin("own_task", TASK)
     values = CLASSIFIER | {"task": "brightness"}
