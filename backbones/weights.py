@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import zoo
+from .net2net import add_thresholds
 from .networks.base import Backbone
-from .widen import widen
 
 # The one entry in the metadata of a file that this project wrote: the checksum, and behind it a text. One, because the
 # order of several in the file would be random; of a shape that is known even where its name is damaged.
@@ -31,7 +31,7 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
         weights: "zoo:NAME" or a file of it, a .safetensors file, or a state dict. The keys are those of a bare
             backbone, of a `Classifier` ("backbone.*") or of a detector ("backbone.body.*"); other parts of those are
             left out. Those of one time step fit several, too: every leak is then 1; and those of one threshold, see
-            `widen`.
+            `add_thresholds`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -51,7 +51,7 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
     wanted = backbone.state_dict()
     if not any(key.endswith(LEAK) for key in state):  # a network of one time step has none; 1 is where it starts
         state |= {key: torch.ones_like(value) for key, value in wanted.items() if key.endswith(LEAK)}
-    state = widen(state, backbone)
+    state = add_thresholds(state, backbone)
     problems = [f"{key!r} is missing" for key in wanted if key not in state]
     problems += [f"{key!r} is unknown to this backbone" for key in state if key not in wanted]
     problems += [

@@ -81,7 +81,7 @@ def new_process():
 
 @pytest.fixture(autouse=True)
 def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test's own training draws no curves, which takes longer than the training itself, unless the test looks at them.
+    """A test's own training draws no curves, which take longer than the training, unless the test looks at them.
 
     Runs that several tests share, and those of other processes, have them.
     """

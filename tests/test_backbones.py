@@ -425,9 +425,10 @@ def test_unknown_name_lists_the_allowed_ones():
         ({"stem": "coco"}, "'imagenet' or 'cifar', got 'coco'"),
         ({"activation": "gelu"}, "'hoyer', 'relu', 'fixed', 'graded', 'sign', got 'gelu'"),
         ({"extremum": "row"}, "'layer' or 'channel', got 'row'"),
-        ({"width": 0}, "width must be positive, got 0"),
-        ({"width": -0.5}, "width must be positive, got -0.5"),
-        ({"width": float("nan")}, "width must be positive, got nan"),
+        ({"width": 0}, "width must be positive and finite, got 0"),
+        ({"width": -0.5}, "width must be positive and finite, got -0.5"),
+        ({"width": float("inf")}, "width must be positive and finite, got inf"),
+        ({"width": float("nan")}, "width must be positive and finite, got nan"),
         ({"momentum": 0}, r"momentum must be in \(0, 1\], got 0"),
     ],
 )

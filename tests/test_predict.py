@@ -230,6 +230,9 @@ def test_lower_threshold_than_the_recipes(predictor, scenes):
     prediction = predictor.predict(scenes[0], score_threshold=0.001, nms_threshold=0.9)
     assert prediction.scores.min() < 0.05
     assert predictor.model.score_thresh == 0.05 and predictor.model.nms_thresh == 0.5
+    for name, value in (("score_threshold", "a"), ("score_threshold", float("nan")), ("nms_threshold", 2)):
+        with pytest.raises(ValueError, match=rf"{name}: expected a number in \[0, 1\], got {value!r}"):
+            predictor.predict(scenes[0], **{"score_threshold": 0.5, name: value})
 
 
 def test_wrong_input_is_named(predictor, finished, scenes, tmp_path, attempt):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,8 @@ def create(
     activation = activation or find_arithmetic(arithmetic).activation
     if stem not in ("imagenet", "cifar"):
         raise ValueError(f"stem must be 'imagenet' or 'cifar', got {stem!r}")
-    if not width > 0:
-        raise ValueError(f"width must be positive, got {width}")
+    if not 0 < width < math.inf:
+        raise ValueError(f"width must be positive and finite, got {width}")
     given = {key: value for key, value in options.items() if key in own}
     others = family_options()
     for key in options.keys() & (others.keys() - own.keys()):

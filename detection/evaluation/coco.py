@@ -123,12 +123,16 @@ class CocoEvaluator:
 
     Raises:
         ImportError: the backend's package is not installed.
+        ValueError: a part of the ground truth is missing, or a category is not in it, or twice.
     """
 
     def __init__(
         self, ground_truth: Mapping[str, Any], category_ids: Sequence[int], backend: Backend = "pycocotools"
     ) -> None:
         self._coco_class, self._evaluation_class = import_backend(backend)
+        for key in ("images", "annotations", "categories"):
+            if key not in ground_truth:
+                raise ValueError(f"ground truth without {key!r}: COCO instances have images, annotations, categories")
         self.category_ids = tuple(category_ids)
         self._names = category_names(ground_truth, self.category_ids)
         self.image_ids = sorted_ids(ground_truth)

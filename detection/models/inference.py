@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -95,5 +96,5 @@ def padded_size(transform: nn.Module, picture: Tensor) -> tuple[int, int]:
 
 def check_unit_interval(name: str, value: float) -> None:
     """Raise ValueError for a number that is not in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value:g}")
+    if not isinstance(value, Real) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from backbones import read_tensors, zoo
+from backbones.net2net import add_thresholds
 from backbones.weights import LEAK, require_finite
-from backbones.widen import widen
 from detection.config import Recipe, flatten
 from detection.records import Extension, Start
 from detection.runs import Run, check_weights
@@ -113,7 +113,7 @@ def take_over(
 
     Args:
         model: changed only if all fits but the classes.
-        state: of the other network; one threshold fits several, see `widen`.
+        state: of the other network; one threshold fits several, see `add_thresholds`.
         layers: those with outputs per class, see `Task.class_outputs`.
         classes: names of the other network's and of this one's.
         source: of the state dict, for messages.
@@ -123,7 +123,7 @@ def take_over(
     """
     own = {key: value.clone() for key, value in model.state_dict().items()}
     known, wanted = map(list, classes)
-    state = widen(state, model)
+    state = add_thresholds(state, model)
     both = [name for name in wanted if name in known]
     start = Start(source=source, classes=both, left_out=[key for key in state if key not in own])
     problems = [f"{key!r} is unknown here" for key in start.left_out]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .activations import SeveralThresholds
 
 
-def widen(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def add_thresholds(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return weights with which a network of several thresholds begins as the one of one threshold.
 
     As in Net2Net (Chen et al., arXiv:1511.05641), a wider network starts from the function of a narrower one. Of the
