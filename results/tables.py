@@ -28,7 +28,8 @@ spiking neurons that fire per image on the evaluation images; energy is that of 
 the twin's (`hoyer-det analyze`). Where several runs of one recipe stand in a folder, its README compares them; those
 that differ from a base in one thing each are in [controlled_cifar10](controlled_cifar10/README.md) alone.
 
-Every row can be trained again by its command. Where weights are kept, `hoyer-det evaluate WEIGHTS --data.root FOLDER`
+Every row can be trained again by its command; `python results/again.py FOLDER` does so by the recipe in its folder, and
+says whether the logs are equal in every digit, as they are on a processor of the same kind. Where weights are kept, `hoyer-det evaluate WEIGHTS --data.root FOLDER`
 measures it again: `zoo:NAME` (rounded, see below), or the run's own folder; of a file of the event-driven engine, it is
 `hoyer-det benchmark FILE --data.root FOLDER`.
 """

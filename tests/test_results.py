@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, run_tool
+from test_resume import CLASSIFICATION, write_recipe
 
 from detection.cli import compare
 from detection.config import find_recipe, override, read_recipe
@@ -44,6 +45,25 @@ def edit_log(run: Path, **values) -> None:
 def test_pages_say_what_the_logs_say(monkeypatch, capsys):
     run_tool(monkeypatch, "results/tables", RESULTS, "--check")
     assert "says something else" not in capsys.readouterr().err
+
+
+def test_a_row_is_trained_again_and_compared_in_every_digit(monkeypatch, capsys, tmp_path):
+    row, out = tmp_path / "row", tmp_path / "again"
+    run_tool(monkeypatch, "train_cls", write_recipe(tmp_path, CLASSIFICATION), "--out", row)
+    weights = (row / "last.safetensors").read_bytes()
+    (row / "last.safetensors").unlink()
+    for change, status, words in (
+        ({}, 0, "equal in every digit"),
+        ({"loss": 1.0}, 1, "epoch 2: loss and 0 more differ"),
+    ):
+        if change:
+            edit_log(row, **change)
+            (row / "last.safetensors").unlink()
+        with pytest.raises(SystemExit) as stop:
+            run_tool(monkeypatch, "results/again", row, "--out", out, "--keep")
+        assert stop.value.code == status and f"{row}: {words}" in capsys.readouterr().out
+        assert (row / "last.safetensors").is_file() == (status == 0)
+        assert status or (row / "last.safetensors").read_bytes() == weights
 
 
 def test_the_page_of_controlled_runs_says_what_their_logs_say(monkeypatch, capsys, tmp_path):
