@@ -17,6 +17,7 @@ from helpers import ROOT, log_lines, run_tool
 from PIL import Image
 from safetensors.torch import load_file
 
+import detection
 from detection.models import build_classifier, build_detector
 from detection.runs import Run
 from detection.tasks.recipes import ClassificationRecipe, DetectionRecipe
@@ -106,6 +107,17 @@ def test_evaluate_gives_the_logged_numbers_again(finished, monkeypatch, capsys, 
     out = capsys.readouterr().out
     assert "equal to the log in every digit" in out
     assert "top1" in out and "val_loss" in out
+
+
+def test_evaluate_takes_another_precision(finished, monkeypatch, capsys):
+    run = finished[1]
+    own, same, other = (detection.evaluate(run, precision=each).metrics for each in (None, "no", "bf16"))
+    assert own == same and own["val_loss"] != other["val_loss"]
+    assert own["val_loss"] == pytest.approx(other["val_loss"], rel=0.2)
+    with pytest.raises(ValueError, match="'no', 'bf16', 'fp16' or 'auto'"):
+        detection.evaluate(run, precision="half")
+    run_tool(monkeypatch, "evaluate", run, "--precision", "bf16")
+    assert "not equal to the log: val_loss" in capsys.readouterr().out.replace("top1, ", "").replace("top5, ", "")
 
 
 def test_evaluate_says_what_a_classifier_has_not(finished, monkeypatch, capsys, tmp_path):
