@@ -50,7 +50,7 @@ DENSITIES = (*RATES, 0.5, 0.8, 1.0)
 NUM_IMAGES = 8
 FLOAT = "twin float, ONNX Runtime"
 TWINS = ("twin int8, ONNX Runtime", "twin int8, OpenVINO")
-TRAINED = {"zoo:cifar10_vgg11": "cifar10", "zoo:bccd_retinanet_resnet18_spiking": "bccd"}
+TRAINED = ("zoo:cifar10_vgg11=cifar10", "zoo:bccd_retinanet_resnet18_spiking=bccd")
 # Channels in and out, side of the map, kernel.
 LAYERS = (
     (64, 64, 56, 3),
@@ -68,6 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name in SIZES if name != "retinanet"]
     parser.add_argument("--networks", nargs="+", choices=names, default=names, help="default: all")
+    help = "trained networks and the folders of their data in --data (default: two of the zoo)"
+    parser.add_argument("--trained", nargs="+", metavar="RUN=FOLDER", default=list(TRAINED), help=help)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default: 1 2")
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="shares of neurons that fire")
@@ -135,7 +137,7 @@ def measure_networks(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def measure_trained(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the rows of trained networks on real images."""
-    for address, folder in TRAINED.items():
+    for address, _, folder in (each.rpartition("=") for each in options.trained):
         root = options.data / folder
         with tempfile.TemporaryDirectory() as place:
             torch.set_num_threads(max(options.threads))
