@@ -1,6 +1,6 @@
-"""Evaluate runs whose weights are kept in float32 and in bf16: `python results/precision/evaluate.py` from the project's root.
+"""Evaluate runs whose weights are kept, in float32 and in bf16: `python results/precision.py` in the project's root.
 
-Writes evaluations.json and README.md beside it; what the first has already is not measured again.
+Writes evaluations.json and README.md into results/precision; what the first has already is not measured again.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import detection
 from detection.runs import Run
+from detection.training.precision import choose_precision
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "precision"
 RUNS = {  # where its data lie
     "zoo:voc_retinanet_resnet18_spiking": "data/VOCdevkit",
     "zoo:bccd_retinanet_resnet18_spiking": "data/bccd",
@@ -28,9 +29,9 @@ RUNS = {  # where its data lie
 }
 ABOUT = """# What the precision of an evaluation is worth
 
-Made by `python results/precision/evaluate.py`: the same weights, evaluated in float32 and in bf16 on a CPU
-(`hoyer-det evaluate RUN --precision no`, or `bf16`); a detector's AP50 and AP, a classifier's top-1. Where bf16 rounds a
-potential to the other side of its threshold, a spike is another.
+Made by `python results/precision.py`: the same weights, evaluated in float32 and in bf16 on a CPU
+(`hoyer-det evaluate RUN --precision no`, or `bf16`); a detector's AP50 and AP, a classifier's top-1. Where bf16 rounds
+a potential to the other side of its threshold, a spike is another.
 
 | run | trained in | metric | float32 | bf16 | bf16 minus float32, points |
 |---|---|---|---|---|---|
@@ -48,10 +49,13 @@ def main() -> None:
                 path.write_text(json.dumps(found, indent=2) + "\n")
     rows = []
     for run, by_precision in found.items():
-        trained = {"no": "float32"}.get(precision := Run.open(run).info().precision or "no", precision)
+        opened = Run.open(run)
+        trained = opened.info().precision or choose_precision(opened.config.train.precision)
         for key, value in by_precision["no"].items():
             other = by_precision["bf16"][key]
-            rows.append(f"| `{run}` | {trained} | {key} | {value:.4f} | {other:.4f} | {100 * (other - value):+.2f} |\n")
+            name = "float32" if trained == "no" else trained
+            numbers = f"{value:.4f} | {other:.4f} | {100 * (other - value):+.2f}"
+            rows.append(f"| `{run}` | {name} | {key} | {numbers} |\n")
     (HERE / "README.md").write_text(ABOUT + "".join(rows))
 
 
