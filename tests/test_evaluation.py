@@ -442,13 +442,6 @@ def test_backends_agree_on_drawn_sets(true: list[tuple], found: list[tuple]) -> 
     expect_equal_backends(truth, rows, (2, 1))
 
 
-@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
-def test_a_ground_truth_without_a_part_is_named(key: str) -> None:
-    parts = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
-    with pytest.raises(ValueError, match=f"ground truth without '{key}'"):
-        CocoEvaluator({name: value for name, value in parts.items() if name != key}, [1])
-
-
 def test_missing_and_unknown_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = ground_truth([])
     with pytest.raises(ValueError, match="backend: expected one of pycocotools, faster-coco-eval, got 'fast'"):
