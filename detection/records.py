@@ -74,6 +74,9 @@ class Evaluation(Record):
         return own | {"metrics": {key: rest[key] for key in rest if key not in tables}, "tables": tables}
 
 
+CLOCK = ("seconds", "images_per_second", "memory_mib", "eval_seconds")  # of an epoch: they differ from run to run
+
+
 class EpochLog(Record):
     """One epoch of a training: a line of metrics.jsonl.
 

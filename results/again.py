@@ -21,9 +21,8 @@ import torch
 
 import detection
 from detection.cli.common import Parser, run_verb
+from detection.records import CLOCK
 from detection.runs import Run
-
-CLOCK = ("seconds", "images_per_second", "memory_mib", "eval_seconds")  # no two runs have them in common
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -52,8 +51,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         before, out = Run.open(row), options.out / "_".join(row.parts[-2:])
         if (machine := before.info().machine) is not None:
             torch.set_num_threads(machine.threads or 1)
-        begun = (out / "config.yaml").is_file()
-        if not begun:
+        if not (out / "config.yaml").is_file():
             detection.train(before.config, out)
         elif not Run.open(out).finished:
             detection.train(resume=out)

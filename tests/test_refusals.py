@@ -17,7 +17,7 @@ from detection.__main__ import main
 from detection.api import EvaluatedRun
 from detection.config import read_recipe, set_values
 from detection.data.layouts import recognise
-from detection.evaluation import CocoEvaluator
+from detection.evaluation import CocoEvaluator, Detections, precision_recall
 from detection.records import EpochLog, Evaluation
 from detection.report import write_report
 from detection.runs import Run
@@ -296,5 +296,7 @@ def test_one_class_to_tell_apart_is_warned_of(tmp_path, capsys):
 @pytest.mark.parametrize("key", ["images", "annotations", "categories"])
 def test_a_ground_truth_without_a_part_is_named(key):
     parts = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
-    with pytest.raises(ValueError, match=f"ground truth without '{key}'"):
-        CocoEvaluator({name: value for name, value in parts.items() if name != key}, [1])
+    del parts[key]
+    for ask in (lambda: CocoEvaluator(parts, [1]), lambda: precision_recall(parts, Detections.join([]), [1])):
+        with pytest.raises(ValueError, match=f"ground truth without '{key}'"):
+            ask()

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from test_energy import SPIKING_HEAD, SPIKING_NECK, make_config, make_detector, make_images
+from test_finetuning import save
 from test_fold import classifier, detector, run_and_record
 from torch import nn
 
@@ -16,7 +17,6 @@ from backbones.activations import SeveralThresholds
 from backbones.deploy.fold import ChannelThreshold
 from detection.cli import main
 from detection.models import build_detector
-from detection.records import RunInfo
 from detection.runs import Run
 from detection.tasks import task_of
 from detection.tasks.start import start_from
@@ -214,11 +214,7 @@ def test_a_detector_of_one_threshold_starts_one_of_several(tmp_path):
     network = {"backbone": {"name": "resnet18", "width": 0.125, "shortcut": "real", "norm_first": True}}
     network |= {"neck": SPIKING_NECK, "head": SPIKING_HEAD}
     one = make_config(**network)
-    model = make_detector(one)
-    shake(model)
-    run = Run.create(tmp_path / "run", one, RunInfo())
-    run.save(model, "last")
-    run.unlock()
+    model = save(tmp_path / "run", one)
     network["backbone"] |= {"thresholds": 3}
     three = make_config(**network, weights=str(tmp_path / "run"))
     wide = build_detector(three)
@@ -230,9 +226,7 @@ def test_a_detector_of_one_threshold_starts_one_of_several(tmp_path):
     for key, value in narrow.items():  # but for the extremum
         assert torch.corrcoef(torch.stack([value.flatten(), wide[key].flatten()]))[0, 1] > 0.8
     three.model.weights, one.model.weights = None, str(tmp_path / "wide")
-    run = Run.create(tmp_path / "wide", three, RunInfo())
-    run.save(build_detector(three), "last")
-    run.unlock()
+    save(tmp_path / "wide", three)
     with pytest.raises(ValueError, match=r"trained with model\.backbone\.thresholds 3, this recipe's is 1"):
         start_from(task_of(one), model)
 

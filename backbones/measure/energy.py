@@ -353,17 +353,18 @@ def _first_layer(measured: Measurement) -> FirstLayer | None:
         return None
     layer, rate = measured.layers[stem], measured.spikes[first].firing_rate
     num_neurons = measured.spikes[first].num_neurons / measured.num_images
+    spike_bits = num_neurons * measured.spikes[first].bits
     entropy = -sum(share * math.log2(share) for share in (rate, 1 - rate) if share > 0)  # bits per neuron
     image_bits = PIXEL_BITS * layer.num_inputs / measured.num_images
     return FirstLayer(
         spike_layer=first,
         num_neurons=num_neurons,
         firing_rate=rate,
-        spike_bits=num_neurons * measured.spikes[first].bits,
+        spike_bits=spike_bits,
         entropy_bits=num_neurons * entropy,
         image_bits=image_bits,
         spikes_suffice=layer.output_bits is not None and layer.spikes_to == [first],
-        reduction=_quotient(image_bits, num_neurons * measured.spikes[first].bits),
+        reduction=_quotient(image_bits, spike_bits),
         entropy_reduction=_quotient(image_bits, num_neurons * entropy),
     )
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from detection.cli.common import Parser, add_saved_run_options, check_run, show_table
 from detection.config import Recipe, save_config
 from detection.files import require_writable
-from detection.records import EpochLog, RunInfo, Weights
+from detection.records import CLOCK, EpochLog, RunInfo, Weights
 from detection.text import say
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def add(
         **task.facts(read_evaluation_data(run)),
     }
     # One epoch's times would pass for those of the training.
-    left_out = dict.fromkeys(("ema", "seconds", "images_per_second", "memory_mib", "eval_seconds"))
+    left_out = dict.fromkeys(("ema", *CLOCK))
     line = before.model_copy(update=left_out | {"layers": before.layers | logged_state(model)})
     line = store(entry, run, content, origin.model_copy(update=facts), line)
     old, new = before.metrics, line.metrics

@@ -130,9 +130,6 @@ class CocoEvaluator:
         self, ground_truth: Mapping[str, Any], category_ids: Sequence[int], backend: Backend = "pycocotools"
     ) -> None:
         self._coco_class, self._evaluation_class = import_backend(backend)
-        for key in ("images", "annotations", "categories"):
-            if key not in ground_truth:
-                raise ValueError(f"ground truth without {key!r}: COCO instances have images, annotations, categories")
         self.category_ids = tuple(category_ids)
         self._names = category_names(ground_truth, self.category_ids)
         self.image_ids = sorted_ids(ground_truth)
@@ -332,7 +329,10 @@ def import_backend(backend: Backend) -> tuple[type, type]:
 
 
 def category_names(ground_truth: Mapping[str, Any], category_ids: Sequence[int]) -> list[str]:
-    """Names of the categories, which have to be in the ground truth and to differ."""
+    """Names of the categories, which have to be in the ground truth, itself complete, and to differ."""
+    for key in ("images", "annotations", "categories"):
+        if key not in ground_truth:
+            raise ValueError(f"ground truth without {key!r}: COCO instances have images, annotations, categories")
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     unknown = [category_id for category_id in category_ids if category_id not in names]
     if unknown or not category_ids:

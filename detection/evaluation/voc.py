@@ -68,6 +68,9 @@ def precision_recall(
         detections: such as `CocoEvaluator.detections`, or `Detections.from_rows` of a file of results.
         category_ids: the categories to count, that of label 1 first.
         iou_threshold: in (0, 1].
+
+    Raises:
+        ValueError: a part of the ground truth is missing, a category is not in it, or twice, or the threshold is wrong.
     """
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold: expected a number in (0, 1], got {iou_threshold}")

@@ -156,7 +156,8 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
         ValueError: the recipe names something that is not registered, or a teacher that cannot teach its network; or
             with `resume`, the run has another recipe.
     """
-    task_of(config).check_names()
+    task = task_of(config)
+    task.check_names()
     if resume:
         require_same(flatten(Run.open(folder).config), config, str(folder))
     else:
@@ -165,7 +166,7 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
             if source is not None and not zoo.locate(source).exists():
                 raise FileNotFoundError(f"{source}: no such weights file")
     if config.distillation.teacher is not None:
-        find_teacher(task_of(config))
+        find_teacher(task)
     loggers.require_packages(config)
 
 
