@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from helpers import kill_started
+from helpers import draw_curves, kill_started
 
 ARCHIVES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -54,7 +54,7 @@ def attempt(record_property) -> Callable[..., AbstractContextManager[None]]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "pictures: trainings of the test draw the curves of their log, see `no_curves`")
+    config.addinivalue_line("markers", "pictures: trainings of the test draw the curves of their log, see `curves`")
     config.addinivalue_line("markers", "attempt(kind, number=1): the whole test is so many attempts, see `attempt`")
 
 
@@ -79,11 +79,27 @@ def new_process():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture(autouse=True)
-def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test's own training draws no curves, which take longer than the training, unless the test looks at them.
+@pytest.fixture(scope="session", autouse=True)
+def quick_writes() -> Iterator[None]:
+    """No write waits for the disk: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
-    Runs that several tests share, and those of other processes, have them.
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves() -> Iterator[None]:
+    """Trainings draw no curves, which take longer than a tiny training, unless somebody looks at them.
+
+    Those of other processes do, those of tests that are marked `pictures`, and those of `helpers.draw_curves`.
     """
-    if request.node.get_closest_marker("pictures") is None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("detection.tasks.run.leave_pictures", lambda run: None)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainings of a test that is marked `pictures` draw them."""
+    if request.node.get_closest_marker("pictures") is not None:
+        draw_curves(monkeypatch)

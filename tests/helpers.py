@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from detection.runs import Run
+from detection.tasks.run import leave_pictures
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,6 +24,11 @@ def run_tool(monkeypatch, name: str, *arguments) -> None:
     """Run tools/NAME.py, or FOLDER/NAME.py, in this process, as the command line would."""
     monkeypatch.setattr(sys, "argv", sys.argv)  # put back afterwards
     tool(name, *arguments)
+
+
+def draw_curves(monkeypatch) -> None:
+    """Let trainings draw the curves of their log, which conftest.py keeps them from."""
+    monkeypatch.setattr("detection.tasks.run.leave_pictures", leave_pictures)
 
 
 def log_lines(folder: Path) -> list[dict]:

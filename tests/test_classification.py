@@ -3,17 +3,15 @@
 import copy
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, log_lines, run_tool
+from helpers import draw_curves, log_lines, run_together, run_tool, start, tool
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -27,8 +25,8 @@ CLASSES = ("circle", "square", "triangle", "star")
 LEARNS = {
     "model": {"backbone": {"name": "vgg11", "width": 0.25, "stem": "cifar"}},
     "data": {"num_train": 2000, "num_val": 400, "augment": {"padding": 0}},
-    "optimizer": {"lr": 0.003, "warmup_steps": 20, "clip_norm": 1.0},
-    "train": {"epochs": 6, "batch_size": 32, "channels_last": True},
+    "optimizer": {"name": "muon", "muon_lr": 0.02, "lr": 0.003, "warmup_steps": 10, "clip_norm": 1.0},
+    "train": {"epochs": 4, "batch_size": 32, "channels_last": True},
 }
 
 
@@ -64,6 +62,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classification")
     path = recipe(folder, train={"epochs": 3, "batch_size": 16, "ema_decay": 0.8})
     with pytest.MonkeyPatch.context() as monkeypatch:
+        draw_curves(monkeypatch)
         run_tool(monkeypatch, "train_cls", path, "--out", folder / "run")
     return path, folder / "run"
 
@@ -166,10 +165,8 @@ def test_learns_the_drawn_shapes(monkeypatch, tmp_path, capsys):
 
 
 def test_two_processes_share_the_images(finished, monkeypatch, capsys, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "tools" / "train_cls.py"), str(finished[0]), "--data.num_val", "23"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*command, "--out", str(tmp_path / "run")], check=True, cwd=ROOT, env=environment)
+    options = [finished[0], "--data.num_val", "23", "--out", tmp_path / "run"]
+    run_together(2, tool, "train_cls", *options, log=tmp_path / "log.txt")
     history = log_lines(tmp_path / "run")
     assert [line["step"] for line in history] == [2, 4, 6]  # 64 images in steps of 2 x 16
     assert round(23 * history[-1]["top1"]) == pytest.approx(23 * history[-1]["top1"])  # each image counted once
@@ -351,11 +348,25 @@ def of_two_variants(recipe: Path, folder: Path) -> list:
     return [recipe, "--out", folder, "--variants", "hoyer", "half=--model.backbone.width 0.25"]
 
 
+@pytest.fixture(autouse=True)
+def children_start_at_once(monkeypatch, tmp_path):
+    """Trainings of a comparison are forked; test_writers.py has the processes of their own that they are."""
+    monkeypatch.setattr("detection.cli.compare.run_child", partial(status_of_a_training, tmp_path / "children.txt"))
+
+
+def status_of_a_training(log: Path, arguments: list[str]) -> int:
+    process = start(tool, "train_cls", *arguments, log=log)
+    process.join(120)
+    return process.exitcode
+
+
 @pytest.fixture(scope="module")
 def compared(finished, tmp_path_factory):
     """A comparison of two variants that was trained once: its folder."""
     folder = tmp_path_factory.mktemp("compared") / "runs"
     with pytest.MonkeyPatch.context() as monkeypatch:
+        children_start = partial(status_of_a_training, folder.parent / "children.txt")
+        monkeypatch.setattr("detection.cli.compare.run_child", children_start)
         run_tool(monkeypatch, "ablate", *of_two_variants(finished[0], folder), "--seeds", "3", *SHORT)
     return folder
 

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.utils import set_seed
-from helpers import ROOT, log_lines, run_tool
+from helpers import ROOT, draw_curves, log_lines, run_together, run_tool, tool
 from PIL import Image
 
 from backbones import hoyer_penalty
@@ -59,6 +57,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     recipe = tiny_recipe(folder)
     with pytest.MonkeyPatch.context() as monkeypatch:
+        draw_curves(monkeypatch)
         run_tool(monkeypatch, "train_det", recipe, "--out", folder / "run")
     return recipe, folder / "run"
 
@@ -326,11 +325,8 @@ def test_missing_tensorboard_is_said_before_anything_is_written(finished, monkey
 
 def test_two_processes_share_the_images_and_log_what_one_process_finds(finished, monkeypatch, capsys, tmp_path):
     recipe, _ = finished
-    scenes = load_config(recipe).data.root
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "tools" / "train_det.py"), str(recipe), "--data.root", str(scenes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*command, "--out", str(tmp_path / "run")], check=True, cwd=ROOT, env=environment)
+    options = [recipe, "--data.root", load_config(recipe).data.root, "--out", tmp_path / "run"]
+    run_together(2, tool, "train_det", *options, log=tmp_path / "log.txt")
     history = log_lines(tmp_path / "run")
     # 12 images in steps of 2 x 4: two steps, the second filled up
     assert [line["step"] for line in history] == [2, 4]

@@ -125,7 +125,7 @@ def test_recipes_and_zoo_without_the_sources(run):
 
 
 def test_trains_and_reports_without_the_sources(run, tmp_path):
-    small = ["--data.scenes.num_train", "64", "--data.scenes.num_val", "8", "--data.workers", "0"]
+    small = ["--data.scenes.num_train", "16", "--data.scenes.num_val", "4", "--data.workers", "0"]
     small += ["--model.backbone.width", "0.125", "--train.epochs", "1"]
     run("train", "scenes_retinanet_resnet18", *small)
     trained = Run.open(tmp_path / "runs" / "scenes_retinanet_resnet18")
@@ -157,38 +157,43 @@ from detection.cli import main
 
 small = "--train.epochs 1 --train.precision no --train.batch_size 2 --data.workers 0"
 small += " --model.min_size 64 --model.max_size 96"
-for line in (
-    "check-data mine",
-    "init mine --out mine.yaml",
-    f"train mine.yaml --out runs/mine {small}",
-    "evaluate runs/mine",
-    "predict runs/mine image.png --score 0.05 --out found",
-    "export runs/mine --nms --out mine.onnx",
-):
-    print(f"> {line}")
-    main(line.split())
-session = onnxruntime.InferenceSession("mine.onnx")
-pixels = np.asarray(Image.open("image.png"), np.float32).transpose(2, 0, 1)[None] / 255
-np.savez("onnx.npz", **dict(zip(("boxes", "scores", "labels"), session.run(None, {"images": pixels}))))
+for name in sys.argv[1:]:
+    for line in (
+        f"check-data {name}",
+        f"init {name} --out {name}.yaml",
+        f"train {name}.yaml --out runs/{name} {small}",
+        f"evaluate runs/{name}",
+        f"predict runs/{name} image.png --score 0.05 --out found_{name}",
+        f"export runs/{name} --nms --out {name}.onnx",
+    ):
+        print(f"> {line}")
+        main(line.split())
+    session = onnxruntime.InferenceSession(f"{name}.onnx")
+    pixels = np.asarray(Image.open("image.png"), np.float32).transpose(2, 0, 1)[None] / 255
+    np.savez(f"{name}.npz", **dict(zip(("boxes", "scores", "labels"), session.run(None, {"images": pixels}))))
 """
 
 
-@pytest.mark.parametrize("write", [write_yolo, write_flat_voc, write_roboflow])
-def test_a_folder_of_a_labelling_tool_becomes_a_file_that_gives_boxes(command, write, tmp_path):
+def test_a_folder_of_a_labelling_tool_becomes_a_file_that_gives_boxes(command, tmp_path):
     """Through check-data, init, train, evaluate, predict, export --nms and onnxruntime, with the wheel alone."""
-    (tmp_path / "mine").mkdir()
-    write(tmp_path / "mine", drawn_sets(number=8))
+    layouts = {"yolo": write_yolo, "voc": write_flat_voc, "roboflow": write_roboflow}
+    for name, write in layouts.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, drawn_sets(number=8))
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)).save(tmp_path / "image.png")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     python = str(Path(command[0]).with_name("python"))
-    done = subprocess.run([python, "-P", "-c", ROAD], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    road = [python, "-P", "-c", ROAD, *layouts]
+    done = subprocess.run(road, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "training can go on" in done.stdout and "next: hoyer-det train mine.yaml" in done.stdout
-    assert set(Run.open(tmp_path / "runs" / "mine").config.data.classes) == set(NAMES)
-    rows = json.loads((tmp_path / "found" / "predictions.json").read_text())
-    found, exported = [row["bbox"] for row in rows], np.load(tmp_path / "onnx.npz")
-    x1, y1, x2, y2 = exported["boxes"].T
-    assert len(found) == len(exported["boxes"]) > 0
-    np.testing.assert_allclose([row["score"] for row in rows], exported["scores"], atol=1e-4)
-    ours, theirs = np.array(found), np.stack([x1, y1, x2 - x1, y2 - y1], axis=1)
-    np.testing.assert_allclose(ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)], atol=1e-2)
+    assert done.stdout.count("training can go on") == len(layouts)
+    for name in layouts:
+        assert f"next: hoyer-det train {name}.yaml" in done.stdout
+        assert set(Run.open(tmp_path / "runs" / name).config.data.classes) == set(NAMES)
+        rows = json.loads((tmp_path / f"found_{name}" / "predictions.json").read_text())
+        found, exported = [row["bbox"] for row in rows], np.load(tmp_path / f"{name}.npz")
+        x1, y1, x2, y2 = exported["boxes"].T
+        assert len(found) == len(exported["boxes"]) > 0
+        np.testing.assert_allclose([row["score"] for row in rows], exported["scores"], atol=1e-4)
+        ours, theirs = np.array(found), np.stack([x1, y1, x2 - x1, y2 - y1], axis=1)
+        np.testing.assert_allclose(ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)], atol=1e-2)
