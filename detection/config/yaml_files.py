@@ -24,7 +24,7 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 
-# The parser in C, which PyYAML's own wheels have, is some eight times as fast as the one in Python.
+# In C, as the wheels of PyYAML have it: with the pass before, it reads a recipe in a quarter of the time.
 _Parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
