@@ -57,6 +57,7 @@ COUNTERPARTS = {
 }
 COUNTERPARTS["c7_imagenette_resnet18/hoyer"] = "c7_imagenette_resnet18/relu"
 COUNTERPARTS["bccd_thresholds/thresholds3"] = "c4_fast/bccd_relu"  # its precision by its name, not "auto"
+COUNTERPARTS |= {f"seeds/bccd/thresholds3_seed{seed}": f"seeds/bccd/relu_seed{seed}" for seed in (1, 2)}
 COMPARED = "compare_cifar10"  # the comparison that README.md shows
 # Keys that say nothing about an analogue network.
 SPIKING_KEYS = (
