@@ -21,14 +21,7 @@ from .measure.energy import (
 )
 from .measure.gradients import record_gradient_shares
 from .measure.operations import Measurement, WeightedLayer, measure_activity, record_layers
-from .measure.record import (
-    LayerActivity,
-    hook_layers,
-    record_activity,
-    record_potentials,
-    spike_activity,
-    sum_activity,
-)
+from .measure.record import LayerActivity, hook_layers, record_activity, record_potentials, spike_activity, sum_activity
 from .multistep import FramesToSteps, MultiStepSpike, RepeatSteps, average_so_far, average_steps, stop_after
 from .networks import Backbone, Classifier, FeatureInfo, Normalise, Stem, create, names, register_backbone
 from .recompute import recompute_activations

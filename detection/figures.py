@@ -66,10 +66,7 @@ class Line(NamedTuple):
 
 def style_of(index: int) -> dict[str, Any]:
     """Return colour and dashes of a chart's line number `index`."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": DASHES[(index + index // len(COLOURS)) % len(DASHES)],
-    }
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[(index + index // len(COLOURS)) % len(DASHES)]}
 
 
 def draw_panel(

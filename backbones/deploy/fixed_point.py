@@ -94,9 +94,7 @@ class ChannelAffine(nn.Module):
 
 
 def fix_points(
-    integers: fx.GraphModule,
-    calibrations: dict[str, tuple[Tensor, ...]],
-    statistics: dict[str, tuple[Tensor, ...]],
+    integers: fx.GraphModule, calibrations: dict[str, tuple[Tensor, ...]], statistics: dict[str, tuple[Tensor, ...]]
 ) -> None:
     """Replace the first convolution, and BatchNorms that are left, by modules that compute the same anywhere."""
     first = next(

@@ -20,11 +20,7 @@ After = Callable[[str, nn.Module, Any, Any], None]
 
 @contextmanager
 def hook_layers(
-    layers: Mapping[str, nn.Module],
-    *,
-    before: Before | None = None,
-    after: After | None = None,
-    prepend: bool = False,
+    layers: Mapping[str, nn.Module], *, before: Before | None = None, after: After | None = None, prepend: bool = False
 ) -> Iterator[None]:
     """Call functions around every forward pass of some modules while the context is open.
 

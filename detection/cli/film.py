@@ -116,12 +116,7 @@ def film(source: str, call: Call, advance: Callable[[], None]) -> str | None:
 
 
 def take_in(
-    pictures: Iterator[Tensor],
-    source: str,
-    call: Call,
-    advance: Callable[[], None],
-    rate: float,
-    expected: int = 0,
+    pictures: Iterator[Tensor], source: str, call: Call, advance: Callable[[], None], rate: float, expected: int = 0
 ) -> str | None:
     """Take in all pictures of a source; see `film`.
 

@@ -112,11 +112,7 @@ def size_as_stored(path: Path, source: Path, dropped: list[str]) -> tuple[int, i
 
 
 def examine_image(
-    path: Path,
-    width: int | None = None,
-    height: int | None = None,
-    verify: Verify = "header",
-    upright: bool = False,
+    path: Path, width: int | None = None, height: int | None = None, verify: Verify = "header", upright: bool = False
 ) -> Look:
     """Look at an image file without decoding it, unless there is reason to.
 

@@ -47,10 +47,7 @@ class PrecisionRecall:
 
 
 def precision_recall(
-    ground_truth: Mapping[str, Any],
-    detections: Detections,
-    category_ids: Sequence[int],
-    iou_threshold: float = 0.5,
+    ground_truth: Mapping[str, Any], detections: Detections, category_ids: Sequence[int], iou_threshold: float = 0.5
 ) -> dict[str, PrecisionRecall]:
     """Return category name -> precision over recall, counted as PASCAL VOC's development kit does.
 
