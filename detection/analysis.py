@@ -278,7 +278,6 @@ def analyze_run(
     *,
     data_root: str | Path | None = None,
     num_images: int | None = None,
-    spread: bool = False,
     costs: CostTable = HOROWITZ_45NM,
     strict: bool = False,
 ) -> Analysis:
@@ -288,8 +287,8 @@ def analyze_run(
         folder: the run, of any task, as `Run.open` takes it.
         weights: which of its weights.
         data_root: where its data lie now; None: where they lay when it was trained.
-        num_images: the first so many images only, at most all there are; the metrics are then those of these.
-        spread: so many in equal distances instead, for the first ones of a folder may be of one class.
+        num_images: so many images in equal distances, for the first ones of a folder may be of one class; at most all
+            there are. The metrics are then those of these.
         costs: picojoules by operation.
         strict: allow no layer but the stem to see real values, see `certify`.
 
@@ -304,7 +303,7 @@ def analyze_run(
     model, accelerator = load_for_evaluation(run, weights)
     dataset = read_evaluation_data(run)
     number = len(dataset) if num_images is None else min(num_images, len(dataset))
-    dataset = dataset.choose([index * len(dataset) // number if spread else index for index in range(number)])
+    dataset = dataset.choose([index * len(dataset) // number for index in range(number)])
     batches = task.evaluation_batches(dataset, accelerator)
     with record_layers(model) as measured:
         evaluation = task.evaluate(model, batches, dataset, accelerator)

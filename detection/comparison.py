@@ -168,7 +168,7 @@ def analyse(run: Run, num_images: int, data_root: Path) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError):  # damaged: it is made again
             pass
     say(f"{folder}: energy of at most {num_images} images")
-    analysis = analyze_run(run.folder, data_root=data_root, num_images=num_images, spread=True)
+    analysis = analyze_run(run.folder, data_root=data_root, num_images=num_images)
     analysis.save(folder)
     return analysis.to_dict()
 

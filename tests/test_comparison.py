@@ -76,7 +76,7 @@ def test_numbers_are_those_of_logs_and_analyses(compared):
     for row in whole["variants"]:
         for each in row["runs"]:
             run = Run.open(compared / f"{row['variant']}_seed{each['seed']}")
-            history, found = run.history(), analyze_run(run.folder, num_images=4, spread=True)
+            history, found = run.history(), analyze_run(run.folder, num_images=4)
             network, layers = found.report.networks[own[row["variant"]]], found.measured.layers.values()
             assert each["top1"] == history[-1].metrics["top1"]
             assert each["activity"] == history[-1].metrics.get("activity")
@@ -166,9 +166,9 @@ def test_images_lie_in_equal_distances(compared, monkeypatch):
     dataset, chosen = read_evaluation_data(run), []
     choose = type(dataset).choose
     monkeypatch.setattr(type(dataset), "choose", lambda self, indices: chosen.append(indices) or choose(self, indices))
-    for number, spread in ((4, True), (100, True), (4, False)):
-        analyze_run(run.folder, num_images=number, spread=spread)
-    assert chosen == [[0, 1, 3, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3]]  # of 6
+    for number in (4, 100):
+        analyze_run(run.folder, num_images=number)
+    assert chosen == [[0, 1, 3, 4], [0, 1, 2, 3, 4, 5]]  # of 6
 
 
 def test_wrong_arguments_are_refused(tmp_path):
@@ -227,7 +227,7 @@ def test_detectors_go_the_same_road(tmp_path):
     whole = json.loads((tmp_path / "runs" / "comparison.json").read_text())
     assert (whole["metric"], whole["images"]) == ("AP50", 2)
     for row, network in zip(whole["variants"], ("spiking", "twin"), strict=True):
-        found = analyze_run(tmp_path / "runs" / f"{row['variant']}_seed0", num_images=2, spread=True)
+        found = analyze_run(tmp_path / "runs" / f"{row['variant']}_seed0", num_images=2)
         assert row["energy_uj"] == found.report.networks[network].total_pj / 1e6 > 0
         assert row["energy_int8_uj"] == found.report.networks[f"{network}_int8"].total_pj / 1e6
     assert (tmp_path / "runs" / "energy.png").is_file()
