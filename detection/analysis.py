@@ -287,8 +287,7 @@ def analyze_run(
         folder: the run, of any task, as `Run.open` takes it.
         weights: which of its weights.
         data_root: where its data lie now; None: where they lay when it was trained.
-        num_images: so many images in equal distances, for the first ones of a folder may be of one class; at most all
-            there are. The metrics are then those of these.
+        num_images: see `read_evaluation_data`; the metrics are then those of these.
         costs: picojoules by operation.
         strict: allow no layer but the stem to see real values, see `certify`.
 
@@ -301,9 +300,7 @@ def analyze_run(
     run = Run.open(folder, data_root)
     task = task_of(run.config)
     model, accelerator = load_for_evaluation(run, weights)
-    dataset = read_evaluation_data(run)
-    number = len(dataset) if num_images is None else min(num_images, len(dataset))
-    dataset = dataset.choose([index * len(dataset) // number for index in range(number)])
+    dataset = read_evaluation_data(run, num_images)
     batches = task.evaluation_batches(dataset, accelerator)
     with record_layers(model) as measured:
         evaluation = task.evaluate(model, batches, dataset, accelerator)

@@ -348,10 +348,13 @@ def of_two_variants(recipe: Path, folder: Path) -> list:
     return [recipe, "--out", folder, "--variants", "hoyer", "half=--model.backbone.width 0.25"]
 
 
-@pytest.fixture(autouse=True)
-def children_start_at_once(monkeypatch, tmp_path):
+@pytest.fixture(scope="module", autouse=True)
+def children_start_at_once(tmp_path_factory):
     """Trainings of a comparison are forked; test_writers.py has the processes of their own that they are."""
-    monkeypatch.setattr("detection.cli.compare.run_child", partial(status_of_a_training, tmp_path / "children.txt"))
+    log = tmp_path_factory.mktemp("children") / "log.txt"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("detection.cli.compare.run_child", partial(status_of_a_training, log))
+        yield
 
 
 def status_of_a_training(log: Path, arguments: list[str]) -> int:
@@ -365,8 +368,6 @@ def compared(finished, tmp_path_factory):
     """A comparison of two variants that was trained once: its folder."""
     folder = tmp_path_factory.mktemp("compared") / "runs"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        children_start = partial(status_of_a_training, folder.parent / "children.txt")
-        monkeypatch.setattr("detection.cli.compare.run_child", children_start)
         run_tool(monkeypatch, "ablate", *of_two_variants(finished[0], folder), "--seeds", "3", *SHORT)
     return folder
 

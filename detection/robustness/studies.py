@@ -266,8 +266,7 @@ def prepare(run: Run, name: str, *, weights: Weights = "last", num_images: int |
         run: of any task.
         name: how to call it.
         weights: which of its weights.
-        num_images: as many images, spread evenly over the evaluation images (those of a folder are sorted by class, so
-            the first ones would be of one class); a detector is then asked for their boxes alone. None: all.
+        num_images: see `read_evaluation_data`; a detector is then asked for their boxes alone.
 
     Raises:
         FileNotFoundError: no such weights, or data.
@@ -275,11 +274,9 @@ def prepare(run: Run, name: str, *, weights: Weights = "last", num_images: int |
     """
     task = task_of(run.config)
     model, accelerator = load_for_evaluation(run, weights)
-    dataset = read_evaluation_data(run)
-    number, wanted = len(dataset), len(dataset) if num_images is None else num_images
-    if wanted > number:
-        raise ValueError(f"--images {wanted}: there are only {number} evaluation images")
-    dataset = dataset.choose([index * number // wanted for index in range(wanted)])
+    dataset = read_evaluation_data(run, num_images)
+    if num_images is not None and num_images > len(dataset):
+        raise ValueError(f"--images {num_images}: there are only {len(dataset)} evaluation images")
     return Subject(name, task, model, accelerator, dataset, task.evaluation_batches(dataset, accelerator))
 
 

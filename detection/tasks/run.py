@@ -367,13 +367,22 @@ def load_for_evaluation(run: Run, weights: Weights = "last") -> tuple[nn.Module,
     return accelerator.unwrap_model(accelerator.prepare(load_model(run, weights))), accelerator
 
 
-def read_evaluation_data(run: Run) -> Dataset:
+def read_evaluation_data(run: Run, num_images: int | None = None) -> Dataset:
     """Return the evaluation images of a run.
+
+    Args:
+        run: of any task.
+        num_images: so many of them in equal distances, for the first ones of a folder are of one class; at most all
+            there are. None: all.
 
     Raises:
         FileNotFoundError: they are not there; says how to name another place.
     """
     try:
-        return task_of(run.config).read("val")
+        dataset = task_of(run.config).read("val")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; if the data lie elsewhere now, say where: --data.root FOLDER") from None
+    if num_images is None:
+        return dataset
+    number = min(num_images, len(dataset))
+    return dataset.choose([index * len(dataset) // number for index in range(number)])

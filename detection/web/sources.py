@@ -131,8 +131,7 @@ def examples_of(predictor: Predictor, folder: Path) -> list[Path]:
 def _evaluation_images(predictor: Predictor) -> list[np.ndarray]:
     """Return images spread over the evaluation data, (H, W, 3) uint8; none where the data are not at hand."""
     with suppress(OSError, ValueError, ImportError):
-        dataset, predictor.task.config.data.workers = read_evaluation_data(predictor.run), 0
-        chosen = dataset.choose([index * len(dataset) // EXAMPLES for index in range(min(EXAMPLES, len(dataset)))])
+        chosen, predictor.task.config.data.workers = read_evaluation_data(predictor.run, EXAMPLES), 0
         accelerator = make_accelerator(predictor.run.config)
         batches = predictor.task.evaluation_batches(chosen, accelerator)
         return [pixels_of(image.cpu()) for images, _ in batches for image in images]
