@@ -91,7 +91,7 @@ def quick_writes() -> Iterator[None]:
 def no_curves() -> Iterator[None]:
     """Trainings draw no curves, which take longer than a tiny training, unless somebody looks at them.
 
-    Those of other processes do, those of tests that are marked `pictures`, and those of `helpers.draw_curves`.
+    Those of commands do, those of tests that are marked `pictures`, and those of `helpers.draw_curves`.
     """
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("detection.tasks.run.leave_pictures", lambda run: None)

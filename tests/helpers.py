@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import detection.tasks.run
 from detection.runs import Run
 from detection.tasks.run import leave_pictures
 
@@ -39,7 +40,7 @@ def log_lines(folder: Path) -> list[dict]:
 # Processes that start in a moment: forked from a server that has imported everything already.
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["detection.tasks.run"])
+SERVER.set_forkserver_preload(["detection.tasks.run", "pycocotools.cocoeval"])
 # Of this test; none outlives it, see conftest.py.
 STARTED: list[multiprocessing.Process] = []
 RESERVED: list[socket.socket] = []
@@ -112,4 +113,5 @@ def _run(function: Callable[..., None], arguments: tuple, log: Path, environment
         os.dup2(file.fileno(), 2)
     faulthandler.dump_traceback_later(90)  # where it hangs, for the log
     torch.set_num_threads(1)
+    detection.tasks.run.leave_pictures = lambda run: None  # as in conftest.py
     function(*arguments)

@@ -297,7 +297,7 @@ def test_failed_download_says_so(monkeypatch, capsys, tmp_path):
 
 def test_real_images_train_in_memory_and_by_workers(real_data, monkeypatch, tmp_path):
     """A few real JPEG images of CIFAR-10, both ways."""
-    root = real_data("cifar10") / "cifar10"
+    root = real_data("imagenette112") / "imagenette112"
     for split in ("train", "test"):
         for name in ("cat", "ship"):
             for path in sorted((root / split / name).iterdir())[:20]:

@@ -217,7 +217,7 @@ def test_a_detector_of_one_threshold_starts_one_of_several(tmp_path):
     model = save(tmp_path / "run", one)
     network["backbone"] |= {"thresholds": 3}
     three = make_config(**network, weights=str(tmp_path / "run"))
-    wide = build_detector(three)
+    wide = widened = build_detector(three)
     start = start_from(task_of(three), wide)
     assert not (start.new or start.left_out or start.partly)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -226,9 +226,14 @@ def test_a_detector_of_one_threshold_starts_one_of_several(tmp_path):
     for key, value in narrow.items():  # but for the extremum
         assert torch.corrcoef(torch.stack([value.flatten(), wide[key].flatten()]))[0, 1] > 0.8
     three.model.weights, one.model.weights = None, str(tmp_path / "wide")
+    three.model.backbone.weights, one.model.backbone.weights = str(tmp_path / "run"), str(tmp_path / "wide")
+    backbone = build_detector(three).backbone.body.state_dict()
+    assert all(torch.equal(value, widened.backbone.body.state_dict()[key]) for key, value in backbone.items())
     save(tmp_path / "wide", three)
     with pytest.raises(ValueError, match=r"trained with model\.backbone\.thresholds 3, this recipe's is 1"):
         start_from(task_of(one), model)
+    with pytest.raises(ValueError, match=r"trained with thresholds 3, this recipe's model\.backbone\.thresholds is 1"):
+        build_detector(one)
 
 
 def test_a_recipe_trains_and_its_files_say_the_same(tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def _check_origin(settings: schema.Backbone, recipe: Path) -> None:
     origin = read_recipe(recipe).model.backbone if recipe.is_file() else settings
     for key in backbones.zoo.KEYS:
         theirs, ours = getattr(origin, key), getattr(settings, key)
-        if theirs != ours:
+        if backbones.zoo.differ(key, theirs, ours):
             why = STEMS_DIFFER if key == "stem" else ""
             raise ValueError(
                 f"model.backbone.weights {recipe.parent}: trained with {key} {theirs!r}, "
