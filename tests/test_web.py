@@ -289,6 +289,8 @@ def test_two_networks_side_by_side_and_noise(new_page, cells):
 
 @pytest.mark.attempt("mutated images", 4)
 def test_what_is_no_picture_gets_a_sentence(page, cells, tmp_path):
+    page.reload()
+    page.wait_for_selector("#said .said")
     (tmp_path / "notes.png").write_text("these are notes")
     said = give(page, tmp_path / "notes.png", "known format")
     assert said.startswith("notes.png: no image of a known format (allowed: JPEG")
