@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from test_fold import classifier, detector, run_and_record
 from torch import nn
 
 import backbones
-from backbones import HoyerSpike, certify, energy, fold, hoyer_penalty, measure_activity
+from backbones import HoyerSpike, certify, energy, fold, hoyer_penalty, measure_activity, to_integers
 from backbones.activations import SeveralThresholds
+from backbones.deploy.events import Engine, available, to_program, using
 from backbones.deploy.fold import ChannelThreshold
+from backbones.deploy.highest import Highest, fire_once
 from detection.cli import main
 from detection.models import build_detector
 from detection.runs import Run
@@ -108,6 +111,53 @@ def test_a_folded_detector_finds_the_same():
         (ours,), (expected,) = fold(model)(images), model(images)
     assert len(expected["boxes"]) and torch.equal(ours["labels"], expected["labels"])
     torch.testing.assert_close(ours["boxes"], expected["boxes"])
+
+
+@pytest.mark.parametrize("thresholds", [2, 3])
+@pytest.mark.parametrize(
+    ("name", "options"), [("resnet18", {"shortcut": "real", "norm_first": True}), ("resnet50", {}), ("resnet18", {})]
+)
+def test_a_potential_that_fires_once_gives_the_same(name, options, thresholds):
+    """Whatever the order and the sign of the thresholds; where neurons of a potential differ in sign, all stay."""
+    torch.manual_seed(0)
+    model = classifier(name, stem="cifar", thresholds=thresholds, **options).double()
+    norms = [module[1] for module in model.modules() if isinstance(module, SeveralThresholds)]
+    for norm in norms:
+        norm.bias.data = norm.bias.data[torch.randperm(len(norm.bias))]
+        turned = torch.randint(0, 2, (len(norm.weight) // thresholds,)).mul(2).sub(1).repeat(thresholds)
+        norm.weight.data = norm.weight.data.abs() * turned
+    norms[-1].weight.data[0] *= -1
+    folded = fold(model)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected, spikes = run_and_record(folded, images, ChannelThreshold)
+    result, once = run_and_record(fire_once(folded), images, Highest)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+    assert 0 < len(once) < len(spikes)
+    sets = [each.unflatten(1, (thresholds, -1)).sum(1) for each in once]
+    assert all(each.max() == 1 for each in sets)
+    assert sum(each.sum() for each in once) < 0.8 * sum(each.sum() for each in spikes)
+
+
+@pytest.mark.parametrize("thresholds", [3, 5, 9])
+def test_the_engine_fires_once_bit_for_bit(thresholds):
+    """By every set of instructions; also where a layer has more comparisons, or a potential more thresholds, than 8."""
+    torch.manual_seed(0)
+    model = classifier("resnet18", stem="cifar", thresholds=thresholds)
+    for norm in [module[1] for module in model.modules() if isinstance(module, SeveralThresholds)]:
+        norm.weight.data.abs_()
+    folded = fold(model)
+    images = torch.randn(4, 3, 32, 32)
+    network = to_integers(folded, images, exact=True)
+    program = to_program(network)
+    numbers = Counter(each["op"] for each in program.operations)
+    assert ("highest" in numbers) == (thresholds <= 8)
+    assert max(len(each["outputs"]) for each in program.operations if each["op"] == "layer") <= 9
+    with torch.no_grad():
+        expected = network(images.contiguous(memory_format=torch.channels_last))
+    for name in available():
+        with using(name):
+            (found,) = Engine(program)(images)
+            assert torch.equal(found, expected), name
 
 
 def test_twins_are_priced_with_one_neuron_for_each_potential():

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from .fold import ChannelThreshold, add_module, channels_first, clean_up, module_of
+from .highest import Highest, fire_once
 
 LIMIT, ANALOGUE_LIMIT = 127, 64  # of a weight's absolute value, over spikes and over 8 bits
 EXACT = 2**24  # float32 holds every integer up to here, so convolutions in float32 add up integers exactly
@@ -269,7 +270,7 @@ def is_binary(traced: fx.GraphModule, node: Any) -> bool:
     module = module_of(traced, node)
     if isinstance(module, (nn.MaxPool2d, nn.Flatten)):
         return is_binary(traced, node.args[0])
-    return isinstance(module, (ChannelThreshold, IntegerSpikes))
+    return isinstance(module, (ChannelThreshold, IntegerSpikes, Highest))
 
 
 def to_integers(
@@ -293,7 +294,7 @@ def to_integers(
     """
     if not isinstance(folded, fx.GraphModule):
         raise ValueError(f"{type(folded).__name__} is not one graph: torch.fx cannot trace it")
-    folded = fix_size(folded.float(), images[:1])
+    folded = fix_size(fire_once(folded.float()) if exact else folded.float(), images[:1])
     statistics = _Statistics(folded)
     statistics.run(images)
     integers = copy.deepcopy(folded)

@@ -176,6 +176,16 @@ def max_pool(x: Bits, window: Window, *, ceil: bool = False, inverted: Tensor | 
     return Bits(out, x.channels)
 
 
+def highest(*spikes: Bits) -> Bits:
+    """Return the spikes of the last map that fires, set behind set, each with its padding."""
+    above, kept = torch.zeros_like(spikes[0].words), []
+    for each in reversed(spikes):
+        kept.append(each.words & ~above)
+        above = above | each.words
+    words = torch.cat(kept[::-1], dim=3)
+    return Bits(words, words.shape[3] * 64)
+
+
 @dataclass(eq=False)
 class EventLayer:
     """A convolution or linear layer of int8 weights over spikes, and what is made of its sums, exact for every input.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import library
-from .bits import Bits, Comparison, EventLayer, Window, layer_options, mask_of, max_pool, threshold
+from .bits import Bits, Comparison, EventLayer, Window, highest, layer_options, mask_of, max_pool, threshold
 from .plan import FOREVER, Maker, Plan, Run, Step
 from .program import Operation, Program
 from .stem import Affine, EventStem
@@ -206,6 +206,7 @@ PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Run | ByKernels
     "affine": _with_weights(_affine, "scale", "shift"),
     "threshold": _threshold,
     "pool_bits": _pool_bits,
+    "highest": lambda attributes, tensors: (lambda *spikes: [highest(*spikes)], Maker.highest),
     "flatten_bits": lambda attributes, tensors: lambda x: [x.flatten()],  # a view, which is planned as one
     "constant": lambda attributes, tensors: lambda: [tensors["value"]],
     "add": lambda attributes, tensors: (_analogue(torch.add), Maker.sum),

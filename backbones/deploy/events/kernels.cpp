@@ -632,6 +632,18 @@ template <typename Work> int guarded(const Work &work) {
     return 0;
 }
 
+void highest(const EventHighest &c) {
+    for (int64_t pixel = 0; pixel < c.pixels; ++pixel)
+        for (int64_t word = 0; word < c.words; ++word) {
+            uint64_t above = 0;
+            for (int64_t set = c.sets - 1; set >= 0; --set) {
+                const uint64_t spikes = c.spikes[set][pixel * c.words + word];
+                c.out[(pixel * c.sets + set) * c.words + word] = spikes & ~above;
+                above |= spikes;
+            }
+        }
+}
+
 }  // namespace
 
 extern "C" {
@@ -792,6 +804,8 @@ int events_run(const EventStep *steps, int64_t number, int64_t *wanting) {
             events_threshold(c.x, c.pixels, c.channels, c.level, c.sign, c.spikes, c.threads);
         } else if (step->kind == 4) {
             failed = events_sum(static_cast<const EventSum *>(step->call));
+        } else if (step->kind == 5) {
+            highest(*static_cast<const EventHighest *>(step->call));
         } else {
             const EventPool &c = *static_cast<const EventPool *>(step->call);
             events_pool(c.x, c.images, c.height, c.width, c.words, c.out_height, c.out_width, c.kernel_h, c.kernel_w,

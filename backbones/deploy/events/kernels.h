@@ -84,7 +84,14 @@ struct EventSum {
     uint64_t *spikes[EVENTS_MAX_OUTPUTS];
 };
 
-// A call of the library: 0 EventConv, 1 EventStem, 2 EventThreshold, 3 EventPool, 4 EventSum.
+// Spikes of the last of several maps that fires, set behind set in each pixel.
+struct EventHighest {
+    int64_t pixels, words, sets;
+    const uint64_t *spikes[EVENTS_MAX_OUTPUTS];   // [pixels][words]
+    uint64_t *out;                                // [pixels][sets][words]
+};
+
+// A call of the library: 0 EventConv, 1 EventStem, 2 EventThreshold, 3 EventPool, 4 EventSum, 5 EventHighest.
 struct EventStep {
     int64_t kind;
     void *call;

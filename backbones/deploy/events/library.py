@@ -95,13 +95,19 @@ class EventSum(ctypes.Structure):
     )
 
 
+class EventHighest(ctypes.Structure):
+    """`struct EventHighest` of kernels.h, in its order."""
+
+    _fields_ = (*_fields(_int64, "pixels words sets"), ("spikes", _pointers), ("out", _pointer))
+
+
 class EventStep(ctypes.Structure):
     """`struct EventStep` of kernels.h, in its order."""
 
     _fields_ = (("kind", _int64), ("call", _pointer))
 
 
-KINDS: tuple[type[ctypes.Structure], ...] = (EventConv, EventStem, EventThreshold, EventPool, EventSum)
+KINDS = (EventConv, EventStem, EventThreshold, EventPool, EventSum, EventHighest)
 """Of an `EventStep`."""
 
 

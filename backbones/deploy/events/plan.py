@@ -265,6 +265,17 @@ class Maker:
         self.pending.calls.append(library.EventPool(x.words.data_ptr(), *geometry, mask, words.data_ptr()))
         return [Bits(words, x.channels)]
 
+    def highest(self, *spikes: Bits) -> list[Value]:
+        """Return the spikes of the last map that fires."""
+        number, height, width, words = spikes[0].words.shape
+        out = self.memory.take((number, height, width, len(spikes) * words), torch.int64)
+        call = library.EventHighest(number * height * width, words, len(spikes))
+        call.out = out.data_ptr()
+        for index, each in enumerate(spikes):
+            call.spikes[index] = each.words.data_ptr()
+        self.pending.calls.append(call)
+        return [Bits(out, out.shape[3] * 64)]
+
 
 def _rows(x: Tensor) -> Tensor:
     """Return a map (N, C, H, W), or (N, C), in the order N, H, W, C."""

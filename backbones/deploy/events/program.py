@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 
 from ..fixed_point import ChannelAffine, FixedPointConv
 from ..fold import ChannelThreshold, module_of
+from ..highest import Highest
 from ..integer import IntegerLayer, IntegerReal, IntegerSpikes, QuantisedReal, is_binary, shape_of
+from .library import MAX_OUTPUTS
 
 Operation = dict[str, Any]
 ANALOGUE: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -128,6 +130,8 @@ class _Writer:
             self._stem(node, module)
         elif isinstance(module, ChannelThreshold):
             self.emit("threshold", [x], out, self._comparisons([node], shape_of(x)[1]))
+        elif isinstance(module, Highest):
+            self.emit("highest", list(node.args), out)
         elif isinstance(module, nn.MaxPool2d):
             self._max_pool(node, module)
         elif isinstance(module, nn.Flatten) and is_binary(self.network, x):
@@ -172,7 +176,7 @@ class _Writer:
                 pairs = other.weight.flatten(1), layer.weight.flatten(1)
                 if bool(((pairs[0] == pairs[1]).all(1) | (pairs[0] == -pairs[1]).all(1)).all()):
                     found.append(user)
-        return found
+        return found[: MAX_OUTPUTS - 1]
 
     def _real(self, node: fx.Node, layer: IntegerReal) -> None:
         if not layer.exact and layer.conv is not None:
@@ -183,7 +187,7 @@ class _Writer:
             if len(others) == 1 and self._can_be_residual(others[0], node):
                 last = users[0]
                 inputs.append(others[0])
-        comparisons = [user for user in last.users if isinstance(self.module(user), ChannelThreshold)]
+        comparisons = self._comparing(last)
         keeps_real = len(comparisons) < len(last.users)
         outputs = [last.name] * keeps_real + [each.name for each in comparisons]
         tensors = {"weight": self._weight(node, layer), "scale": layer.scale, "bias": layer.bias}
@@ -197,6 +201,10 @@ class _Writer:
             return False
         return shape_of(other) == shape_of(node)
 
+    def _comparing(self, node: fx.Node) -> list[fx.Node]:
+        """Return what compares a node's values, as many as its layer takes in."""
+        return [user for user in node.users if isinstance(self.module(user), ChannelThreshold)][:MAX_OUTPUTS]
+
     def _comparisons(self, nodes: list[fx.Node], channels: int) -> dict[str, Tensor]:
         tensors = {}
         for index, node in enumerate(nodes):
@@ -207,7 +215,10 @@ class _Writer:
         return tensors
 
     def _weight(self, node: fx.Node, layer: IntegerLayer) -> Tensor:
-        """Return a layer's weights; those over flattened bits in the order of H, W and channels with their padding."""
+        """Return a layer's weights in the order of its bits: of flattened ones H, W, channels with their padding."""
+        if isinstance(self.module(node.args[0]), Highest):
+            sets = layer.weight.unflatten(1, (len(node.args[0].args), -1))
+            return F.pad(sets, (0, 0, 0, 0, 0, -sets.shape[2] % 64)).flatten(1, 2)
         shape = self.flattened.get(node.args[0])
         if shape is None or len(shape) == 1:
             return layer.weight
@@ -223,7 +234,7 @@ class _Writer:
         last, users, pool = node, list(node.users), None
         if len(users) == 1 and isinstance(self.module(users[0]), nn.MaxPool2d):
             last, pool = users[0], self.module(users[0])
-        comparisons = [user for user in last.users if isinstance(self.module(user), ChannelThreshold)]
+        comparisons = self._comparing(last)
         others = [user for user in last.users if user not in comparisons]
         outputs = [last.name] * bool(others)
         if len(others) == 1 and isinstance(self.module(others[0]), ChannelAffine):
