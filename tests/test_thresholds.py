@@ -15,7 +15,7 @@ from torch import nn
 import backbones
 from backbones import HoyerSpike, certify, energy, fold, hoyer_penalty, measure_activity, to_integers
 from backbones.activations import SeveralThresholds
-from backbones.deploy.events import Engine, available, to_program, using
+from backbones.deploy.events import Engine, Program, available, to_program, using
 from backbones.deploy.fold import ChannelThreshold
 from backbones.deploy.highest import Highest, fire_once
 from detection.cli import main
@@ -158,6 +158,23 @@ def test_the_engine_fires_once_bit_for_bit(thresholds):
         with using(name):
             (found,) = Engine(program)(images)
             assert torch.equal(found, expected), name
+
+
+def test_maps_of_a_potential_that_do_not_fit_are_refused():
+    pool = {"kernel_size": [2, 2], "stride": [2, 2], "padding": [0, 0], "dilation": [1, 1], "ceil_mode": False}
+    steps = [("threshold", ["images"], "a", {}), ("pool_bits", ["a"], "b", pool), ("highest", ["a", "b"], "c", {})]
+    operations = [
+        {"op": op, "inputs": inputs, "outputs": [out], "attributes": attributes, "tensors": {}}
+        for op, inputs, out, attributes in steps
+    ]
+    operations[0]["tensors"] = {"level_0": "level"}
+    for inputs, sentence in (
+        (["a", "b"], "2 maps of a potential"),
+        (["a"] * 9, r"9 maps .*up to 8, of one"),
+    ):
+        operations[2]["inputs"] = inputs
+        with pytest.raises(ValueError, match=sentence):
+            Engine(Program(operations, ["c"], {"level": torch.zeros(3)}))(torch.rand(1, 3, 8, 8))
 
 
 def test_twins_are_priced_with_one_neuron_for_each_potential():

@@ -287,7 +287,7 @@ def to_integers(
         keep: layers with one of these in their module names stay in floating point.
         analogue: 8 bits for convolutions over real values, too, but the first of the network.
         exact: for the event-driven engine: real values that leave a convolution over spikes are not rounded to 8 bits,
-            and the first convolution of the network is a `FixedPointConv`.
+            the first convolution of the network is a `FixedPointConv`, and a potential fires once (`fire_once`).
 
     Raises:
         ValueError: `folded` is no graph, or no layer sees spikes.

@@ -267,6 +267,8 @@ class Maker:
 
     def highest(self, *spikes: Bits) -> list[Value]:
         """Return the spikes of the last map that fires."""
+        if len(spikes) > library.MAX_OUTPUTS or len({each.words.shape for each in spikes}) > 1:
+            raise ValueError(f"{len(spikes)} maps of a potential (allowed: up to {library.MAX_OUTPUTS}, of one size)")
         number, height, width, words = spikes[0].words.shape
         out = self.memory.take((number, height, width, len(spikes) * words), torch.int64)
         call = library.EventHighest(number * height * width, words, len(spikes))
