@@ -27,7 +27,7 @@ test: install
 # The site, strictly: no broken link, no public name without a docstring; then every block of its pages and the README.
 docs: install
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist load docs/test_pages.py
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist load -o faulthandler_timeout=660 docs/test_pages.py
 
 # Every recipe for about a hundred steps, a quarter as wide: fails where one does not learn.
 recipes: install
