@@ -28,9 +28,9 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
 
     Args:
         backbone: changed in place, only if every key fits.
-        weights: "zoo:NAME" or a file of it, a .safetensors file, or a state dict. The keys are those of a bare
-            backbone, of a `Classifier` ("backbone.*") or of a detector ("backbone.body.*"); other parts of those are
-            left out. Those of one time step fit several, too: every leak is then 1; and those of one threshold, see
+        weights: "zoo:NAME" or a file of it, a run folder, a .safetensors file, or a state dict. The keys are those of a
+            bare backbone, of a `Classifier` ("backbone.*") or of a detector ("backbone.body.*"); other parts of those
+            are left out. Those of one time step fit several, too: every leak is then 1; and those of one threshold, see
             `add_thresholds`.
 
     Raises:
@@ -43,7 +43,7 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
         state = dict(weights)
     else:
         file = zoo.locate(weights)
-        state, _ = read_tensors(file / "last.safetensors" if zoo.name_of(file) else file)
+        state, _ = read_tensors(file / "last.safetensors" if file.is_dir() else file)
     for prefix in ("backbone.body.", "backbone."):
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -63,7 +63,8 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(
             f"{source} does not fit the backbone: {problems[0]}{more}; "
-            "name, width, stem, activation, extremum and pool_first must be those that the weights were trained with"
+            "name, width, stem, activation, thresholds, shortcut, norm_first, extremum and pool_first must be "
+            "those that the weights were trained with"
         )
     require_finite(state, source)
     backbone.load_state_dict(state)

@@ -230,10 +230,12 @@ def test_a_wrong_file_is_found_out():
         ("mobilenetv2", True),
         ("resnet18", True),
         ("resnet50", True),
+        ("resnet18 of three thresholds", True),
     ],
 )
 def test_nir_gives_what_pytorch_gives(name, pool_first, tmp_path):
-    model = classifier(name, pool_first=pool_first)
+    several = {"thresholds": 3, "shortcut": "real", "norm_first": True} if name.endswith("three thresholds") else {}
+    model = classifier(name.partition(" ")[0], pool_first=pool_first, **several)
     x = torch.randn(2, 3, 32, 32)
     if name.startswith("resnet"):
         with torch.no_grad():

@@ -2,6 +2,8 @@
 
 import json
 import mmap
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from detection.tasks.recipes import ClassificationRecipe
 from detection.training.checkpoint import FILE, Checkpoint
 from detection.training.memory import forget_peak_memory, peak_memory
 from detection.training.precision import widen_narrow_maps
+from detection.training.signals import Interrupted
 from detection.training.trainer import Trainer
 
 # Numbers that went wrong
@@ -96,6 +99,23 @@ def test_a_loss_that_is_not_finite_names_its_images(tmp_path):
 
     with pytest.raises(FloatingPointError, match="loss is not finite in epoch 1, step 2: task nan; image ids 10, 11"):
         fit(torch.nn.Conv2d(1, 1, 1), losses, tmp_path / "run")
+
+
+def test_what_fails_behind_a_signal_is_a_stop(tmp_path):
+    """As torch's compiler does whose own process got the signal, too; without one it stays an error."""
+
+    def fail(model, batch):
+        raise RuntimeError("compile error")
+
+    def fail_behind_a_signal(model, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        fail(model, batch)
+
+    with pytest.raises(RuntimeError, match="compile error"):
+        fit(torch.nn.Conv2d(1, 1, 1), fail, tmp_path / "failed")
+    with pytest.raises(Interrupted, match=r"^stopped together with processes of its own; go on with: ") as stop:
+        fit(torch.nn.Conv2d(1, 1, 1), fail_behind_a_signal, tmp_path / "stopped")
+    assert stop.value.number == signal.SIGTERM
 
 
 def test_a_silent_layer_is_named(tmp_path, capsys):

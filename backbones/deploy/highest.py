@@ -44,7 +44,7 @@ def fire_once(folded: fx.GraphModule) -> fx.GraphModule:
     network = copy.deepcopy(folded)
     for node in list(network.graph.nodes):
         layer = module_of(network, node)
-        times = _copies(node.args[0]) if isinstance(layer, ChannelThreshold) else 0
+        times = copies_of(node.args[0]) if isinstance(layer, ChannelThreshold) else 0
         behind = [module_of(network, user) for user in node.users]
         if not 1 < times <= MOST or not all(isinstance(each, nn.Conv2d) and each.groups == 1 for each in behind):
             continue
@@ -70,7 +70,7 @@ def fire_once(folded: fx.GraphModule) -> fx.GraphModule:
     return network
 
 
-def _copies(node: Any) -> int:
+def copies_of(node: Any) -> int:
     """Return how many copies of one map a node puts behind each other, as `RepeatChannels` does; 0: it does not."""
     if not isinstance(node, fx.Node) or node.target is not torch.cat:
         return 0

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     )
     parity = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in description["parity"].items())
     say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, beside it {path.name}.json")
-    print(f"agrees with PyTorch: {parity}")
+    print(f"agrees with {'the network in 8 bits in ' * description['int8']}PyTorch: {parity}")
     if options.evaluate:
         found = description["evaluation"]
         logged = {key: f"{value:.4f}" for key, value in found["run"].items()}  # older logs have fewer

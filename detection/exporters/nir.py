@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from backbones.deploy.fold import ChannelThreshold, channels_first, module_of, norm_affine
+from backbones.deploy.highest import copies_of
 from backbones.deploy.integer import fix_size, is_binary, shape_of
 from detection.exporters.common import import_extra, pair
 
@@ -56,6 +57,11 @@ class _NirWriter:
             elif node.op == "call_function" and node.target is operator.add:
                 first, second = node.args
                 self.sources[node] = [*self.sources[first], *self.sources[second]]
+            elif times := copies_of(node):
+                channels, *size = _shape(node.args[0][0])
+                copies = np.tile(np.eye(channels), (times, 1))[..., None, None]
+                layer = self.nir.Conv2d(tuple(size), copies, 1, 0, 1, 1, np.zeros(len(copies)))
+                self.sources[node] = self._add(node.name, layer, self.sources[node.args[0][0]])
             elif node.op == "output":
                 outputs = node.args[0]
                 named = outputs if isinstance(outputs, dict) else {"": outputs}

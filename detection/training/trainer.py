@@ -30,7 +30,7 @@ from detection.training.memory import forget_peak_memory, peak_memory
 from detection.training.optim import average_weights, build_optimizer, build_schedule, shrink
 from detection.training.parts import describe_parts, factors_of, freeze
 from detection.training.precision import require_finite
-from detection.training.signals import Interrupted, SaveClock, Screen, StopSignals
+from detection.training.signals import CallbackError, Interrupted, SaveClock, Screen, StopSignals
 
 Losses = Callable[[nn.Module, Any], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module], Evaluation]
@@ -143,11 +143,12 @@ class Trainer:
                     self.progress.next_epoch()
                     if not self.has_ended:
                         self.save_or_stop(always=line.epoch == 1)  # from then on the log never is without a checkpoint
-            except LoaderError:
-                if not self.signals.wait():
+            except (LoaderError, RuntimeError) as error:  # such as torch's compiler raises
+                told = self.signals.wait() if isinstance(error, LoaderError) else self.signals.received
+                if not told or isinstance(error, CallbackError):
                     raise
-                # All processes were told to stop, the loader's too: in the middle of a step there is nothing to save.
-                sentence = f"stopped together with its loader processes; go on with: {resume_command(self.run)}"
+                # All processes were told to stop, a loader's or compiler's too: amid a step there is nothing to save.
+                sentence = f"stopped together with processes of its own; go on with: {resume_command(self.run)}"
                 raise Interrupted(sentence if self.is_main else "", self.signals.received) from None
         if self.progress.epoch <= self.config.train.epochs:
             waited, best = self.progress.waited, f"{self.goal.best_by} {self.progress.best:.4f}"

@@ -271,8 +271,7 @@ class Maker:
             raise ValueError(f"{len(spikes)} maps of a potential (allowed: up to {library.MAX_OUTPUTS}, of one size)")
         number, height, width, words = spikes[0].words.shape
         out = self.memory.take((number, height, width, len(spikes) * words), torch.int64)
-        call = library.EventHighest(number * height * width, words, len(spikes))
-        call.out = out.data_ptr()
+        call = library.EventHighest(number * height * width, words, len(spikes), out=out.data_ptr())
         for index, each in enumerate(spikes):
             call.spikes[index] = each.words.data_ptr()
         self.pending.calls.append(call)
