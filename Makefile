@@ -22,7 +22,7 @@ demo: install
 
 # Two processes of one thread each: most tests are small.
 test: install
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 tests
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 tests
 
 # The site, strictly: no broken link, no public name without a docstring; then every block of its pages and the README.
 docs: install
@@ -36,7 +36,7 @@ recipes: install
 # All tests, and docs/reliability.md from its report.
 reliability: install
 	mkdir -p runs
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 -o junit_family=xunit1 --junitxml runs/tests.xml tests
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -o junit_family=xunit1 --junitxml runs/tests.xml tests
 	$(BIN)/python docs/reliability.py runs/tests.xml
 
 lint: install

@@ -13,6 +13,10 @@ import pytest
 from accelerate.state import AcceleratorState
 from helpers import draw_curves, kill_started
 
+LONGEST = {
+    f"test_{name}"
+    for name in ("boxes", "processes", "report", "resume", "sanitizers", "torchrun", "web", "wheel", "zoo")
+}
 ARCHIVES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -56,6 +60,11 @@ def attempt(record_property) -> Callable[..., AbstractContextManager[None]]:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "pictures: trainings of the test draw the curves of their log, see `curves`")
     config.addinivalue_line("markers", "attempt(kind, number=1): the whole test is so many attempts, see `attempt`")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first, so that of two processes none waits for the other at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.hookimpl(wrapper=True)
