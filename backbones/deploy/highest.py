@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from .fold import NORMS, ChannelThreshold, add_module, clean_up, module_of, norm_affine
 
-MOST = 8  # thresholds of a potential, as the kernels take them
+MOST = 8  # thresholds of a potential: `MAX_OUTPUTS` of the kernels, whose package imports this module
 
 
 class Highest(nn.Module):

@@ -107,7 +107,7 @@ class EventStep(ctypes.Structure):
     _fields_ = (("kind", _int64), ("call", _pointer))
 
 
-KINDS = (EventConv, EventStem, EventThreshold, EventPool, EventSum, EventHighest)
+KINDS: tuple[type[ctypes.Structure], ...] = (EventConv, EventStem, EventThreshold, EventPool, EventSum, EventHighest)
 """Of an `EventStep`."""
 
 
