@@ -231,12 +231,18 @@ def test_a_wrong_file_is_found_out():
         ("resnet18", True),
         ("resnet50", True),
         ("resnet18 of three thresholds", True),
+        ("vgg11 of three thresholds", True),
+        ("vgg11 of three thresholds", False),
     ],
 )
 def test_nir_gives_what_pytorch_gives(name, pool_first, tmp_path):
-    several = {"thresholds": 3, "shortcut": "real", "norm_first": True} if name.endswith("three thresholds") else {}
-    model = classifier(name.partition(" ")[0], pool_first=pool_first, **several)
+    name, _, several = name.partition(" of three ")
+    options = {"head": "pooled"} if name == "vgg11" else {"shortcut": "real", "norm_first": True}
+    model = classifier(name, pool_first=pool_first, **({"thresholds": 3} | options if several else {}))
     x = torch.randn(2, 3, 32, 32)
+    if several and name == "vgg11":
+        assert isinstance(model.head[0], nn.AdaptiveAvgPool2d)  # NIR has no average of maxima
+        model.head[0], x = nn.Identity(), x[..., :16, :16]
     if name.startswith("resnet"):
         with torch.no_grad():
             x = model.backbone.stem(x)

@@ -6,9 +6,10 @@ At one time step a spike layer behind a BatchNorm, over x, the output of a convo
           = [x >= t]  where a > 0,   [x <= t]  where a < 0,   t = (|v_th| E - b) / a,
           = [b >= |v_th| E], a constant, where a = 0.
 
-Several BatchNorms behind each other are one a and b. A max-pool between them and the spike changes places with the
-comparison, an average with the BatchNorm, unless it counts zeros of the padding. A BatchNorm whose output is needed as
-a real value, a residual branch's or that of a network with ReLU, moves into the weights of its convolution.
+Several BatchNorms behind each other are one a and b, also where the channels are repeated between them, for several
+thresholds. A max-pool between them and the spike changes places with the comparison, an average with the BatchNorm,
+unless it counts zeros of the padding. A BatchNorm whose output is needed as a real value, a residual branch's or that
+of a network with ReLU, moves into the weights of its convolution.
 """
 
 from __future__ import annotations
@@ -166,13 +167,14 @@ def add_module(traced: fx.GraphModule, name: str, module: nn.Module) -> str:
 class _Affine(NamedTuple):
     """What lies between a source and a spike layer: scale * x + shift per channel, and pools, nearest the spike first.
 
-    `scale` and `shift` are float64, (C,) or ().
+    `scale` and `shift` are float64, () or (C,), of the spike layer's channels, the source's once or several `times`.
     """
 
     source: fx.Node
     scale: Tensor
     shift: Tensor
     pools: tuple[fx.Node, ...]
+    times: int
 
 
 def _fold_spikes(traced: fx.GraphModule, prefix: str) -> None:
@@ -193,6 +195,8 @@ def _fold_spikes(traced: fx.GraphModule, prefix: str) -> None:
         x = affine.source
         with traced.graph.inserting_before(node):
             for step in steps:
+                if step == name and affine.times > 1:
+                    x = traced.graph.call_function(torch.cat, ([x] * affine.times,), {"dim": 1})
                 x = traced.graph.call_module(step, (x,))
         node.replace_all_uses_with(x)
         traced.graph.erase_node(node)
@@ -202,23 +206,36 @@ def _fold_spikes(traced: fx.GraphModule, prefix: str) -> None:
 def _look_back(traced: fx.GraphModule, node: fx.Node) -> _Affine:
     """The deepest source from which the spike layer over `node` can be one comparison."""
     one = torch.ones((), dtype=torch.float64)
-    scale, shift, pools = one, torch.zeros_like(one), []
-    found = _Affine(node, scale, shift, ())
+    scale, shift, pools, times = one, torch.zeros_like(one), [], 1
+    found = _Affine(node, scale, shift, (), times)
     while True:
         module = module_of(traced, node)
         if isinstance(module, NORMS) and module.running_mean is not None:
-            factor, offset = norm_affine(module)
+            factor, offset = (each.repeat(times) for each in norm_affine(module))
             scale, shift = scale * factor, scale * offset + shift
             node = node.args[0]
             are_maxima = {isinstance(module_of(traced, pool), nn.MaxPool2d) for pool in pools}
-            if len(are_maxima) == 2 and not (scale > 0).all():  # maxima and averages
+            # Maxima and averages, or a maximum of several spikes for each potential in place of one of potentials.
+            if True in are_maxima and (len(are_maxima) == 2 or times > 1) and not (scale > 0).all():
                 return found
-            found = _Affine(node, scale, shift, tuple(pools))
+            found = _Affine(node, scale, shift, tuple(pools), times)
+        elif copies := copies_of(node):
+            times *= copies
+            node = node.args[0][0]
+            found = _Affine(node, scale, shift, tuple(pools), times)
         elif is_mean(module) or (isinstance(module, nn.MaxPool2d) and bool((scale > 0).all())):
             pools.append(node)
             node = node.args[0]
         else:
             return found
+
+
+def copies_of(node: Any) -> int:
+    """Return how many copies of one map a node puts behind each other, as `RepeatChannels` does; 0: it does not."""
+    if not isinstance(node, fx.Node) or node.target is not torch.cat:
+        return 0
+    dim = node.kwargs.get("dim", (*node.args, 0)[1])
+    return len(node.args[0]) if dim == 1 and len(set(node.args[0])) == 1 else 0
 
 
 def _threshold(layer: SpikeLayer, affine: _Affine) -> ChannelThreshold:

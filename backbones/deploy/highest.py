@@ -11,12 +11,11 @@ from one spike in place of up to k.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .fold import NORMS, ChannelThreshold, add_module, clean_up, module_of, norm_affine
+from .fold import ChannelThreshold, add_module, clean_up, copies_of, module_of
 
 MOST = 8  # thresholds of a potential: `MAX_OUTPUTS` of the kernels, whose package imports this module
 
@@ -54,7 +53,7 @@ def fire_once(folded: fx.GraphModule) -> fx.GraphModule:
             continue
         sign = torch.where(falling, -1.0, 1.0).double()
         order = level.argsort(dim=0, stable=True)
-        source, level, sign = _before_norms(network, node.args[0].args[0][0], level.gather(0, order), sign)
+        source, level = node.args[0].args[0][0], level.gather(0, order)
         with network.graph.inserting_before(node):
             parts = []
             for index, each in enumerate(level):
@@ -68,26 +67,6 @@ def fire_once(folded: fx.GraphModule) -> fx.GraphModule:
         network.graph.erase_node(node)
     clean_up(network)
     return network
-
-
-def copies_of(node: Any) -> int:
-    """Return how many copies of one map a node puts behind each other, as `RepeatChannels` does; 0: it does not."""
-    if not isinstance(node, fx.Node) or node.target is not torch.cat:
-        return 0
-    dim = node.kwargs.get("dim", (*node.args, 0)[1])
-    return len(node.args[0]) if dim == 1 and len(set(node.args[0])) == 1 else 0
-
-
-def _before_norms(
-    network: fx.GraphModule, source: fx.Node, level: Tensor, sign: Tensor
-) -> tuple[fx.Node, Tensor, Tensor]:
-    """Return what stands in front of the BatchNorms over `source`, and the comparisons sign * x >= level of it."""
-    while isinstance(norm := module_of(network, source), NORMS) and norm.running_mean is not None:
-        scale, shift = norm_affine(norm)
-        if bool((scale == 0).any()):
-            break
-        source, level, sign = source.args[0], (level - sign * shift) / scale.abs(), sign * scale.sign()
-    return source, level, sign
 
 
 def _summed(conv: nn.Conv2d, order: Tensor) -> nn.Conv2d:

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from backbones.deploy.fold import ChannelThreshold, channels_first, module_of, norm_affine
-from backbones.deploy.highest import copies_of
+from backbones.deploy.fold import ChannelThreshold, channels_first, copies_of, module_of, norm_affine
 from backbones.deploy.integer import fix_size, is_binary, shape_of
 from detection.exporters.common import import_extra, pair
 
@@ -58,10 +57,8 @@ class _NirWriter:
                 first, second = node.args
                 self.sources[node] = [*self.sources[first], *self.sources[second]]
             elif times := copies_of(node):
-                channels, *size = _shape(node.args[0][0])
-                copies = np.tile(np.eye(channels), (times, 1))[..., None, None]
-                layer = self.nir.Conv2d(tuple(size), copies, 1, 0, 1, 1, np.zeros(len(copies)))
-                self.sources[node] = self._add(node.name, layer, self.sources[node.args[0][0]])
+                if (x := node.args[0][0]) in self.sources:  # else a maximum, which its threshold writes
+                    self.sources[node] = self._copies(node.name, times, self.sources[x], _shape(x))
             elif node.op == "output":
                 outputs = node.args[0]
                 named = outputs if isinstance(outputs, dict) else {"": outputs}
@@ -80,15 +77,19 @@ class _NirWriter:
     def _module(self, node: fx.Node) -> None:
         module, x = module_of(self.network, node), node.args[0]
         if isinstance(module, ChannelThreshold):
-            pool = module_of(self.network, x)
-            if isinstance(pool, nn.MaxPool2d) and x not in self.sources:
-                self.sources[node] = self._pooled_threshold(node, module, pool)
+            times = copies_of(x)
+            pooled = x.args[0][0] if times else x
+            pool = module_of(self.network, pooled)
+            if isinstance(pool, nn.MaxPool2d) and pooled not in self.sources:
+                self.sources[node] = self._pooled_threshold(node, module, pooled, pool, max(times, 1))
             else:
                 self.sources[node] = self._threshold(node.name, module, self.sources[x], _shape(x))
         elif isinstance(module, nn.MaxPool2d):
             if is_binary(self.network, x):
                 self.sources[node] = self._sum_pool(node, node, self.sources[x], torch.tensor(0.5))
-            elif not all(isinstance(module_of(self.network, user), ChannelThreshold) for user in node.users):
+            elif not all(
+                isinstance(module_of(self.network, user), ChannelThreshold) or copies_of(user) for user in node.users
+            ):
                 raise ValueError(f"NIR has no maximum of real values, which {node.target} takes")
         else:
             self.sources[node] = self._add(node.name, self._layer(node, module, _shape(x)), self.sources[x])
@@ -118,10 +119,19 @@ class _NirWriter:
         below = torch.nextafter(layer.threshold.float(), torch.full_like(layer.threshold, float("-inf")).float())
         return self._add(name, self.nir.Threshold(_everywhere(below, shape)), sources)
 
-    def _pooled_threshold(self, node: fx.Node, layer: ChannelThreshold, pool: nn.MaxPool2d) -> list[str]:
-        pooled = node.args[0]
+    def _copies(self, name: str, times: int, sources: Sequence[str], shape: tuple[int, ...]) -> list[str]:
+        channels, *size = shape
+        copies = np.tile(np.eye(channels), (times, 1))[..., None, None]
+        return self._add(name, self.nir.Conv2d(tuple(size), copies, 1, 0, 1, 1, np.zeros(len(copies))), sources)
+
+    def _pooled_threshold(
+        self, node: fx.Node, layer: ChannelThreshold, pooled: fx.Node, pool: nn.MaxPool2d, times: int
+    ) -> list[str]:
         x = pooled.args[0]
-        spikes = self._threshold(f"{node.name}_each", layer, self.sources[x], _shape(x))
+        sources, (channels, *size) = self.sources[x], _shape(x)
+        if times > 1:
+            sources = self._copies(f"{node.name}_copies", times, sources, _shape(x))
+        spikes = self._threshold(f"{node.name}_each", layer, sources, (times * channels, *size))
         # A turned comparison holds for the maximum if it holds for every cell, an ordinary one if it does for any.
         cells = int(np.prod(pair(pool.kernel_size)))
         level = torch.where(layer.sign < 0, cells - 0.5, 0.5).float()
