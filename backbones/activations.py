@@ -98,6 +98,12 @@ class SeveralThresholds(nn.Sequential):
         super().__init__(RepeatChannels(thresholds), norm, make(thresholds * channels))
         self.thresholds = thresholds
 
+    @property
+    def is_nested(self) -> bool:
+        """Whether the neurons of lower thresholds fire with each one: in one step, none rises while another falls."""
+        sign = self[1].weight.detach().view(self.thresholds, -1).sign()
+        return self[2].time_steps == 1 and not bool(((sign > 0).any(0) & (sign < 0).any(0)).any())
+
 
 class GradedSpike(HoyerSpike):
     """Spikes of several levels, all else as in the method, the surrogate gradient included. Not binary.

@@ -182,6 +182,27 @@ def test_maps_of_a_potential_that_do_not_fit_are_refused():
             Engine(Program(operations, ["c"], {"level": torch.zeros(3)}))(torch.rand(1, 3, 8, 8))
 
 
+def test_operations_are_those_of_a_potential_that_fires_once():
+    """Where one neuron of a potential rises and another falls, all of them are added up."""
+    torch.manual_seed(0)
+    model = classifier("resnet18", stem="cifar", thresholds=3, shortcut="real", norm_first=True).double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    norms = [module[1] for module in model.modules() if isinstance(module, SeveralThresholds)]
+    total = []
+    for norm in norms:
+        norm.weight.data.abs_()
+    for turned in (0, 1):
+        norms[0].weight.data[1 : 1 + turned] *= -1
+        folded = fold(model)
+        measured, every, once = (measure_activity(each, [images]) for each in (model, folded, fire_once(folded)))
+        total.append([sum(layer.num_synops for layer in each.layers.values()) for each in (measured, every, once)])
+        assert [layer.num_active for layer in measured.layers.values()] == [
+            layer.num_active for layer in every.layers.values()
+        ]
+    assert total[0][0] == total[0][2] < 0.8 * total[0][1]
+    assert total[1][0] == total[1][2] > total[0][0]
+
+
 def test_twins_are_priced_with_one_neuron_for_each_potential():
     """A network that fires everywhere has, but for its own operations, the energy of one with one threshold."""
     images, found = torch.rand(2, 3, 32, 32), {}

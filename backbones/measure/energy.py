@@ -31,7 +31,9 @@ multiply that they save is 3.7). Conventions:
   a step is what a network that stops after it costs more than one that stops before it, `energy_after_steps`: weights,
   and the layers in front of the first spikes, are the first step's.
 - Of several neurons for each potential, see `backbones.activations.SeveralThresholds`, the twins and "binary" have one:
-  a layer over spikes has in them as many times fewer inputs, weights and operations.
+  a layer over spikes has in them as many times fewer inputs, weights and operations. Where one of them fires, so do
+  those of all lower thresholds. So a convolution of the "spiking" networks makes one AC for all of them, with the sum
+  of their weights, added up beforehand (`backbones.deploy.highest`); each is compared, written and read.
 - Memory traffic is priced as if all of it went to SRAM, and as if all of it went to DRAM; caches are left aside.
 """
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..activations import RepeatChannels, SeveralThresholds
 from ..arithmetic import ArithmeticConv2d, Sign
@@ -56,7 +57,8 @@ class WeightedLayer:
         num_inputs: input neurons, padding left out.
         num_active: those that were not zero.
         num_synops: synaptic operations, that is pairs of an active input and an output that it reaches. Exact at the
-            borders: what falls into the padding, or between the steps of a stride, is not counted.
+            borders: what falls into the padding, or between the steps of a stride, is not counted. Of several neurons
+            for each potential that of the highest threshold reached alone counts (`deploy.highest`).
         num_exact_macs: the same with every input active.
         num_macs: in the usual convention, outputs * C_in / groups * kernel area, padding included.
         num_outputs: output neurons.
@@ -271,8 +273,9 @@ class _Recorder:
         self.followed = False
         self.seen_in_pass: set[str] = set()
         self.fanout = cache(fanout_of)
-        # A spike layer's output is counted once, though the next layer asks for it again.
-        self.latest: tuple[Tensor, int, Counts] | None = None
+        self.thresholds: dict[str, int] = {}  # by spike layer, where one spike for each potential says everything
+        self.sets = WeakTensorKeyDictionary()  # their spikes
+        self.latest: tuple[Tensor, int, Counts] | None = None  # for the next layer, which asks for them again
 
     @contextmanager
     def watch(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -283,6 +286,8 @@ class _Recorder:
             if name in self.measured.layers or name in self.measured.spikes or isinstance(module, (Sign, *TRANSPARENT))
         }
         self.signs = {name for name, module in watched.items() if isinstance(module, Sign)}
+        several = {name: each for name, each in modules.items() if isinstance(each, SeveralThresholds)}
+        self.thresholds = {f"{name}.2".lstrip("."): each.thresholds for name, each in several.items() if each.is_nested}
         try:
             # In front of hooks that were there before: what those do to a tensor must not pass for a use of it. Those
             # of the whole model come around the others, should it be one layer.
@@ -345,6 +350,8 @@ class _Recorder:
             if not activity.num_neurons:
                 self.measured.ran.append(name)
             activity.add(self.count(output, activity.time_steps).active, output.numel())
+            if name in self.thresholds:
+                self.sets[output] = self.thresholds[name]
         if self.flow is not None:
             self.flow.leave(name, x, output)
 
@@ -371,6 +378,8 @@ class _Recorder:
             fanout = torch.outer(*(self.fanout(x.shape[axis - 2], *geometry(module, axis)) for axis in (0, 1)))
             outputs_per_input = module.out_channels // module.groups
             planes = x.numel() // max(1, x.shape[-2] * x.shape[-1])  # of all images and channels
+            if x in self.sets and module.groups == 1:
+                counts = count(x.unflatten(1, (self.sets[x], -1)).amax(1), self.time_steps)
             synops = [outputs_per_input * int((each * fanout).sum()) for each in counts.per_position]
             layer.num_exact_macs += outputs_per_input * planes * int(fanout.sum())
         layer.num_synops += sum(synops)
