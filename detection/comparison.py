@@ -45,9 +45,10 @@ COSTS = {  # key of a row: heading, unit, digits
 TEXT = """Energy, operations and parameters are those of the last weights over {images} evaluation images in equal
 distances ({costs}), per image: of all operations, and with all weights and activations read from and written to SRAM;
 with 32-bit numbers, and with 8-bit weights and real values. Synaptic operations are pairs of an input that is not 0 and
-an output that it reaches, over all time steps. Time is that of the training steps of all epochs; where other work
-shared the machine, it is longer than it need be. Memory is the most that the training process held, libraries and data
-among it, on a GPU that of its tensors there."""
+an output that it reaches, over all time steps; of the thresholds of a potential that are reached, the highest alone
+counts. Time is that of the training steps of all epochs; where other work shared the machine, it is longer than it need
+be. Memory is the most that the training process held, libraries and data among it, on a GPU that of its tensors
+there."""
 
 
 class Variant(NamedTuple):
