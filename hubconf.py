@@ -35,6 +35,7 @@ def _backbone(name: str, pretrained: str | None = None, **options: Any) -> backb
     Args:
         name: of the entry.
         pretrained: a network of the zoo whose backbone has this name, such as "cifar10_vgg11"; it says the options.
+            Its images are in [0, 1], normalised by `backbones.zoo.normalisation(pretrained)`.
         options: of `backbones.create`, such as width=0.5 or activation="relu".
 
     Raises:

@@ -9,6 +9,7 @@ that of `SeveralThresholds`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -120,8 +121,8 @@ class GradedSpike(HoyerSpike):
 
     def __init__(self, channels: int, *, levels: int, **options: bool | float | str | tuple) -> None:
         super().__init__(channels, **options)
-        if not isinstance(levels, int) or not 2 <= levels <= 16:
-            raise ValueError(f"levels must be in 2..16, got {levels}")
+        if isinstance(levels, bool) or not isinstance(levels, Integral) or not 2 <= levels <= 16:
+            raise ValueError(f"levels must be in 2..16, got {levels!r}")
         self.levels = levels
 
     def fire(self, z: Tensor, threshold: Tensor | float) -> Tensor:

@@ -164,6 +164,7 @@ class AdderConv2d(ArithmeticConv2d):
         geometry = {key: getattr(self, key) for key in ("kernel_size", "dilation", "padding", "stride")}
         with torch.autocast(x.device.type, enabled=False):
             y = _Distance.apply(x.to(wide), self.weight.to(wide), geometry)
+        y = y if self.weight.dtype == wide else y.to(self.weight.dtype)  # of a network that is half as wide
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
     @torch.no_grad()
@@ -258,7 +259,7 @@ def find_arithmetic(name: str) -> Arithmetic:
     Raises:
         ValueError: there is none of this name.
     """
-    if name not in ARITHMETICS:
+    if not isinstance(name, str) or name not in ARITHMETICS:
         raise ValueError(f"arithmetic must be one of {', '.join(map(repr, ARITHMETICS))}, got {name!r}")
     return ARITHMETICS[name]
 

@@ -17,6 +17,7 @@ from torch.utils._triton import has_triton
 
 from .deploy.events import training
 from .hoyer import LEAST, Window, extremum, moments, regulariser, track_
+from .spiking import is_recomputed
 
 
 def can_fuse(u: Tensor) -> bool:
@@ -42,6 +43,8 @@ def fused_layer(
     Shape: spikes as u, H ().
     """
     orders = (torch.contiguous_format, torch.channels_last)[: 1 + (u.dim() == 4)]
+    if is_recomputed():  # compiled kernels do not see it
+        average, count = average.clone(), count.clone()
     dense = u if any(u.is_contiguous(memory_format=order) for order in orders) else u.contiguous()
     return _Layer.apply(dense, v_th, average, count, momentum, fixed, window)
 

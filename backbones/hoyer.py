@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .spiking import SpikeLayer, spike_layers
+from .spiking import SpikeLayer, is_recomputed, spike_layers
 
 Reduction = Literal["sum", "mean", "network"]
 Window = tuple[float, float]
@@ -201,6 +202,8 @@ class SpikesAndPenalty(torch.autograd.Function):
 
 def track_(average: Tensor, count: Tensor, value: Tensor, momentum: float) -> None:
     """Let a batch's value into a running average over `count` batches, both in place; see `HoyerSpike`."""
+    if is_recomputed():
+        return
     count += 1
     weight = (1.0 / count).clamp_min(momentum)
     average.copy_(torch.lerp(average.to(value.dtype), value, weight.to(value.dtype)))
@@ -248,8 +251,10 @@ class HoyerSpike(SpikeLayer):
         sync: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1], got {momentum}")
+        if not isinstance(momentum, Real) or not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1], got {momentum!r}")
+        if not isinstance(window, (tuple, list)) or [isinstance(end, Real) for end in window] != [True, True]:
+            raise ValueError(f"window must have two ends, such as {WINDOW}, got {window!r}")
         if not (window[0] <= 0 and window[1] >= 1):
             raise ValueError(f"window must contain (0, 1), got {window[0]:g} to {window[1]:g}")
         self.channels, self.per_channel, self.momentum = channels, per_channel, momentum
@@ -329,6 +334,8 @@ class HoyerSpike(SpikeLayer):
 def hoyer_penalties(model: nn.Module, reduction: Reduction = "sum") -> dict[str, Tensor]:
     """Return every spike layer's H of the last training pass by module name; taken out, so a second call raises.
 
+    Layers in evaluation mode, of frozen parts, have none, nor those whose `has_penalty` is False.
+
     Args:
         model: any module.
         reduction: "sum" is the paper's H, taken over the whole batch tensor: it grows with batch size, resolution
@@ -344,6 +351,7 @@ def hoyer_penalties(model: nn.Module, reduction: Reduction = "sum") -> dict[str,
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {', '.join(map(repr, get_args(Reduction)))}, got {reduction!r}")
     layers = {name: layer for name, layer in spike_layers(model).items() if layer.has_penalty}
+    layers = {name: layer for name, layer in layers.items() if layer.training} or layers
     empty = [name for name, layer in layers.items() if not layer.has_pending_penalty]
     if empty:
         raise RuntimeError(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -41,7 +42,7 @@ def check_steps(time_steps: int, reset: str) -> None:
 
 def check_count(name: str, value: int) -> None:
     """Raise ValueError unless an option is a whole number from 1 on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +33,7 @@ class SpikeLayer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._penalty: Tensor | None = None
-        self._neurons: int | Tensor = 0
+        self.drop_penalty()
 
     @property
     def threshold(self) -> Tensor:
@@ -68,13 +68,25 @@ class SpikeLayer(nn.Module):
         return {}
 
     def add_penalty(self, penalty: Tensor, neurons: int | Tensor) -> None:
-        """Add a pass's term, shape (), taken over so many neurons, to what `take_penalty` gives next."""
+        """Add a pass's term, shape (), taken over so many neurons, to what `take_penalty` gives next.
+
+        Terms that nobody took before the backward pass of their loss go, and with them their graph. What a backward
+        pass computes again adds nothing.
+        """
+        if is_recomputed():
+            return
+        if self._over:
+            self.drop_penalty()
+        if not torch.compiler.is_compiling() and penalty.grad_fn is not None:
+            penalty.grad_fn.register_hook(partial(_end, self._over))
         self._penalty = penalty if self._penalty is None else self._penalty + penalty
         self._neurons = self._neurons + neurons
 
     def drop_penalty(self) -> None:
         """Forget the terms of passes that nothing comes of."""
-        self._penalty, self._neurons = None, 0
+        self._penalty: Tensor | None = None
+        self._neurons: int | Tensor = 0
+        self._over: list[bool] = []  # filled by the backward pass
 
     @property
     def has_pending_penalty(self) -> bool:
@@ -95,7 +107,16 @@ class SpikeLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A pending penalty hangs on the graph of its pass, which cannot be copied: copies and pickles start without.
-        return super().__getstate__() | {"_penalty": None, "_neurons": 0}
+        return super().__getstate__() | {"_penalty": None, "_neurons": 0, "_over": []}
+
+
+def _end(over: list[bool], *gradients: Any) -> None:
+    over.append(True)
+
+
+def is_recomputed() -> bool:
+    """Return whether a backward pass computes a forward pass again, as `torch.utils.checkpoint` does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
 
 
 def spike_layers(model: nn.Module) -> dict[str, SpikeLayer]:
@@ -191,7 +212,7 @@ def find_neuron(name: str) -> Neuron:
     Raises:
         ValueError: there is none of this name.
     """
-    if name not in _NEURONS:
+    if not isinstance(name, str) or name not in _NEURONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, _NEURONS))}, got {name!r}")
     return _NEURONS[name]
 
@@ -220,7 +241,7 @@ class SpikeFactory:
         self.options = {name: value for name, value in options.items() if name in neuron.options}
         self.time_steps, self.thresholds = (self.options.get(option, 1) for option in SEVERAL)
         for option, words in SEVERAL.items():
-            if neuron.spiking and options.get(option, 1) != self.options.get(option, 1):
+            if neuron.spiking and option not in self.options and options.get(option, 1) != 1:
                 several = ", ".join(name for name, each in _NEURONS.items() if option in each.options)
                 raise ValueError(f"{option}: activation {activation!r} has {words} alone (allowed: {several})")
         self(1)  # a value that is not allowed is an error here

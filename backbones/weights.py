@@ -19,6 +19,7 @@ from .networks.base import Backbone
 STEP = "#step"  # behind the name of a tensor of integers
 CHECKSUM = "sha256"
 LEAK = ".leak"  # of `MultiStepSpike`
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # of torch's data parallelism and compiler
 PICKLED = (b"PK\x03\x04", b"\x80\x02")  # begin files of torch.save, new and old
 DIGEST = re.compile("[0-9a-f]{64}")
 
@@ -29,25 +30,28 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
     Args:
         backbone: changed in place, only if every key fits.
         weights: "zoo:NAME" or a file of it, a run folder, a .safetensors file, or a state dict. The keys are those of a
-            bare backbone, of a `Classifier` ("backbone.*") or of a detector ("backbone.body.*"); other parts of those
-            are left out. Those of one time step fit several, too: every leak is then 1; and those of one threshold, see
-            `add_thresholds`.
+            bare backbone, of a `Classifier` ("backbone.*") or of a detector ("backbone.body.*"), also of one within
+            other modules or compiled; other parts of those are left out. Those of one time step fit several, too: every
+            leak is then 1; and those of one threshold, see `add_thresholds`.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a key is missing, unknown, or of another shape, or has numbers that are not finite; the message
             names it. Or no such entry of the zoo.
     """
+    if not isinstance(weights, (str, Path, Mapping)):
+        raise ValueError(f"weights must be a path, 'zoo:NAME' or a state dict, got {weights!r}")
     source = "state dict" if isinstance(weights, Mapping) else str(weights)
     if isinstance(weights, Mapping):
         state = dict(weights)
     else:
         file = zoo.locate(weights)
         state, _ = read_tensors(file / "last.safetensors" if file.is_dir() else file)
-    for prefix in ("backbone.body.", "backbone."):
-        if any(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    for part in ("backbone.body.", "backbone."):
+        if any(part in key for key in state):
+            state = {key.split(part, 1)[1]: value for key, value in state.items() if part in key}
             break
+    state = {WRAPPERS.sub("", key): value for key, value in state.items()}
     wanted = backbone.state_dict()
     if not any(key.endswith(LEAK) for key in state):  # a network of one time step has none; 1 is where it starts
         state |= {key: torch.ones_like(value) for key, value in wanted.items() if key.endswith(LEAK)}

@@ -236,6 +236,7 @@ class RunInfo(Record):
         precision: of the training, "no" for float32; what `train.precision: auto` stood for.
         data: by split, number of images and a fingerprint of what was read.
         backbone: arguments of `backbones.create`, of an entry of the zoo.
+        normalisation: "mean" and "std" per channel of images in [0, 1], of an entry of the zoo.
         category_ids: COCO's category of label 1, 2, ..., K, a detector's.
         start: the network that it started from.
         resumed: commands that went on with it.
@@ -253,6 +254,7 @@ class RunInfo(Record):
     precision: str | None = None
     data: dict[str, DataFingerprint] = {}
     backbone: dict[str, Any] | None = None
+    normalisation: dict[str, list[float]] | None = None
     category_ids: list[int] | None = None
     start: Start | None = None
     resumed: list[str] = []

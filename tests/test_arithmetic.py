@@ -403,3 +403,9 @@ def test_one_comparison_has_all_of_them(monkeypatch, tmp_path):
     assert names == 2 * ["variant", "hoyer", "relu", "binary", "adder"]
     found = [Run.open(tmp_path / f"{name}_seed0").config.model.backbone for name in ("binary", "adder")]
     assert [each.activation for each in found] == ["sign", "relu"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_adder_networks_run_in_other_types(dtype):
+    model = backbones.create("resnet18", width=0.125, stem="cifar", arithmetic="adder").to(dtype).eval()
+    assert model(torch.rand(1, 3, 16, 16, dtype=dtype))["c5"].dtype == dtype

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import backbones
@@ -234,6 +235,8 @@ def test_nothing_is_left_behind_and_modes_are_kept():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), HoyerSpike(4), nn.Conv2d(4, 2, 1)).train()
     model[1].eval()
     measure_activity(model, [(torch.rand(1, 3, 8, 8), "a label")])
+    images = TensorDataset(torch.rand(4, 3, 8, 8), torch.arange(4))
+    assert measure_activity(model, DataLoader(images, batch_size=2)).num_images == 4  # batches [images, labels]
     assert [module.training for module in model] == [True, False, True, True]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert model[2].num_batches_tracked == 0

@@ -143,7 +143,7 @@ def test_energy_of_a_stem_that_sees_a_frame_in_each_step():
     [
         ({"in_channels": 4, "frames": 2, "time_steps": 3}, "2 frames for 3 time steps: each step takes one, or all"),
         ({"in_channels": 5, "frames": 2}, "in_channels 5 are no 2 frames of as many channels"),
-        ({"in_channels": 2, "frames": 0}, "in_channels 2 are no 0 frames"),
+        ({"in_channels": 2, "frames": 0}, "frames must be a whole number from 1 on, got 0"),
         ({"pooling": "mean"}, "pooling must be 'max' or 'stride', got 'mean'"),
     ],
 )

@@ -304,3 +304,35 @@ def test_what_cannot_become_integers_is_refused():
         fix_size(fold(classifier()), torch.randn(1, 3, 48, 48))
     with pytest.raises(ValueError, match="shape"):
         ChannelThreshold(torch.zeros(3), torch.ones(2))
+
+
+class ByName(nn.Module):
+    """Calls its layers with named arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.spike = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), HoyerSpike(8)
+
+    def forward(self, x):
+        return self.spike(u=self.norm(input=self.conv(x)))
+
+
+def test_layers_that_are_called_by_name_are_folded():
+    model, images = scramble(ByName()), torch.randn(2, 3, 9, 9)
+    folded = fold(model)
+    assert torch.equal(folded(images), model(images)) and isinstance(folded.spike_threshold, ChannelThreshold)
+
+
+def test_a_folded_network_takes_the_state_of_another():
+    one, other = (fold(classifier(seed=seed)) for seed in (0, 1))
+    one.load_state_dict(other.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(one(images), other(images))
+
+
+def test_integers_leave_the_folded_network_as_it_was():
+    folded, images = fold(classifier("resnet18").double()), torch.randn(16, 3, 32, 32, dtype=torch.float64)
+    before = folded(images)
+    integers = to_integers(folded, images, keep="head")
+    assert torch.equal(folded(images), before)
+    assert not any("head" in name for name, layer in integers.named_modules() if isinstance(layer, IntegerReal))

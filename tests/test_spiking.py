@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from test_backbones import WIDTH, images, synapses, with_statistics
 from torch import Tensor, nn
 
@@ -295,3 +297,55 @@ def test_potentials_of_other_thresholds(options):
     (shares,) = histograms.values()
     assert sum(shares[20:]) == pytest.approx(((ratio >= 1) & (ratio <= 3)).float().mean().item())
     assert sum(shares) == pytest.approx((ratio.abs() <= 1).logical_or((ratio > 1) & (ratio <= 3)).float().mean().item())
+
+
+# The term of the loss in trainings of others
+
+
+def test_what_a_backward_pass_computes_again_counts_once():
+    torch.manual_seed(0)
+    x = images("cifar").requires_grad_()
+    found, state = {}, None
+    for checkpointed in (False, True):
+        model = create("resnet18", stem="cifar", width=WIDTH, shortcut="real", norm_first=True)
+        state = state or copy.deepcopy(model.state_dict())
+        model.load_state_dict(state)
+        for _ in range(2):
+            model.zero_grad()
+            run = lambda z, model=model: model(z)["c5"]  # noqa: E731
+            y = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+            penalty = backbones.hoyer_penalty(model)
+            (y.square().mean() + 1e-4 * penalty).backward()
+        spikes = [layer for layer in spike_layers(model).values() if isinstance(layer, HoyerSpike)]
+        found[checkpointed] = (
+            penalty.detach(),
+            [layer.num_batches_tracked.item() for layer in spikes],
+            torch.stack([layer.extremum for layer in spikes]),
+            torch.stack([layer.v_th.grad for layer in spikes]),
+        )
+    for plain, again in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_terms_that_nobody_takes_go_with_their_pass():
+    """So a training without the term keeps no graphs, and one that begins to take it gets that of its own pass."""
+    model, x = create("resnet18", stem="cifar", width=WIDTH), images("cifar")
+    model(x)["c5"].mean().backward()
+    untaken = [weakref.ref(layer._penalty) for layer in spike_layers(model).values()]
+    model(x)["c5"].mean().backward()
+    assert all(each() is None for each in untaken)
+    loss = model(x)["c5"].mean()
+    penalty = backbones.hoyer_penalty(model)
+    (loss + penalty).backward()
+    model(x)
+    torch.testing.assert_close(backbones.hoyer_penalty(model), penalty)
+
+
+def test_frozen_layers_have_no_term():
+    model, x = create("resnet18", stem="cifar", width=WIDTH), images("cifar")
+    model.stages[0].requires_grad_(False).eval()
+    model(x)
+    assert hoyer_penalties(model).keys() == {name for name in spike_layers(model) if not name.startswith("stages.0.")}
+    with pytest.raises(RuntimeError, match="no Hoyer term"):
+        model.eval()(x)
+        hoyer_penalties(model)

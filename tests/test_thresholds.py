@@ -203,6 +203,19 @@ def test_operations_are_those_of_a_potential_that_fires_once():
     assert total[1][0] == total[1][2] > total[0][0]
 
 
+def test_twins_are_priced_layer_by_layer():
+    """A layer behind one threshold has as many inputs in the twin, whatever others of the network have."""
+    spike = backbones.SpikeFactory("hoyer", thresholds=3)
+    first = [nn.Conv2d(3, 8, 3, padding=1), spike(8), nn.MaxPool2d(2), nn.Conv2d(24, 8, 3, padding=1)]
+    model = nn.Sequential(*first, nn.BatchNorm2d(8), HoyerSpike(8), nn.Conv2d(8, 8, 3, padding=1))
+    measured = measure_activity(model.eval(), [torch.rand(2, 3, 16, 16)])
+    assert (measured.layers["3"].thresholds, measured.layers["6"].thresholds, measured.thresholds) == (3, 1, 3)
+    layers = energy(measured).layers
+    for network in ("twin", "binary"):
+        for each in ("3", "6"):
+            assert layers[each][network].macs + layers[each][network].acs == 64 * (8 * 3 - 2) ** 2
+
+
 def test_twins_are_priced_with_one_neuron_for_each_potential():
     """A network that fires everywhere has, but for its own operations, the energy of one with one threshold."""
     images, found = torch.rand(2, 3, 32, 32), {}

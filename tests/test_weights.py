@@ -41,6 +41,8 @@ def test_weights_load_bit_equal_from_every_source(name, tmp_path):
         "detector": detector,
         "file": tmp_path / "backbone.safetensors",
         "name of a file": str(tmp_path / "classifier.safetensors"),
+        "within other modules": torch.nn.Sequential(torch.nn.DataParallel(model)).state_dict(),
+        "compiled": torch.compile(model.backbone).state_dict(),
     }
     for source in sources.values():
         torch.manual_seed(5)

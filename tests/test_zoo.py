@@ -191,6 +191,8 @@ def test_backbone_of_an_entry(name):
     assert backbone.state_dict().keys() == wanted.keys()
     assert all(torch.equal(value, wanted[key]) for key, value in backbone.state_dict().items())
     assert {value.dtype for value in backbone.parameters()} == {torch.float32}
+    config = Run.open(f"zoo:{name}").config.model
+    assert zoo.normalisation(name) == {"mean": list(config.mean), "std": list(config.std)}
     other = create(**zoo.settings(name))
     load_weights(other, f"zoo:{name}")
     assert all(torch.equal(value, wanted[key]) for key, value in other.state_dict().items())
@@ -345,6 +347,7 @@ def test_added_entry_gives_its_log_in_every_digit(trained, own_zoo, monkeypatch,
     assert info.trained_sha256 == source.checksums()["last.safetensors"]
     assert info.sha256 == entry.checksums()
     assert info.category_ids == source.info().category_ids == [1, 2, 3, 4]
+    assert zoo.normalisation("tiny") == {"mean": list(entry.config.model.mean), "std": list(entry.config.model.std)}
     assert info.command == source.info().command
     logged = source.history()[-1]
     assert line.ema is line.seconds is line.eval_seconds is line.images_per_second is line.memory_mib is None

@@ -53,6 +53,10 @@ class ChannelThreshold(nn.Module):
         self.register_buffer("sign", sign.to(dtype))
         self.has_falling = bool((sign < 0).any())
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.has_falling = bool((self.sign < 0).any())
+
     def forward(self, x: Tensor) -> Tensor:
         if self.has_falling:
             x = x * channels_first(self.sign, x.dim())
@@ -131,6 +135,8 @@ def trace(model: nn.Module) -> fx.GraphModule | None:
     traced = fx.GraphModule(root, graph, type(model).__name__)
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
+        if node.op == "call_module" and not node.args and len(node.kwargs) == 1:  # called as layer(input=x)
+            node.args, node.kwargs = tuple(node.kwargs.values()), {}
         if isinstance(module_of(traced, node), NOTHING):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

@@ -16,6 +16,7 @@ as 2 * 1 * 127 is.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -274,7 +275,7 @@ def is_binary(traced: fx.GraphModule, node: Any) -> bool:
 
 
 def to_integers(
-    folded: nn.Module, images: Tensor, *, keep: tuple[str, ...] = (), analogue: bool = False, exact: bool = False
+    folded: nn.Module, images: Tensor, *, keep: Sequence[str] = (), analogue: bool = False, exact: bool = False
 ) -> fx.GraphModule:
     """`folded` with int8 weights wherever a layer sees spikes, thresholds and ranges set on a few images.
 
@@ -284,7 +285,7 @@ def to_integers(
     Args:
         folded: of `fold`, one graph; not changed.
         images: (N, 3, H, W) as the network takes them, N of 16 or more for a good estimate.
-        keep: layers with one of these in their module names stay in floating point.
+        keep: layers with one of these in their module names stay in floating point; one name may be a str.
         analogue: 8 bits for convolutions over real values, too, but the first of the network.
         exact: for the event-driven engine: real values that leave a convolution over spikes are not rounded to 8 bits,
             the first convolution of the network is a `FixedPointConv`, and a potential fires once (`fire_once`).
@@ -292,9 +293,11 @@ def to_integers(
     Raises:
         ValueError: `folded` is no graph, or no layer sees spikes.
     """
+    keep = (keep,) if isinstance(keep, str) else keep
     if not isinstance(folded, fx.GraphModule):
         raise ValueError(f"{type(folded).__name__} is not one graph: torch.fx cannot trace it")
-    folded = fix_size(fire_once(folded.float()) if exact else folded.float(), images[:1])
+    folded, images = copy.deepcopy(folded).float(), images.float()
+    folded = fix_size(fire_once(folded) if exact else folded, images[:1])
     statistics = _Statistics(folded)
     statistics.run(images)
     integers = copy.deepcopy(folded)

@@ -284,13 +284,14 @@ def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, cos
     taken = 1 if layer.name == measured.stem else steps  # a stem of several steps sees another frame in each
     one_bit = own and (layer.is_binary or layer.is_sign)
     behind_spikes = layer.is_binary and layer.name != measured.stem
-    fewer = measured.thresholds if behind_spikes and network in (*TWINS, "binary") else 1
+    fewer = layer.thresholds if behind_spikes and network in (*TWINS, "binary") else 1
     adds = one_bit or (own and layer.accumulates > 0)
     weight_bits = min(real_bits, layer.weight_bits) if own else real_bits
     leaving = float(real_bits)
     if own and layer.output_bits is not None:
         share = 1 if network in SKIPPING else layer.time_steps / measured.time_steps
-        leaving = min(layer.output_bits * share / (measured.thresholds if network == "binary" else 1), real_bits)
+        several = max((measured.spikes[name].thresholds for name in layer.spikes_to), default=1)
+        leaving = min(layer.output_bits * share / (several if network == "binary" else 1), real_bits)
     counts = {
         "macs": 0 if adds else layer.num_exact_macs / taken / fewer,
         "acs": 0,
@@ -314,7 +315,7 @@ def _of_neurons(network: str, names: Iterable[str], measured: Measurement) -> di
     """Return counts of the neurons of some spike layers: comparisons, and what it takes to carry their potentials."""
     counts = dict.fromkeys(("comparisons", "macs", "read_bits", "write_bits"), 0)
     for spikes in (measured.spikes[name] for name in names if network not in TWINS):
-        neurons = spikes.num_neurons // spikes.time_steps // (measured.thresholds if network == "binary" else 1)
+        neurons = spikes.num_neurons // spikes.time_steps // (spikes.thresholds if network == "binary" else 1)
         carried = spikes.num_neurons - neurons if network in SKIPPING else 0
         counts["comparisons"] += neurons + carried
         counts["macs"] += carried

@@ -6,10 +6,31 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..activations import RepeatChannels
+from ..multistep import RepeatSteps
+
+# What may lie between a layer with weights and the spike layer that takes its output: all of it is done on the way.
+TRANSPARENT = (
+    RepeatChannels,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.GroupNorm,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Flatten,
+    nn.Identity,
+    RepeatSteps,
+)
 
 
 class Destination(NamedTuple):
@@ -47,6 +68,7 @@ class Flow(TorchFunctionMode):
 
     Attributes:
         feeds: {spike layer: the first layer with weights that takes its output}.
+        takes: {layer with weights: the spike layer whose output it takes first}.
     """
 
     def __init__(self, layers: Collection[str], spike_layers: Mapping[str, int]) -> None:
@@ -58,6 +80,7 @@ class Flow(TorchFunctionMode):
         self.copies = WeakTensorKeyDictionary()  # tensor -> how many times it has each value of its origin
         self.spikes = WeakTensorKeyDictionary()  # tensor -> name of the spike layer
         self.feeds: dict[str, str] = {}
+        self.takes: dict[str, str] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -76,6 +99,7 @@ class Flow(TorchFunctionMode):
             self.use_elsewhere(x)
             if x in self.spikes:
                 self.feeds.setdefault(self.spikes[x], name)
+                self.takes.setdefault(name, self.spikes[x])
         elif name in self.spike_layers and x in self.origins:
             self.origins[x].takers.append(name)
             self.origins[x].bits += self.spike_layers[name] * self.copies.get(x, 1)

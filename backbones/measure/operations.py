@@ -13,31 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..activations import RepeatChannels, SeveralThresholds
+from ..activations import SeveralThresholds
 from ..arithmetic import ArithmeticConv2d, Sign
 from ..multistep import RepeatSteps
 from ..spiking import spike_layers
 from .counts import Counts, count, fanout_of, geometry
-from .flow import Flow
+from .flow import TRANSPARENT, Flow
 from .record import LayerActivity, add_up, hook_layers
-
-# What may lie between a layer with weights and the spike layer that takes its output: all of it is done on the way.
-TRANSPARENT = (
-    RepeatChannels,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.GroupNorm,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Flatten,
-    nn.Identity,
-    RepeatSteps,
-)
 
 
 @dataclass
@@ -68,6 +50,7 @@ class WeightedLayer:
         output_bits: that leave per output neuron: one for each neuron, or `Sign`, that takes it, more for a graded
             spike, and from a layer in front of the time steps as many for each of those; None where the output is
             needed as a real value: none takes it, or something else does too, such as a residual sum.
+        thresholds: neurons of each potential whose spikes enter it; those of the network where that cannot be seen.
         arithmetic, accumulates, weight_bits: of an `ArithmeticConv2d`.
         num_signs: calls in which every input was exactly -1 or 1.
         active_in_steps, synops_in_steps: `num_active` and `num_synops` step by step; empty before the first call.
@@ -90,6 +73,7 @@ class WeightedLayer:
     spikes_from: list[str] = field(default_factory=list)
     spikes_to: list[str] = field(default_factory=list)
     output_bits: float | None = None
+    thresholds: int = 1
     arithmetic: str = "float"
     accumulates: int = 0
     weight_bits: int = 32
@@ -139,7 +123,6 @@ class Measurement:
             transposed convolution, say. Nothing is counted for those.
         num_images: images that the model was given.
         ran: names of the layers and spike layers that ran, in the order of their first call.
-        thresholds: neurons of each potential.
     """
 
     layers: dict[str, WeightedLayer]
@@ -147,7 +130,6 @@ class Measurement:
     unhandled: dict[str, str]
     num_images: int = 0
     ran: list[str] = field(default_factory=list)
-    thresholds: int = 1
 
     @property
     def stem(self) -> str | None:
@@ -159,6 +141,11 @@ class Measurement:
     def time_steps(self) -> int:
         """Time steps of the network, the most of any spike layer."""
         return max((layer.time_steps for layer in self.spikes.values()), default=1)
+
+    @property
+    def thresholds(self) -> int:
+        """Neurons of each potential, the most of any spike layer."""
+        return max((layer.thresholds for layer in self.spikes.values()), default=1)
 
     def stopped(self, steps: int) -> Measurement:
         """Return what a network that is stopped after its first `steps` time steps would have been measured to do.
@@ -203,7 +190,7 @@ def measure_activity(model: nn.Module, batches: Iterable[Any]) -> Measurement:
     Args:
         model: a classifier, a detector, any module; left in the mode that it was in.
         batches: what the model takes as its one argument, a tensor (N, ...) or a list of N images, on its device. Of a
-            tuple, such as (images, targets), the first item is taken.
+            tuple, such as (images, targets), and of a list that begins with (N, C, H, W), the first item is taken.
 
     Raises:
         ValueError: there are no batches.
@@ -213,7 +200,8 @@ def measure_activity(model: nn.Module, batches: Iterable[Any]) -> Measurement:
         model.eval()
         with record_layers(model) as measured:
             for batch in batches:
-                model(batch[0] if isinstance(batch, tuple) else batch)
+                several = isinstance(batch, list) and len(batch) and getattr(batch[0], "ndim", 0) == 4
+                model(batch[0] if several or isinstance(batch, tuple) else batch)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -253,10 +241,10 @@ def record_layers(model: nn.Module) -> Iterator[Measurement]:
             and not isinstance(module, (nn.LayerNorm, nn.RMSNorm, ParametrizationList))
             and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
         },
-        thresholds=max(
-            (each.thresholds for each in modules.values() if isinstance(each, SeveralThresholds)), default=1
-        ),
     )
+    for name, module in modules.items():
+        if isinstance(module, SeveralThresholds):
+            measured.spikes[f"{name}.2".lstrip(".")].thresholds = module.thresholds
     with _Recorder(measured).watch(model, modules):
         yield measured
 
@@ -321,6 +309,9 @@ class _Recorder:
             for name, (takers, bits) in self.flow.finish(output).items():
                 layers[name].spikes_to = [taker for taker in takers if taker not in self.signs]
                 layers[name].output_bits = bits and bits * self.time_steps / layers[name].time_steps
+            for name, layer in layers.items():
+                source = self.measured.spikes.get(self.flow.takes.get(name, ""), self.measured)
+                layer.thresholds = source.thresholds
             for spikes, layer in self.flow.feeds.items():
                 if spikes not in self.signs:
                     layers[layer].spikes_from.append(spikes)

@@ -66,6 +66,7 @@ class LayerActivity:
         num_neurons: neurons that could have.
         levels: number of values that a spike can take.
         time_steps: in which each neuron can fire; all of them are in the counts.
+        thresholds: neurons of each potential.
         spikes_in_steps: `num_spikes` step by step; empty before the first pass.
     """
 
@@ -74,6 +75,7 @@ class LayerActivity:
     num_neurons: int = 0
     levels: int = 2
     time_steps: int = 1
+    thresholds: int = 1
     spikes_in_steps: list[int] = field(default_factory=list)
 
     def add(self, spikes_in_steps: Sequence[int], num_neurons: int) -> None:

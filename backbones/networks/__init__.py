@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import zoo
 from ..arithmetic import convert, find_arithmetic
+from ..multistep import check_count
 from ..spiking import SpikeFactory, neurons
 from ..weights import load_weights
 from . import mobilenet, resnet, vgg  # noqa: F401, they register themselves
@@ -55,8 +57,9 @@ def create(
         arithmetic: one of `ARITHMETICS`, of the convolutions: "float", "binary" or "adder", see `backbones.arithmetic`.
         stem: "imagenet" for large images, "cifar" for 32x32.
         width: multiplier of every channel count, rounded to multiples of 8.
-        weights: "zoo:NAME", one of `zoo.names()` (`zoo.settings(NAME)` has the other arguments that it takes); a
-            .safetensors file; or a state dict. Loaded strictly by `load_weights`.
+        weights: "zoo:NAME", one of `zoo.names()` (`zoo.settings(NAME)` has the other arguments that it takes,
+            `zoo.normalisation(NAME)` says how it wants images normalised); a run folder; a .safetensors file; or a
+            state dict. Loaded strictly by `load_weights`.
         options: of the family: pool_first=False puts BN before the pooling (VGG, ResNet), shortcut="real" and
             norm_first=True (ResNet), pooling="stride", head="normalised" or "pooled" (VGG); of the neuron:
             extremum="channel", momentum=0.1, threshold="channel", window=(0.0, 2.0), levels=4, time_steps=4,
@@ -67,16 +70,19 @@ def create(
             this family does not have, weights that do not fit, or depthwise convolutions in an arithmetic without.
     """
     family, own = find_family(name)
-    activation = activation or find_arithmetic(arithmetic).activation
+    activation = find_arithmetic(arithmetic).activation if activation is None else activation
     if stem not in ("imagenet", "cifar"):
         raise ValueError(f"stem must be 'imagenet' or 'cifar', got {stem!r}")
-    if not 0 < width < math.inf:
-        raise ValueError(f"width must be positive and finite, got {width}")
+    if isinstance(width, bool) or not isinstance(width, Real) or not 0 < width < math.inf:
+        raise ValueError(f"width must be positive and finite, got {width!r}")
     given = {key: value for key, value in options.items() if key in own}
     others = family_options()
     for key in options.keys() & (others.keys() - own.keys()):
         if options[key] != others[key]:
             raise ValueError(f"{key} must be {others[key]!r} for {name}, which has no other, got {options[key]!r}")
+    for key, value in options.items():
+        if isinstance(others.get(key), bool) and not isinstance(value, bool):
+            raise ValueError(f"{key} must be True or False, got {value!r}")
     _refuse_unknown(options, others)
     spike = SpikeFactory(activation, **{key: value for key, value in options.items() if key not in others})
     channels = _channels_of_a_step(in_channels, frames, spike.time_steps)
@@ -106,7 +112,9 @@ def _load(backbone: Backbone, weights: str | Path | Mapping[str, Tensor], settin
 
 
 def _channels_of_a_step(in_channels: int, frames: int, time_steps: int) -> int:
-    if frames < 1 or in_channels % frames:
+    check_count("in_channels", in_channels)
+    check_count("frames", frames)
+    if in_channels % frames:
         raise ValueError(f"in_channels {in_channels} are no {frames} frames of as many channels")
     if 1 not in (frames, time_steps) and frames != time_steps:
         raise ValueError(f"{frames} frames for {time_steps} time steps: each step takes one, or all the same one")

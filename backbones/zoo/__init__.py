@@ -38,11 +38,29 @@ def find(name: str) -> Path:
 def settings(name: str) -> dict[str, Any]:
     """Arguments of `backbones.create` for the backbone of an entry, detector or classifier; its weights not among them.
 
+    The backbone wants images in [0, 1] that are normalised by `normalisation`.
+
     Raises:
         ValueError: there is no such entry.
     """
-    found = json.loads((find(name) / "run.json").read_text(encoding="utf-8"))["backbone"]
+    found = _facts(name)["backbone"]
     return found | found.pop("options", {})  # the neuron's own
+
+
+def normalisation(name: str) -> dict[str, list[float]]:
+    """Return "mean" and "std" per channel, by which the backbone of an entry wants images in [0, 1]: (x - mean) / std.
+
+    Example:
+        >>> backbones.Classifier(backbone, num_classes=10, **backbones.zoo.normalisation("cifar10_vgg11"))
+
+    Raises:
+        ValueError: there is no such entry.
+    """
+    return _facts(name)["normalisation"]
+
+
+def _facts(name: str) -> dict[str, Any]:
+    return json.loads((find(name) / "run.json").read_text(encoding="utf-8"))
 
 
 def locate(source: str | Path) -> Path:

@@ -118,6 +118,7 @@ def add(
         "versions": here.versions,
         "machine": here.machine,
         "backbone": run.config.model.backbone.model_dump(exclude={"weights"}),
+        "normalisation": {key: list(getattr(run.config.model, key)) for key in ("mean", "std")},
         "sha256": {"last.safetensors": hashlib.sha256(content).hexdigest()},
         **task.facts(read_evaluation_data(run)),
     }
