@@ -71,6 +71,7 @@ def stop_after(model: nn.Module, steps: int) -> Iterator[None]:
     """
     parts = [part for part in model.modules() if isinstance(part, (RepeatSteps, MultiStepSpike))]
     before = [part.time_steps for part in parts]
+    check_count("steps", steps)
     if not 1 <= steps <= min(before, default=1):
         raise ValueError(f"steps {steps}: expected 1 to the {min(before, default=1)} time steps of the network")
     try:

@@ -101,7 +101,7 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor], text: str = "") -> bytes:
     return save(tensors, {CHECKSUM: checksum(tensors, text) + text})
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
     """Tensors, on the CPU, and text of a .safetensors file; nothing is unpickled.
 
     A file by `tensors_to_bytes` must have the content that its checksum says; files of others have none, and no text.
@@ -113,6 +113,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         ValueError: the file is no safetensors file (one of torch.save: says how to convert it), is damaged, or is one
             of the event-driven engine.
     """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
     try:
