@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -51,7 +52,7 @@ def train(
     recipe: str | Path | Recipe | Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     *,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callback | Iterable[Callback] = (),
     resume: str | Path | None = None,
     extend: int = 0,
     extend_lr: float = 0.5,
@@ -62,7 +63,7 @@ def train(
     Args:
         recipe: YAML file, name of a recipe that comes with the package, a recipe, or the values of one as in its file.
         out: folder of the new run; None: runs/NAME of the recipe's file.
-        callbacks: called at the turns of the training, see `detection.Callback`.
+        callbacks: one or several, called at the turns of the training, see `detection.Callback`.
         resume: a run that was interrupted, to go on with, by its own recipe and in its own folder.
         extend, extend_lr: with `resume`, so many epochs behind the end, a further cycle of the schedule with a new
             optimiser, at such a part of the recipe's learning rates.
@@ -76,13 +77,18 @@ def train(
             with the data.
     """
     from detection.config import Recipe, find_recipe, parse_recipe, read_recipe, set_values, spread_values
+    from detection.files import require_path
     from detection.runs import Run
     from detection.tasks.run import train_run
+    from detection.text import require_whole
 
     if (recipe is None) == (resume is None) or (resume is not None and out is not None):
         raise ValueError("detection.train: give a recipe, and perhaps a folder `out`, or the run to `resume` alone")
-    if not (extend >= 0 and extend_lr > 0) or (extend and resume is None):
-        raise ValueError(f"detection.train: extend {extend} and extend_lr {extend_lr}: above 0, and with resume=RUN")
+    require_whole("extend", extend, 0)
+    if not (isinstance(extend_lr, int | float) and 0 < extend_lr < math.inf) or (extend and resume is None):
+        raise ValueError(f"detection.train: extend {extend} and extend_lr {extend_lr!r}: above 0, with resume=RUN")
+    if out is not None:
+        require_path("out", out)
     if resume is not None:
         config, out, command = Run.open(resume).config, resume, f"detection.train(resume={str(resume)!r})"
     elif isinstance(recipe, (Recipe, Mapping)):
@@ -92,6 +98,7 @@ def train(
         path = find_recipe(recipe)
         config, name = read_recipe(path), path.stem
     config = set_values(config, spread_values(type(config), overrides))
+    callbacks = [*callbacks] if isinstance(callbacks, Iterable) else [callbacks]
     folder = Path("runs") / name if out is None else Path(out)
     if resume is None:
         command = f"detection.train({str(recipe)!r}, ...)" if overrides else f"detection.train({str(recipe)!r})"

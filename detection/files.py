@@ -142,8 +142,15 @@ def is_recording(path: object) -> bool:
     return isinstance(path, str | Path) and Path(path).suffix.lower() in EVENT_SUFFIXES
 
 
+def require_path(name: str, value: object, expected: str = "a path") -> None:
+    """Raise ValueError unless a value may be a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
 def is_exported(path: str | Path) -> bool:
     """Return whether it is the path of an exported network, by its name, and no folder."""
+    require_path("run", path, "a run folder, zoo:NAME or an exported file")
     return Path(path).suffix.lower() in NETWORK_SUFFIXES and not Path(path).is_dir()
 
 

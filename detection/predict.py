@@ -25,6 +25,7 @@ from detection.tasks import task_of
 from detection.tasks.base import Task
 from detection.tasks.predictions import AnyPrediction, in_batches
 from detection.tasks.run import load_model
+from detection.text import require_whole
 from detection.training.precision import autocast
 
 
@@ -122,8 +123,7 @@ def predict_images(
     Raises:
         ValueError: an image that cannot be read, an option that the task does not have or a value out of range.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    require_whole("batch_size", batch_size)
     allowed = options_of(task)
     for name in options:
         if name not in allowed:
@@ -155,7 +155,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         torch.empty(1, device=device).cpu()
         return torch.device(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"device {str(device)!r}: not usable here, {reason} (allowed: cpu, cuda, cuda:0, ...)"

@@ -25,6 +25,7 @@ from detection.files import (
     lock_folder,
     remove_parts,
     require_no_writer,
+    require_path,
     require_size,
     unlock_folder,
     write_whole,
@@ -128,12 +129,14 @@ class Run:
             FileNotFoundError: `folder` is no run folder.
             ValueError: its config.yaml does not fit this version, or there is no such entry of the zoo.
         """
+        require_path("run", folder, "a run folder or zoo:NAME")
         folder = zoo.locate(folder)
         if not (folder / "config.yaml").is_file():
             more = "it is a file" if folder.is_file() else "it has no config.yaml"
             raise FileNotFoundError(f"{folder} is not a run folder: {more}")
         run = cls(folder, read_recipe(folder / "config.yaml"))
         if data_root is not None:
+            require_path("data_root", data_root)
             run.config.data.root = Path(data_root)
         return run
 

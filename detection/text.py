@@ -7,6 +7,7 @@ import statistics
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 JOINERS = "\u200c\u200d"  # invisible, but without them some scripts and emoji are spelt wrong
 
@@ -16,6 +17,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return (f"; did you mean {close[0]!r}?" if close else "") + f" (allowed: {', '.join(known)})"
+
+
+def require_whole(name: str, value: object, least: int = 1) -> None:
+    """Raise ValueError unless a value is a whole number, and large enough."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
 
 
 def plural(number: int, singular: str, several: str | None = None) -> str:

@@ -47,7 +47,8 @@ def test_overrides_in_every_spelling_are_those_of_the_command_line():
         ({"train": {"epoch": 1}}, r"^train\.epoch: no such key of a recipe; did you mean train\.epochs\?"),
         ({"epochs": 1}, r"^epochs: no such key of a recipe; did you mean train\.epochs\?"),
         ({"model.backbone": {"widht": 1}}, r"did you mean model\.backbone\.width\?"),
-        ({"train": 3}, r"^train: no such key of a recipe"),
+        ({"train": 3}, r"^train: a section of a recipe; expected a mapping, or a key of it, such as train\.epochs \("),
+        ({"model": {"backbone": 3}}, r"^model\.backbone: a section of a recipe; .* such as model\.backbone\.name \("),
         ({"train": {"epochs": 1}, "train.epochs": 2}, r"^train\.epochs: given twice, 1 and 2$"),
         ({"train": {"epochs": 0}}, r"^train\.epochs: .*greater than 0"),
         ({"zzzzzz": 3}, r"expected one of task, plugins, model"),
@@ -68,6 +69,29 @@ def test_a_recipe_or_a_run_to_go_on_with(tmp_path):
         detection.train(resume=tmp_path)
     with pytest.raises(TypeError, match="colour"):
         detection.export(tmp_path, colour="red")
+
+
+@pytest.mark.parametrize(
+    ("ask", "sentence"),
+    [
+        (lambda: detection.load(None), "^run: expected a run folder, zoo:NAME or an exported file, got None$"),
+        (lambda: detection.evaluate(None), "^run: expected a run folder or zoo:NAME, got None$"),
+        (lambda: detection.train(resume=3), "^run: expected a run folder or zoo:NAME, got 3$"),
+        (lambda: detection.train(3), "^recipe: expected a file, or the name of a recipe .*, got 3$"),
+        (lambda: detection.train(RECIPE, 3), "^out: expected a path, got 3$"),
+        (lambda: detection.evaluate("zoo:cifar10_vgg11", save=3), "^save: expected a path, got 3$"),
+        (lambda: detection.export("zoo:cifar10_vgg11", 3), "^out: expected a path, got 3$"),
+        (lambda: detection.export("zoo:cifar10_vgg11", data_root=3), "^data_root: expected a path, got 3$"),
+        (lambda: detection.build_detector({}), r"^config: expected the recipe of a detector, .*, got \{\}$"),
+        (
+            lambda: detection.build_detector(load_config("cifar10_vgg11")),
+            r"the recipe of a detector, .*, got ClassificationRecipe\(",
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_named_with_what_is_allowed(ask, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ask()
 
 
 @pytest.fixture(scope="module")
@@ -172,15 +196,22 @@ def test_what_torch_hub_loads_is_declared_there():
 def test_a_run_goes_on_behind_its_end_from_python(tmp_path):
     data = CLASSIFIER["data"] | {"root": str(tmp_path / "data"), "workers": 0}
     values = CLASSIFIER | {"data": data, "train": {"epochs": 1, "batch_size": 20}}
-    run = detection.train(values, tmp_path / "run")
+    run = detection.train(values, tmp_path / "run", callbacks=detection.Callback())
     assert run.finished and run.config.task == "classification"
     run = detection.train(resume=tmp_path / "run", extend=1, extend_lr=0.25)
     assert [line.epoch for line in run.history()] == [1, 2]
     assert [each.model_dump() for each in run.info().extended] == [{"after": 1, "epochs": 1, "lr_factor": 0.25}]
     with pytest.raises(FileExistsError, match="finished already, nothing to go on with"):
         detection.train(resume=tmp_path / "run")
-    for options in ({"extend": 1}, {"resume": run.folder, "extend": -1}, {"resume": run.folder, "extend_lr": 0}):
-        with pytest.raises(ValueError, match="above 0, and with resume=RUN"):
-            detection.train(*(() if "resume" in options else (values,)), **options)
+    with pytest.raises(ValueError, match=r"extend 1 and extend_lr 0\.5: above 0, with resume=RUN"):
+        detection.train(values, extend=1)
+    for factor in (0, "a", float("inf")):
+        with pytest.raises(ValueError, match=f"extend_lr {factor!r}: above 0, with resume=RUN"):
+            detection.train(resume=run.folder, extend=1, extend_lr=factor)
+    for epochs in (-1, 1.5, "1"):
+        with pytest.raises(ValueError, match=f"extend: expected a whole number of at least 0, got {epochs!r}"):
+            detection.train(resume=run.folder, extend=epochs)
+    with pytest.raises(ValueError, match=r"precision: Input should be 'no', 'bf16', 'fp16' or 'auto' \(got 'x'\)"):
+        detection.evaluate(run.folder, precision="x")
     with pytest.raises(ValueError, match=r"^recipe: unknown key 'train\.epoch'; did you mean 'epochs'"):
         detection.train(values | {"train": {"epoch": 1}}, tmp_path / "other")

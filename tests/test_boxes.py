@@ -13,7 +13,7 @@ from test_export import CLASSIFIER, DETECTOR, agree, error_of, make_run, with_lo
 
 import detection
 from detection.evaluation import METRICS
-from detection.exporters import OnnxDetector, benchmark_file, evaluate_file, export_run
+from detection.exporters import OnnxDetector, ParityError, benchmark_file, boxes, evaluate_file, export_run
 from detection.exporters.benchmark import Benchmark
 from detection.runs import Run
 from detection.tasks.run import load_model
@@ -88,6 +88,35 @@ def test_a_file_gives_the_boxes_of_its_detector(case, tmp_path):
     nothing = make_run(tmp_path / "nothing", recipe_of(kind, score_threshold=0.999))
     found = run_file(export_run(nothing, "onnx", nms=True)[0], image)
     assert [each.shape for each in found] == [(0, 4), (0,), (0,)] and found[2].dtype == np.int64
+
+
+@pytest.mark.parametrize("factor", [1e-6, 0])
+def test_a_network_that_tells_no_box_from_another_is_exported(case, factor, tmp_path):
+    run = Run.open(make_run(tmp_path / "run", recipe_of(case[0])))
+    model = load_model(run)
+    for name, weights in model.head.classification_head.named_parameters():
+        if name.endswith("weight") and weights.dim() == 4:
+            weights.data *= factor
+    run.save(model, "last")
+    _, described = export_run(run.folder, "onnx", nms=True)
+    assert described["parity"]["equal_boxes"] == described["parity"]["boxes"] == 100
+
+
+@pytest.mark.parametrize("factor", [1, 0])
+@pytest.mark.parametrize("wrong", ["box", "score"])
+def test_a_wrong_box_or_score_is_found_out(factor, wrong, tmp_path, monkeypatch):
+    decode, best = boxes._decode, boxes._best_of_levels
+    if wrong == "box":
+        monkeypatch.setattr(boxes, "_decode", lambda g, *rest: g("Add", decode(g, *rest), 2.0))
+    else:
+        monkeypatch.setattr(boxes, "_best_of_levels", lambda g, scores, *rest: best(g, g("Mul", scores, 0.9), *rest))
+    run = Run.open(make_run(tmp_path / "run", recipe_of("retinanet")))
+    model = load_model(run)
+    model.head.classification_head.cls_logits.weight.data *= factor
+    run.save(model, "last")
+    with pytest.raises(ParityError, match=r"of 100 boxes \d+ are among the file's 100"):
+        export_run(run.folder, "onnx", tmp_path / "net.onnx", nms=True)
+    assert not (tmp_path / "net.onnx").exists()
 
 
 def decode(outputs: dict[str, np.ndarray], rules: dict, size: tuple[int, int], padded: tuple[int, int]) -> list:

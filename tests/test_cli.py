@@ -337,7 +337,7 @@ def test_equals_signs_in_overrides(attempt, arguments, key, value, tmp_path):
         (["--train.epochs=2=3"], "train.epochs: Input should be a valid integer"),
         (["--train.epochs="], "train.epochs: Input should be a valid integer"),
         (["=3"], "--: no such key of a recipe"),
-        (["--data", "x"], "--data: no such key of a recipe"),
+        (["--data", "x"], "--data: a section of a recipe; expected a key of it, such as --data.format (RECIPE --help"),
         (["--train.epochs.more", "3"], "--train.epochs.more: no such key of a recipe; did you mean --train.epochs?"),
         (["--\x1b[31m", "3"], "--\\x1b[31m: no such key of a recipe"),
     ],

@@ -76,6 +76,15 @@ def test_overrides_are_typed_and_both_spellings_work(tmp_path):
     assert config.data.root == Path("elsewhere")
 
 
+def test_overrides_in_one_text_are_those_of_a_list(tmp_path):
+    path = write(tmp_path / "a.yaml", MINIMAL)
+    assert load_config(path, "train.epochs=3").train.epochs == 3
+    assert load_config(path, "--data.classes 'a b' c --train.epochs 3").data.classes == ["a b", "c"]
+    for wrong in (3, [3], {"train.epochs": 3}):
+        with pytest.raises(ValueError, match=r"overrides: expected a list of texts such as train\.epochs=3, got "):
+            load_config(path, wrong)
+
+
 def test_an_override_leaves_the_rest_of_its_section_alone(tmp_path):
     path = write(tmp_path / "a.yaml", MINIMAL | {"model": {"backbone": {"name": "vgg11", "width": 0.5}}})
     backbone = load_config(path, ["--model.backbone.activation", "fixed"]).model.backbone

@@ -451,6 +451,16 @@ def test_torch_export_takes_other_sizes(tmp_path):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_torch_export_that_refuses_a_size_says_what_helps(tmp_path):
+    recipe = json.loads(json.dumps(DETECTOR))
+    recipe["model"] |= {"neck": {"out_channels": 16}, "max_size": 64}  # the last map has one cell
+    run, file = make_run(tmp_path / "run", recipe), tmp_path / "net.pt2"
+    with pytest.raises(ValueError, match=r"64x64 pixels and other sizes \(Guard failed: .*\): give height and width$"):
+        export_run(run, "torch", file)
+    assert not file.exists()
+    export_run(run, "torch", file, height=np.int64(64), width=np.int64(64))
+
+
 def test_images_are_padded_with_the_mean_colour():
     transform = detector("retinanet").transform
     images = [torch.rand(3, 64, 96), torch.rand(3, 64, 64)]
@@ -487,6 +497,9 @@ def test_bad_input_is_one_sentence(detector_run, classifier_run, monkeypatch, ca
     assert "invalid choice: 'tflite'" in error_of(monkeypatch, capsys, detector_run, "--format", "tflite")
     with pytest.raises(ValueError, match=r"format 'tflite' \(allowed: onnx, torch, nir, events\)"):
         export_run(detector_run, "tflite")
+    for side in ("64", 64.5, True):
+        with pytest.raises(ValueError, match=f"--width: expected a whole number of at least 1, got {side!r}"):
+            export_run(detector_run, out=tmp_path / "sized.onnx", height=64, width=side)
     (tmp_path / "net.onnx").touch()
     assert "exists already" in error_of(monkeypatch, capsys, detector_run, "--out", tmp_path / "net.onnx")
     assert "is not a run folder" in error_of(monkeypatch, capsys, tmp_path)
@@ -498,7 +511,7 @@ def test_bad_input_is_one_sentence(detector_run, classifier_run, monkeypatch, ca
     assert "does not divide into the 2x2 cells" in error_of(monkeypatch, capsys, classifier_run, *large)
     assert "belongs to --int8" in error_of(monkeypatch, capsys, classifier_run, "--calibration", 3)
     none = ("--int8", "--calibration", 0)
-    assert "at least one image" in error_of(monkeypatch, capsys, classifier_run, *none)
+    assert "--calibration: expected a whole number" in error_of(monkeypatch, capsys, classifier_run, *none)
     assert "NIR has no integers" in error_of(monkeypatch, capsys, classifier_run, "--int8", "--format", "nir")
     assert "goes with --int8" in error_of(monkeypatch, capsys, classifier_run, "--analogue-int8")
     twin = make_run(tmp_path / "twin", CLASSIFIER, activation="relu")

@@ -261,8 +261,9 @@ def test_wrong_input_is_named(predictor, finished, scenes, tmp_path, attempt):
             predictor.predict(image, **options)
     with pytest.raises(ValueError, match=r"score: no option of detection \(allowed: score_threshold, nms_threshold\)"):
         predictor.predict(image, score=0.5)
-    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
-        predictor.predict(image, batch_size=0)
+    for size in (0, "2", 1.5, None):
+        with pytest.raises(ValueError, match=f"batch_size: expected a whole number of at least 1, got {size!r}"):
+            predictor.predict(image, batch_size=size)
     with pytest.raises(ValueError, match="expected one of best, last, ema, got 'newest'"):
         detection.load(finished, "newest")
     with pytest.raises(ValueError, match="device 'toaster': not usable here"):

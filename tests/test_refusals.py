@@ -300,3 +300,29 @@ def test_a_ground_truth_without_a_part_is_named(key):
     for ask in (lambda: CocoEvaluator(parts, [1]), lambda: precision_recall(parts, Detections.join([]), [1])):
         with pytest.raises(ValueError, match=f"ground truth without '{key}'"):
             ask()
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "which"),
+    [
+        ("images", "id", "at index 0"),
+        *(("annotations", key, "with id 7") for key in ("image_id", "category_id", "bbox", "area")),
+        ("categories", "name", "with id 1"),
+    ],
+)
+def test_an_entry_of_a_ground_truth_without_a_key_is_named(part, key, which):
+    box = {"id": 7, "image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4], "area": 16}
+    parts = {"images": [{"id": 1}], "annotations": [box], "categories": [{"id": 1, "name": "a"}]}
+    del parts[part][0][key]
+    with pytest.raises(ValueError, match=f"ground truth, {part}: the entry {which} has no '{key}'"):
+        CocoEvaluator(parts, [1])
+    if key == "area":  # which VOC does not ask for
+        assert precision_recall(parts, Detections.join([]), [1])["a"].num_boxes == 1
+    else:
+        with pytest.raises(ValueError, match=f"the entry {which} has no '{key}'"):
+            precision_recall(parts, Detections.join([]), [1])
+
+
+def test_a_row_of_results_without_a_key_is_named():
+    with pytest.raises(ValueError, match="results: the entry at index 0 has no 'score'"):
+        Detections.from_rows([{"image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4]}], COCO, [1])

@@ -77,13 +77,7 @@ def create(
         raise ValueError(f"width must be positive and finite, got {width!r}")
     given = {key: value for key, value in options.items() if key in own}
     others = family_options()
-    for key in options.keys() & (others.keys() - own.keys()):
-        if options[key] != others[key]:
-            raise ValueError(f"{key} must be {others[key]!r} for {name}, which has no other, got {options[key]!r}")
-    for key, value in options.items():
-        if isinstance(others.get(key), bool) and not isinstance(value, bool):
-            raise ValueError(f"{key} must be True or False, got {value!r}")
-    _refuse_unknown(options, others)
+    _check_options(options, others, own, name)
     spike = SpikeFactory(activation, **{key: value for key, value in options.items() if key not in others})
     channels = _channels_of_a_step(in_channels, frames, spike.time_steps)
     backbone = family(name, spike, in_channels=channels, stem=stem, width=width, **given)
@@ -98,7 +92,15 @@ def create(
     return backbone
 
 
-def _refuse_unknown(options: Mapping[str, Any], of_families: Mapping[str, Any]) -> None:
+def _check_options(
+    options: Mapping[str, Any], of_families: Mapping[str, Any], own: Mapping[str, Any], name: str
+) -> None:
+    for key, default in of_families.items():
+        value = options.get(key, default)
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{key} must be True or False, got {value!r}")
+        if key not in own and value != default:
+            raise ValueError(f"{key} must be {default!r} for {name}, which has no other, got {value!r}")
     known = {*of_families, *(option for neuron in neurons().values() for option in neuron.options)}
     if unknown := sorted(options.keys() - known):
         taken = [key for key in inspect.signature(create).parameters if key != "options"]

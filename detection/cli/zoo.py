@@ -114,9 +114,7 @@ def add(
             f"{folder}: its weights take {len(content) / 1e6:.1f} MB in the zoo (allowed: {MAX_BYTES / 1e6:g} MB)"
         )
     here = describe_environment([])
-    facts = {
-        "versions": here.versions,
-        "machine": here.machine,
+    facts = {"versions": here.versions, "machine": here.machine} | {
         "backbone": run.config.model.backbone.model_dump(exclude={"weights"}),
         "normalisation": {key: list(getattr(run.config.model, key)) for key in ("mean", "std")},
         "sha256": {"last.safetensors": hashlib.sha256(content).hexdigest()},

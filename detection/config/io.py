@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from detection.config.registry import default_task, import_plugins, recipe_kinds
 from detection.config.schema import Recipe, Section
 from detection.config.yaml_files import dump_yaml, read_yaml
-from detection.files import write_whole
+from detection.files import require_path, write_whole
 from detection.text import nearest, shorten
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -33,12 +33,12 @@ FREE_KEYS = {
 }
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_config(path: str | Path, overrides: str | Sequence[str] = ()) -> Recipe:
     """Return the recipe in a file with command-line overrides on top.
 
     Args:
         path: YAML file, or the name of a recipe that comes with the package.
-        overrides: `--section.key value` or `section.key=value`, as typed on a command line.
+        overrides: `--section.key value` or `section.key=value`, as typed on a command line; a list, or one text.
 
     Raises:
         FileNotFoundError: no such file.
@@ -87,12 +87,12 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def override(config: AnyRecipe, arguments: Sequence[str]) -> AnyRecipe:
+def override(config: AnyRecipe, arguments: str | Sequence[str]) -> AnyRecipe:
     """Return `config` with `--section.key value` or `section.key=value` applied; errors as in `load_config`."""
     return set_values(config, read_overrides(type(config), arguments))
 
 
-def read_overrides(kind: type[Recipe], arguments: Sequence[str]) -> dict[str, Any]:
+def read_overrides(kind: type[Recipe], arguments: str | Sequence[str]) -> dict[str, Any]:
     """Return {"section.key": value} of `--section.key value ...` and `section.key=value`; values are not checked yet.
 
     A key takes the argument behind it, whatever that is; one of a list takes all up to the next key.
@@ -100,6 +100,9 @@ def read_overrides(kind: type[Recipe], arguments: Sequence[str]) -> dict[str, An
     Raises:
         ValueError: no such key, or no value.
     """
+    arguments = shlex.split(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(arguments, Sequence) or not all(isinstance(each, str) for each in arguments):
+        raise ValueError(f"overrides: expected a list of texts such as train.epochs=3, got {arguments!r}")
     kinds, found, waiting = key_kinds(kind), {}, list(arguments)
 
     def begins(argument: str) -> bool:
@@ -153,10 +156,13 @@ def spread_values(kind: type[Recipe], values: Mapping[str, Any]) -> dict[str, An
 
 
 def _unknown_key(key: str, kind: type[Recipe], dashes: str = "") -> ValueError:
-    close = difflib.get_close_matches(key, key_kinds(kind), n=1, cutoff=0.5)
+    known, command, what = key_kinds(kind), "" if dashes else "hoyer-det train ", "no such key of a recipe"
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {dashes}{close[0]}?" if close else "expected one of " + ", ".join(kind.model_fields)
-    command = "" if dashes else "hoyer-det train "
-    return ValueError(f"{dashes}{key}: no such key of a recipe; {hint} ({command}RECIPE --help lists all)")
+    if within := [each for each in known if each.startswith(f"{key}.")]:
+        what = "a section of a recipe"
+        hint = f"expected {'a key' if dashes else 'a mapping, or a key'} of it, such as {dashes}{within[0]}"
+    return ValueError(f"{dashes}{key}: {what}; {hint} ({command}RECIPE --help lists all)")
 
 
 def key_kinds(kind: type[Section], prefix: str = "") -> dict[str, Any]:
@@ -251,6 +257,7 @@ def find_recipe(source: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is neither.
     """
+    require_path("recipe", source, "a file, or the name of a recipe that comes with the package")
     path = Path(source)
     if path.is_file():
         return path

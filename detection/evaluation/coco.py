@@ -66,10 +66,12 @@ class Detections:
         """Return rows of COCO's result format in columns; those of other categories are left out.
 
         Raises:
-            ValueError: an image id is not in the ground truth.
+            ValueError: an image id is not in the ground truth, or a row lacks a key.
         """
         number_of = {image_id: number for number, image_id in enumerate(sorted_ids(ground_truth))}
         label_of = {category_id: label for label, category_id in enumerate(category_ids, start=1)}
+        rows = [*rows]
+        require_keys(rows, ("image_id", "category_id", "bbox", "score"), "results")
         kept = [row for row in rows if row["category_id"] in label_of]
         unknown = {row["image_id"] for row in kept} - number_of.keys()
         if unknown:
@@ -131,7 +133,7 @@ class CocoEvaluator:
     ) -> None:
         self._coco_class, self._evaluation_class = import_backend(backend)
         self.category_ids = tuple(category_ids)
-        self._names = category_names(ground_truth, self.category_ids)
+        self._names = category_names(ground_truth, self.category_ids, "area")
         self.image_ids = sorted_ids(ground_truth)
         self._number_of = {image_id: number for number, image_id in enumerate(self.image_ids)}
         self._annotations = defaultdict(list)  # by category; those of other images are left out
@@ -328,11 +330,25 @@ def import_backend(backend: Backend) -> tuple[type, type]:
     return faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
 
 
-def category_names(ground_truth: Mapping[str, Any], category_ids: Sequence[int]) -> list[str]:
-    """Names of the categories, which have to be in the ground truth, itself complete, and to differ."""
-    for key in ("images", "annotations", "categories"):
-        if key not in ground_truth:
-            raise ValueError(f"ground truth without {key!r}: COCO instances have images, annotations, categories")
+def require_keys(rows: Iterable[Mapping[str, Any]], keys: Iterable[str], place: str) -> None:
+    """Raise ValueError for the first row that lacks a key; names both."""
+    for index, row in enumerate(rows):
+        for key in keys:
+            if row.get(key) is None:
+                which = f"with id {row['id']!r}" if "id" in row else f"at index {index}"
+                raise ValueError(f"{place}: the entry {which} has no {key!r}")
+
+
+def category_names(ground_truth: Mapping[str, Any], category_ids: Sequence[int], *also: str) -> list[str]:
+    """Names of the categories, which have to be in the ground truth, itself complete, and to differ.
+
+    Annotations have an image, a category and a box, and the keys in `also`.
+    """
+    parts = {"images": ["id"], "annotations": ["image_id", "category_id", "bbox", *also], "categories": ["id", "name"]}
+    for part, keys in parts.items():
+        if part not in ground_truth:
+            raise ValueError(f"ground truth without {part!r}: COCO instances have {', '.join(parts)}")
+        require_keys(ground_truth[part], keys, f"ground truth, {part}")
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     unknown = [category_id for category_id in category_ids if category_id not in names]
     if unknown or not category_ids:

@@ -28,7 +28,7 @@ def add_boxes(model: Any, decoding: Mapping[str, Any], num_classes: int, size: S
 
     Args:
         model: of `to_onnx`, of a detector's `DensePredictions`.
-        decoding: of `describe_decoding`.
+        decoding: of `describe_decoding`; with "noise", normal noise is added to the logits, see `check_boxes`.
         num_classes: K, the background not among them.
         size: height and width of the image; names where they are free.
 
@@ -61,8 +61,10 @@ def check_boxes(
 ) -> dict[str, int]:
     """Return how many boxes of a file are those that torchvision makes of the same outputs of its head.
 
+    Noise on the logits keeps scores apart: of equal ones the two may choose different boxes, and both be right.
+
     Args:
-        model: of `add_boxes`, with a score threshold of 0, for many boxes.
+        model: of `add_boxes`, with a score threshold of 0, for many boxes, and with noise.
         dense: names of the outputs of the head.
         around: a function that computes them for a padded batch -> the detector around it, see `Task.model_around`.
         image: (1, C, H, W) in [0, 1].
@@ -72,7 +74,8 @@ def check_boxes(
     """
     runtime, onnx = import_extra("onnxruntime"), import_extra("onnx")
     exposed = copy.deepcopy(model)
-    exposed.graph.output.extend(onnx.helper.make_tensor_value_info(each, 1, None) for each in dense)
+    names = ["noisy_logits" if each == "cls_logits" else each for each in dense]
+    exposed.graph.output.extend(onnx.helper.make_tensor_value_info(each, 1, None) for each in names)
     session = open_session(exposed.SerializeToString(), runtime.GraphOptimizationLevel.ORT_ENABLE_ALL)
     values = map(torch.from_numpy, session.run(None, {"images": image.numpy()}))
     found = dict(zip([*OUTPUTS, *dense], values, strict=True))
@@ -141,7 +144,10 @@ def _find(g: _Nodes, decoding: Mapping[str, Any], num_classes: int) -> None:
     """Turn the head's outputs into `OUTPUTS`, for one image."""
     levels = [_anchors(g, level, decoding) for level in decoding["levels"]]
     anchors = g("Concat", *levels, axis=0)
-    scores = g("Squeeze", "cls_logits", [0])
+    logits = "cls_logits"
+    if decoding.get("noise"):
+        logits = g("Add", logits, g("RandomNormalLike", logits, seed=0.0), name="noisy_logits")
+    scores = g("Squeeze", logits, [0])
     scores = g("Softmax", scores, axis=1) if decoding["activation"] == "softmax" else g("Sigmoid", scores)
     if "bbox_ctrness" in decoding["activation"]:
         scores = g("Sqrt", g("Mul", scores, g("Sigmoid", g("Squeeze", "bbox_ctrness", [0]))))

@@ -27,11 +27,12 @@ from detection.exporters.inference import METADATA_KEY, evaluate_file
 from detection.exporters.nir import to_nir
 from detection.exporters.onnx import OPSET, to_onnx
 from detection.exporters.parity import check_nir, check_onnx
-from detection.files import require_writable, write_whole
+from detection.files import require_path, require_writable, write_whole
 from detection.runs import Run, Weights
 from detection.tasks import task_of
 from detection.tasks.base import Task
 from detection.tasks.run import load_model
+from detection.text import require_whole
 
 Format = Literal["onnx", "torch", "nir", "events"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "nir": ".nir", "events": ".events"}
@@ -70,14 +71,16 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         form = self.file_format
-        if form not in SUFFIXES:
+        if form not in tuple(SUFFIXES):
             raise ValueError(f"format {form!r} (allowed: {', '.join(SUFFIXES)})")
         for name in PACKAGES[form]:
             import_extra(name)
         if (self.height is None) != (self.width is None):
             raise ValueError("height and width of the images: both or none")
-        if self.num_calibration is not None and self.num_calibration < 1:
-            raise ValueError(f"--calibration {self.num_calibration}: at least one image is needed")
+        numbers = {"--calibration": self.num_calibration, "--height": self.height, "--width": self.width}
+        for name, value in numbers.items():
+            if value is not None:
+                require_whole(name, value)
         if form == "events":
             object.__setattr__(self, "int8", True)
         if self.num_calibration is not None and not self.int8:
@@ -100,7 +103,7 @@ class ExportOptions:
             raise ValueError(
                 f"--height {self.height} --width {self.width}: at least {stride}, the network's last stride"
             )
-        return (self.height, self.width), False
+        return (int(self.height), int(self.width)), False
 
 
 def export_run(
@@ -169,6 +172,8 @@ def _new_files(run: Run, out: str | Path | None, options: ExportOptions) -> tupl
     """Return the file to write and the .json beside it, their folder being there."""
     int8 = options.int8 and options.file_format != "events"  # there it goes without saying
     name = f"model{'_int8' * int8}{'_nms' * options.nms}{SUFFIXES[options.file_format]}"
+    if out:
+        require_path("out", out)
     path = Path(out) if out else run.products / name
     if path.suffix in SUFFIXES.values() and path.suffix != SUFFIXES[options.file_format]:
         raise ValueError(f"--out {path}: a file of the format {options.file_format} is not called {path.suffix}")
@@ -262,7 +267,7 @@ def _as_graph(
     parity = check_onnx(file, network, batches)
     if options.nms:
         extend = partial(add_boxes, file, num_classes=len(description["classes"]), size=sides)
-        all_boxes = extend(decoding=part.decoding | {"score_threshold": 0.0})
+        all_boxes = extend(decoding=part.decoding | {"score_threshold": 0.0, "noise": True})
         parity |= check_boxes(all_boxes, outputs, task.model_around, noise(1, asked, channels))
         file = extend(decoding=part.decoding)
     return file.SerializeToString(), description | {"parity": parity}
@@ -288,7 +293,12 @@ def program_bytes(network: fx.GraphModule, batches: Sequence[Tensor], free: bool
     largest = 0.0
     with torch.no_grad():
         for images in batches:
-            for number, (ours, theirs) in enumerate(zip(leaves(network(images)), leaves(loaded(images)), strict=True)):
+            try:
+                found = leaves(loaded(images))
+            except AssertionError as error:  # one cell on some map, which torch took for impossible
+                reason = f"{images.shape[2]}x{images.shape[3]} pixels and other sizes ({error})"
+                raise ValueError(f"torch.export makes no program for {reason}: give height and width") from None
+            for number, (ours, theirs) in enumerate(zip(leaves(network(images)), found, strict=True)):
                 difference = difference_of(ours, theirs, f"output {number}")
                 if difference > 1e-3:
                     raise ParityError(f"the program's output {number} differs from the network's by {difference:.2g}")

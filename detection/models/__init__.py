@@ -11,6 +11,7 @@ from detection.config import Recipe, read_recipe, schema
 from detection.models.detectors import average_over_steps, build_fasterrcnn, build_fcos, build_retinanet, build_ssd
 from detection.models.neck import BackboneWithNeck, SpikingFPN, SpikingMaps, check_levels
 from detection.runs import check_weights
+from detection.text import shorten
 
 __all__ = [
     "BackboneWithNeck",
@@ -39,11 +40,10 @@ def build_detector(config: Recipe) -> nn.Module:
     0 <= x1 < x2 <= W, and labels (M,) int64 in 1..K, where label k is `config.data.classes[k - 1]`.
 
     Raises:
-        ValueError: `config.data.classes` is empty, the backbone's weights do not fit, or the backbone's maps do not
-            suit the detector.
+        ValueError: no detector's recipe, `config.data.classes` is empty, the backbone's weights do not fit, or the
+            backbone's maps do not suit the detector.
     """
-    if not config.data.classes:
-        raise ValueError("data.classes is empty: a detector needs the class names; reading the data fills them in")
+    _check(config, "detector", "detector")
     mean, std = colours_of(config)
     model = config.model.model_copy(update={"mean": mean, "std": std})
     body = build_backbone(model.backbone, len(mean), config.data.frames)
@@ -73,8 +73,7 @@ def build_classifier(config: Recipe) -> backbones.Classifier:
         ValueError: `config.data.classes` is empty, the images are too small for the backbone, or its weights do not
             fit.
     """
-    if not config.data.classes:
-        raise ValueError("data.classes is empty: a classifier needs the class names; reading the data fills them in")
+    _check(config, "classifier", "dropout")
     mean, std = colours_of(config)
     backbone = build_backbone(config.model.backbone, len(mean), config.data.frames)
     stride = backbone.feature_info[-1].stride
@@ -84,6 +83,15 @@ def build_classifier(config: Recipe) -> backbones.Classifier:
             f"({config.model.backbone.name} with the {config.model.backbone.stem} stem)"
         )
     return backbones.Classifier(backbone, len(config.data.classes), dropout=config.model.dropout, mean=mean, std=std)
+
+
+def _check(config: Recipe, kind: str, key: str) -> None:
+    """Raise ValueError for what is no recipe of that kind of network, which has such a key, or has no classes."""
+    if not isinstance(config, Recipe) or not hasattr(config.model, key):
+        expected = f"the recipe of a {kind}, as detection.load_config returns it"
+        raise ValueError(f"config: expected {expected}, got {shorten(config)}")
+    if not config.data.classes:
+        raise ValueError(f"data.classes is empty: a {kind} needs the class names; reading the data fills them in")
 
 
 def colours_of(config: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from backbones import stop_after, time_steps
+from detection.config import set_values
 from detection.config.training_sections import Precision
-from detection.files import require_writable
+from detection.files import require_path, require_writable
 from detection.records import EpochLog, Evaluation, Weights
 from detection.runs import Run
 from detection.tasks import task_of
@@ -41,11 +42,12 @@ def evaluate_run(
         ValueError: the weights are damaged or do not fit, or there is no such precision.
     """
     if save is not None:
+        require_path("save", save)
         save = Run.check_free(save)
         require_writable(save)
     run = Run.open(folder, data_root)
     if precision is not None:
-        run.config.train.precision = precision
+        run.config = set_values(run.config, {"train.precision": precision})
     task = task_of(run.config)
     logged = run.logged(weights, task.best_by)
     model, accelerator = load_for_evaluation(run, weights)
