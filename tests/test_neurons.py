@@ -76,7 +76,7 @@ def test_many_levels_approach_the_ramp():
 
 @pytest.mark.parametrize("levels", [1, 17, 2.5, "4"])
 def test_levels_that_are_not_allowed_are_named(levels):
-    with pytest.raises(ValueError, match=rf"levels must be in 2\.\.16, got {levels}"):
+    with pytest.raises(ValueError, match=rf"levels must be in 2\.\.16, got {levels!r}"):
         backbones.create("vgg11", width=0.125, activation="graded", levels=levels)
 
 
