@@ -164,7 +164,7 @@ class AdderConv2d(ArithmeticConv2d):
         geometry = {key: getattr(self, key) for key in ("kernel_size", "dilation", "padding", "stride")}
         with torch.autocast(x.device.type, enabled=False):
             y = _Distance.apply(x.to(wide), self.weight.to(wide), geometry)
-        y = y if self.weight.dtype == wide else y.to(self.weight.dtype)  # of a network that is half as wide
+        y = y.to(self.weight.dtype)  # narrower in a network of 16 bits
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
     @torch.no_grad()

@@ -242,9 +242,8 @@ def record_layers(model: nn.Module) -> Iterator[Measurement]:
             and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
         },
     )
-    for name, module in modules.items():
-        if isinstance(module, SeveralThresholds):
-            measured.spikes[f"{name}.2".lstrip(".")].thresholds = module.thresholds
+    for name, module in _several_thresholds(modules).items():
+        measured.spikes[name].thresholds = module.thresholds
     with _Recorder(measured).watch(model, modules):
         yield measured
 
@@ -261,8 +260,8 @@ class _Recorder:
         self.followed = False
         self.seen_in_pass: set[str] = set()
         self.fanout = cache(fanout_of)
-        self.thresholds: dict[str, int] = {}  # by spike layer, where one spike for each potential says everything
-        self.sets = WeakTensorKeyDictionary()  # their spikes
+        self.nested: set[str] = set()  # spike layers of which one spike for each potential says everything
+        self.sets = WeakTensorKeyDictionary()  # their spikes -> neurons of each potential
         self.latest: tuple[Tensor, int, Counts] | None = None  # for the next layer, which asks for them again
 
     @contextmanager
@@ -274,8 +273,7 @@ class _Recorder:
             if name in self.measured.layers or name in self.measured.spikes or isinstance(module, (Sign, *TRANSPARENT))
         }
         self.signs = {name for name, module in watched.items() if isinstance(module, Sign)}
-        several = {name: each for name, each in modules.items() if isinstance(each, SeveralThresholds)}
-        self.thresholds = {f"{name}.2".lstrip("."): each.thresholds for name, each in several.items() if each.is_nested}
+        self.nested = {name for name, each in _several_thresholds(modules).items() if each.is_nested}
         try:
             # In front of hooks that were there before: what those do to a tensor must not pass for a use of it. Those
             # of the whole model come around the others, should it be one layer.
@@ -341,8 +339,8 @@ class _Recorder:
             if not activity.num_neurons:
                 self.measured.ran.append(name)
             activity.add(self.count(output, activity.time_steps).active, output.numel())
-            if name in self.thresholds:
-                self.sets[output] = self.thresholds[name]
+            if name in self.nested:
+                self.sets[output] = activity.thresholds
         if self.flow is not None:
             self.flow.leave(name, x, output)
 
@@ -384,6 +382,11 @@ class _Recorder:
         if not x.is_inference():  # such a tensor does not say whether it was changed since
             self.latest = (x, x._version, counts)
         return counts
+
+
+def _several_thresholds(modules: Mapping[str, nn.Module]) -> dict[str, SeveralThresholds]:
+    """Return the layers of several thresholds by the names of the spike layers in them."""
+    return {f"{name}.2".lstrip("."): each for name, each in modules.items() if isinstance(each, SeveralThresholds)}
 
 
 def _arithmetic_of(module: nn.Module) -> dict[str, Any]:
