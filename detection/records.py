@@ -235,8 +235,8 @@ class RunInfo(Record):
         machine: that it ran on.
         precision: of the training, "no" for float32; what `train.precision: auto` stood for.
         data: by split, number of images and a fingerprint of what was read.
-        backbone: arguments of `backbones.create`, of an entry of the zoo.
-        normalisation: "mean" and "std" per channel of images in [0, 1], of an entry of the zoo.
+        backbone: arguments of `backbones.create`; of an entry of the zoo or a run of a newer version.
+        normalisation: "mean" and "std" per channel of images in [0, 1], likewise.
         category_ids: COCO's category of label 1, 2, ..., K, a detector's.
         start: the network that it started from.
         resumed: commands that went on with it.

@@ -55,8 +55,8 @@ COUNTERPARTS = {
     f"c6_voc_retinanet_resnet18/{name}": "c6_voc_retinanet_resnet18/relu"
     for name in ("spikes", "membrane", "membrane_taught", "spiking_taught")
 }
-COUNTERPARTS["c7_imagenette_resnet18/hoyer"] = "c7_imagenette_resnet18/relu"
-COUNTERPARTS["c7_imagenette_resnet18/widened/thresholds3"] = "c7_imagenette_resnet18/relu"
+for name in ("hoyer", "widened/thresholds3", "widened/continued"):
+    COUNTERPARTS[f"c7_imagenette_resnet18/{name}"] = "c7_imagenette_resnet18/relu"
 for thresholds in (2, 3):  # its precision by its name, not "auto"
     COUNTERPARTS[f"bccd_thresholds/thresholds{thresholds}"] = "c4_fast/bccd_relu"
 COUNTERPARTS |= {f"seeds/bccd/thresholds3_seed{seed}": f"seeds/bccd/relu_seed{seed}" for seed in (1, 2)}

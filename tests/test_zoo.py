@@ -239,6 +239,14 @@ def test_recipe_starts_from_an_entry_and_learns_from_one(monkeypatch, tmp_path):
     run.config.distillation.teacher = Path(entry)
     teacher = load_teacher(task_of(run.config))
     assert torch.equal(teacher.backbone.body.stem[0].weight, theirs.stem[0].weight)
+    assert create(**zoo.settings(run.folder), weights=entry)
+    assert zoo.normalisation(run.folder) == zoo.normalisation("scenes_retinanet_resnet18")
+    for weights in (run.folder, run.folder / "last.safetensors"):
+        with pytest.raises(ValueError, match=r"run.*: trained with activation 'hoyer', wanted is 'fixed'"):
+            create(**zoo.settings(run.folder) | {"activation": "fixed"}, weights=weights)
+    (run.folder / "run.json").write_text('{"command": "of an older version"}')
+    with pytest.raises(ValueError, match=r"run: its run\.json does not say what its backbone is"):
+        zoo.settings(run.folder)
 
 
 def test_detector_of_the_zoo_finds_shapes_that_it_has_not_seen(tmp_path):

@@ -57,9 +57,9 @@ def create(
         arithmetic: one of `ARITHMETICS`, of the convolutions: "float", "binary" or "adder", see `backbones.arithmetic`.
         stem: "imagenet" for large images, "cifar" for 32x32.
         width: multiplier of every channel count, rounded to multiples of 8.
-        weights: "zoo:NAME", one of `zoo.names()` (`zoo.settings(NAME)` has the other arguments that it takes,
-            `zoo.normalisation(NAME)` says how it wants images normalised); a run folder; a .safetensors file; or a
-            state dict. Loaded strictly by `load_weights`.
+        weights: "zoo:NAME", one of `zoo.names()`, or a run folder (`zoo.settings` has the other arguments that either
+            takes, `zoo.normalisation` says how it wants images normalised); a .safetensors file; or a state dict.
+            Loaded strictly by `load_weights`.
         options: of the family: pool_first=False puts BN before the pooling (VGG, ResNet), shortcut="real" and
             norm_first=True (ResNet), pooling="stride", head="normalised" or "pooled" (VGG); of the neuron:
             extremum="channel", momentum=0.1, threshold="channel", window=(0.0, 2.0), levels=4, time_steps=4,
@@ -108,7 +108,7 @@ def _check_options(
 
 
 def _load(backbone: Backbone, weights: str | Path | Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    if zoo.is_entry(weights):
+    if isinstance(weights, (str, Path)):
         zoo.require_same(weights, settings)
     load_weights(backbone, weights)
 

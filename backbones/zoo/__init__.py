@@ -35,32 +35,51 @@ def find(name: str) -> Path:
     return FOLDER / name
 
 
-def settings(name: str) -> dict[str, Any]:
-    """Arguments of `backbones.create` for the backbone of an entry, detector or classifier; its weights not among them.
+def settings(source: str | Path) -> dict[str, Any]:
+    """Return the arguments of `backbones.create` for a trained backbone, of a detector or classifier, but its weights.
 
     The backbone wants images in [0, 1] that are normalised by `normalisation`.
 
+    Args:
+        source: the name of an entry, or a run folder.
+
+    Example:
+        >>> backbones.create(**backbones.zoo.settings("runs/mine"), weights="runs/mine")
+
     Raises:
-        ValueError: there is no such entry.
+        ValueError: neither of both, or a run of an older version, whose run.json does not say it.
     """
-    found = _facts(name)["backbone"]
-    return found | found.pop("options", {})  # the neuron's own
+    return _facts(source)["backbone"]
 
 
-def normalisation(name: str) -> dict[str, list[float]]:
-    """Return "mean" and "std" per channel, by which the backbone of an entry wants images in [0, 1]: (x - mean) / std.
+def normalisation(source: str | Path) -> dict[str, list[float]]:
+    """Return "mean" and "std" per channel, by which a trained backbone wants images in [0, 1]: (x - mean) / std.
+
+    Source and errors are those of `settings`.
 
     Example:
         >>> backbones.Classifier(backbone, num_classes=10, **backbones.zoo.normalisation("cifar10_vgg11"))
-
-    Raises:
-        ValueError: there is no such entry.
     """
-    return _facts(name)["normalisation"]
+    return _facts(source)["normalisation"]
 
 
-def _facts(name: str) -> dict[str, Any]:
-    return json.loads((find(name) / "run.json").read_text(encoding="utf-8"))
+def _facts(source: str | Path) -> dict[str, Any]:
+    name = str(source).removeprefix(PREFIX)
+    is_run = name not in names() and (Path(source) / "config.yaml").is_file()
+    found = recorded(Path(source) if is_run else find(name))
+    if not found:
+        raise ValueError(f"{source}: its run.json does not say what its backbone is; its config.yaml does")
+    return found
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """Return what run.json in a folder says of the run's backbone; nothing where there is none, or an older one."""
+    try:
+        found = json.loads((folder / "run.json").read_bytes())
+        backbone = dict(found["backbone"])
+        return found | {"backbone": backbone | backbone.pop("options", {})}  # the neuron's own
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def locate(source: str | Path) -> Path:
@@ -100,8 +119,9 @@ def differ(key: str, trained: Any, wanted: Any) -> bool:
 
 
 def require_same(source: str | Path, wanted: Mapping[str, Any]) -> None:
-    """Raise ValueError that names the first of `KEYS` in which an entry's backbone is not the wanted one."""
-    trained = settings(str(source).removeprefix(PREFIX).partition("/")[0])
+    """Raise ValueError that names the first of `KEYS` in which an entry's or run's backbone is not the wanted one."""
+    path = locate(source)
+    trained = recorded(path if path.is_dir() else path.parent).get("backbone", {})
     for key in KEYS:
         if key in trained and differ(key, trained[key], wanted[key]):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +22,7 @@ __all__ = [
     "build_classifier",
     "build_detector",
     "colours_of",
+    "describe_backbone",
 ]
 
 BUILDERS = {"fasterrcnn": build_fasterrcnn, "retinanet": build_retinanet, "fcos": build_fcos, "ssd": build_ssd}
@@ -98,6 +100,15 @@ def colours_of(config: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel that images are normalised by: frames of events stay as they are."""
     channels = config.data.channels
     return (config.model.mean, config.model.std) if channels == 3 else ((0.0,) * channels, (1.0,) * channels)
+
+
+def describe_backbone(config: Recipe) -> dict[str, dict[str, Any]]:
+    """Return what run.json has for `backbones.zoo.settings` and `backbones.zoo.normalisation`."""
+    mean, std = colours_of(config)
+    settings = {"name": config.model.backbone.name} | config.model.backbone.arguments()
+    if len(mean) != 3:
+        settings |= {"in_channels": len(mean), "frames": config.data.frames}
+    return {"backbone": settings, "normalisation": {"mean": list(mean), "std": list(std)}}
 
 
 def build_backbone(settings: schema.Backbone, in_channels: int = 3, frames: int = 1) -> backbones.Backbone:
