@@ -73,6 +73,7 @@ def train(
         CallbackError: a callback failed; the state is saved.
         FileExistsError: there is something in the folder already.
         FileNotFoundError: no such recipe, or no data.
+        TypeError: a callback is no `detection.Callback`.
         ValueError: a key or value is not allowed, neither or both of `recipe` and `resume` are given, or what is wrong
             with the data.
     """
@@ -81,6 +82,7 @@ def train(
     from detection.runs import Run
     from detection.tasks.run import train_run
     from detection.text import require_whole
+    from detection.training.callbacks import Callback
 
     if (recipe is None) == (resume is None) or (resume is not None and out is not None):
         raise ValueError("detection.train: give a recipe, and perhaps a folder `out`, or the run to `resume` alone")
@@ -99,6 +101,8 @@ def train(
         config, name = read_recipe(path), path.stem
     config = set_values(config, spread_values(type(config), overrides))
     callbacks = [*callbacks] if isinstance(callbacks, Iterable) else [callbacks]
+    if wrong := [each for each in callbacks if not isinstance(each, Callback)]:
+        raise TypeError(f"callbacks: expected instances of detection.Callback, got {wrong[0]!r}")
     folder = Path("runs") / name if out is None else Path(out)
     if resume is None:
         command = f"detection.train({str(recipe)!r}, ...)" if overrides else f"detection.train({str(recipe)!r})"

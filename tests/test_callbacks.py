@@ -101,6 +101,8 @@ def test_one_that_fails_ends_the_run_by_name_and_it_goes_on(whole, tmp_path, eve
 def test_what_is_no_callback_is_refused(whole, tmp_path):
     with pytest.raises(TypeError, match=r"callbacks: expected instances of detection\.Callback, got <class"):
         detection.train(recipe(whole), tmp_path / "run", callbacks=[Recorder])
+    with pytest.raises(TypeError, match=r"Callback, got 3"):  # before the data are read
+        detection.train("voc_retinanet_resnet34", tmp_path / "run", callbacks=3, data__root=tmp_path / "nowhere")
     assert not (tmp_path / "run").exists()
     silent = Callbacks([Recorder("on_epoch_begin")], Run.open(whole / "run"), active=False)  # no main process
     silent.tell("on_epoch_begin", 1)

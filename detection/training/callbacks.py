@@ -68,15 +68,9 @@ class Callbacks:
 
     Attributes:
         error: None while there is none.
-
-    Raises:
-        TypeError: something that is no `Callback`.
     """
 
     def __init__(self, callbacks: Sequence[Callback], run: Run, active: bool) -> None:
-        for each in callbacks:
-            if not isinstance(each, Callback):
-                raise TypeError(f"callbacks: expected instances of detection.Callback, got {each!r}")
         self.callbacks, self.run, self.active = tuple(callbacks), run, active
         self.error: CallbackError | None = None
 
