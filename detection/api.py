@@ -134,11 +134,6 @@ class EvaluatedRun:
         return found.metrics | ({} if found.activity is None else {"activity": found.activity})
 
     @property
-    def is_as_logged(self) -> bool:
-        """Whether every one of `metrics` that the log has is equal in every digit."""
-        return not self.different
-
-    @property
     def different(self) -> list[str]:
         """Names of the metrics that differ from the log's."""
         logged = self.logged.metrics
@@ -146,7 +141,7 @@ class EvaluatedRun:
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{key} {value:.4f}" for key, value in self.metrics.items())
-        return f"EvaluatedRun({self.run!r}: {numbers}; {'as' if self.is_as_logged else 'not as'} logged)"
+        return f"EvaluatedRun({self.run!r}: {numbers}; {'not as' if self.different else 'as'} logged)"
 
 
 def evaluate(

@@ -100,7 +100,8 @@ def draw_predictions(
     columns = min(columns, len(images))
     cell, gap, legend = max(3.6, 7.2 / columns), 0.08, 0.4
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
-    sizes = [_fit(image.shape[-1], image.shape[-2], cell, 1.25 * cell) for image in images]
+    scales = [min(cell / image.shape[-1], 1.25 * cell / image.shape[-2]) for image in images]
+    sizes = [(scale * image.shape[-1], scale * image.shape[-2]) for scale, image in zip(scales, images, strict=True)]
     heights = [max(sizes[index][1] for index in row) for row in rows]
     width, height = columns * (cell + gap) + gap, legend + sum(heights) + gap * len(rows)
     figure = Figure(figsize=(width, height), dpi=DPI)
@@ -155,11 +156,7 @@ def draw_detections(image: np.ndarray, prediction: Mapping[str, Tensor], class_n
             them are drawn.
         class_names: names of the labels 1..K.
     """
-
-    def draw(ground: Ground) -> None:
-        _draw_boxes(ground, _boxes_of(prediction, class_names))
-
-    return _draw_over(image, draw)
+    return _draw_over(image, lambda ground: _draw_boxes(ground, _boxes_of(prediction, class_names)))
 
 
 def draw_classes(image: np.ndarray, rows: Sequence[tuple[str, float]]) -> np.ndarray:
@@ -284,12 +281,6 @@ def _check(
         wrong = [label for label in prediction["labels"].tolist() if not 1 <= label <= len(class_names)]
         if wrong:
             raise ValueError(f"prediction at index {index}: found label {wrong[0]}, expected 1..{len(class_names)}")
-
-
-def _fit(width: float, height: float, max_width: float, max_height: float) -> tuple[float, float]:
-    """Largest size of the same proportions."""
-    scale = min(max_width / width, max_height / height)
-    return width * scale, height * scale
 
 
 def _class_colour(label: int) -> tuple[float, float, float]:

@@ -21,12 +21,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from detection.files import write_whole
-from detection.fonts import make_drawable, one_line, take_literally
+from detection.fonts import one_line, take_all_literally
 
 # A panel of 4 inches is as wide as a telephone, on which letters of 8.5 points can just be read. All in inches.
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, MARGIN, LEGEND_ROW = 4.0, 2.05, 0.55, 0.58, 0.5, 0.13, 0.17
@@ -198,7 +197,7 @@ def save_png(figures: Figure | Sequence[Figure], path: str | PathLike[str]) -> N
 
 
 def _pixels(figure: Figure) -> Image.Image:
-    make_drawable(figure)
+    take_all_literally(figure)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -214,9 +213,7 @@ def to_svg(figure: Figure, name: str = "figure") -> str:
         figure: the figure.
         name: begins all ids in it, so that no two figures of a page share one.
     """
-    for text in figure.findobj(Text):
-        text.set_text("\n".join(map(one_line, text.get_text().split("\n"))))
-        take_literally(text)
+    take_all_literally(figure, one_line)
     buffer = io.BytesIO()
     style = matplotlib.rc_context({"svg.hashsalt": "hoyer-det", "svg.fonttype": "none"})
     with style, warnings.catch_warnings():

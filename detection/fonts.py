@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 from matplotlib.figure import Figure
@@ -45,10 +45,10 @@ def take_literally(text: Text) -> Text:
     return text
 
 
-def make_drawable(figure: Figure) -> None:
-    """Take all texts of a figure literally, their lines kept, with the letters that can be drawn."""
+def take_all_literally(figure: Figure, spell: Callable[[str], str] = drawable) -> None:
+    """Take all texts of a figure literally, each of their lines as `spell` gives it: by letters that can be drawn."""
     for text in figure.findobj(Text):
-        text.set_text("\n".join(map(drawable, text.get_text().split("\n"))))
+        text.set_text("\n".join(map(spell, text.get_text().split("\n"))))
         take_literally(text)
 
 

@@ -47,7 +47,7 @@ def used(data: Data, classes: list[str]) -> tuple[int, tuple[str, ...]]:
     for record in annotations.records:
         x1, y1, x2, y2 = record.boxes.T
         assert ((x1 >= 0) & (x1 < x2) & (x2 <= record.width) & (y1 >= 0) & (y1 < y2) & (y2 <= record.height)).all()
-    return sum(entry.num_objects for entry in found.classes), found.problems
+    return sum(entry.num_objects for entry in found.classes), annotations.dropped
 
 
 # COCO

@@ -186,7 +186,7 @@ def test_counts(coco):
     assert (found.widths, found.heights) == ((40, 40, 40), (30, 30, 30))
     assert found.sizes == pytest.approx((80**0.5, 20, 600**0.5))
     assert (found.num_small, found.num_medium, found.num_large) == (3, 0, 0)
-    assert found.problems == ()
+    assert train.dropped == ()
     assert len(shared_images(train.annotations, val.annotations)) == 4
 
 

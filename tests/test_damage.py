@@ -17,7 +17,7 @@ from detection.config import load_config
 from detection.files import write_whole
 from detection.runs import Run
 from detection.tasks import task_of
-from detection.tasks.run import load_teacher
+from detection.tasks.run import find_teacher, load_model
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_no_loader_takes_damaged_or_malicious_files(attempt, stopped, monkeypatc
         )
         task = task_of(load_config(recipe, ["distillation.teacher=" + str(run)]))
         with pytest.raises(ValueError, match=sentence):
-            load_teacher(task.with_classes(Run.open(run).config.data.classes))
+            load_model(find_teacher(task.with_classes(Run.open(run).config.data.classes)))
         assert not trace.exists() and not (tmp_path / "new").exists()
 
 

@@ -50,8 +50,8 @@ def own_registries(monkeypatch):
     for module, name in (
         (families, "_FAMILIES"),
         (backbones.spiking, "_NEURONS"),
-        (formats, "_READERS"),
-        (images, "_READERS"),
+        (formats, "READERS"),
+        (images, "READERS"),
         (tasks, "_TASKS"),
         (registry, "_RECIPES"),
     ):

@@ -32,7 +32,7 @@ from detection.runs import Run
 from detection.tasks import task_of
 from detection.tasks.evaluate import evaluate_run
 from detection.tasks.recipes import ClassificationRecipe, DetectionRecipe
-from detection.tasks.run import load_model, load_teacher
+from detection.tasks.run import find_teacher, load_model
 
 NAMES = ("bccd_retinanet_resnet18", "cifar10_vgg11", "scenes_retinanet_resnet18")
 EVENTS = {"model.events", "model.events.json"}
@@ -237,7 +237,7 @@ def test_recipe_starts_from_an_entry_and_learns_from_one(monkeypatch, tmp_path):
     for key, found in ours.named_parameters():
         torch.testing.assert_close(found, wanted[key], atol=1e-6, rtol=0)
     run.config.distillation.teacher = Path(entry)
-    teacher = load_teacher(task_of(run.config))
+    teacher = load_model(find_teacher(task_of(run.config)))
     assert torch.equal(teacher.backbone.body.stem[0].weight, theirs.stem[0].weight)
     assert create(**zoo.settings(run.folder), weights=entry)
     assert zoo.normalisation(run.folder) == zoo.normalisation("scenes_retinanet_resnet18")

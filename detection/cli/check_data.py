@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Read the data of a command line's recipe and print what was found."""
-    parser = recipe_parser(__doc__, prog)
-    parser.usage = "%(prog)s RECIPE_OR_FOLDER [options] [--section.key VALUE ...]"
+    parser = recipe_parser(__doc__, prog, "RECIPE_OR_FOLDER")
     add_format(parser)
     options, overrides = parser.parse_known_args(arguments)
     layout = None

@@ -36,9 +36,9 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} ({self.prog} --help documents the command)")
 
 
-def recipe_parser(description: str | None, prog: str | None = None) -> Parser:
+def recipe_parser(description: str | None, prog: str | None = None, what: str = "RECIPE") -> Parser:
     """Return a parser of `RECIPE [--section.key VALUE ...]`, to which a verb adds options of its own."""
-    usage = "%(prog)s RECIPE [options] [--section.key VALUE ...]"
+    usage = f"%(prog)s {what} [options] [--section.key VALUE ...]"
     parser = Parser(description, prog, usage=usage, add_help=False)  # `parse_recipe` helps
     parser.add_argument(
         "config", metavar="RECIPE", nargs="?", help="a YAML file, or the name of one that `hoyer-det recipes` lists"

@@ -13,10 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from detection.cli.call import Call
-from detection.cli.sources import is_camera
 from detection.data.pictures import read_image
 from detection.files import is_recording
 from detection.predict import pictures_of
+from detection.sources import is_camera
 from detection.tasks.base import Task
 from detection.tasks.predictions import in_batches
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from detection.cli.check_data import add_format, recipe_of_folder
 from detection.cli.common import Parser
+from detection.config import read_recipe
 from detection.config.yaml_files import flow_yaml
 from detection.text import plural, say
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
     from detection.files import write_whole
     from detection.tasks import task_of
-    from detection.tasks.proposal import as_recipe, as_yaml, propose
+    from detection.tasks.proposal import as_yaml, propose
 
     task = task_of(config)
     train = task.read("train")
@@ -37,13 +38,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     plain = config.data.model_dump(mode="json", exclude={"classes", "augment"})
     values = {key: plain[key] for key in layout.values if key in plain}
     choices = propose(values, train.annotations, "; ".join(layout.saw))
-    proposed = as_recipe(choices, str(options.out))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(options.out, as_yaml(choices, options.out, options.folder).encode())
     print(f"{len(train)} training and {len(val)} validation images, {plural(len(train.classes), 'class', 'classes')}")
     for key, value, why in choices:
         say(f"{key}: {flow_yaml(value)}" + (f": {why}" if why else ""))
-    for sentence in task_of(proposed).warnings(train):
+    for sentence in task_of(read_recipe(options.out)).warnings(train):
         say(f"warning: {sentence}")
     dropped = len(train.dropped) + len(val.dropped)
     if dropped:

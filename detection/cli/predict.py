@@ -26,9 +26,9 @@ from typing import get_args
 from detection.cli.call import Call
 from detection.cli.common import Parser, check_run, locate
 from detection.cli.output import JOURNAL, Output, arguments_of
-from detection.cli.sources import find_sources
 from detection.files import is_exported, is_recording, kind_of
 from detection.records import Weights
+from detection.sources import find_sources
 from detection.text import say
 
 THRESHOLDS = {"score": "score_threshold", "nms": "nms_threshold"}

@@ -23,24 +23,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     )
     parser.add_argument("--out", type=Path, metavar="FILE.html", help=help)
     help = "best and worst images to show, N each (default: 3)"
-    parser.add_argument("--images", type=int, default=3, metavar="N", help=help)
+    parser.add_argument("--images", dest="num_images", type=int, default=3, metavar="N", help=help)
     parser.add_argument("--log-only", action="store_true", help="evaluate nothing, leave out what needs it")
     options = parser.parse_args(arguments)
-    if options.images < 0:
-        raise ValueError(f"--images {options.images}: expected 0 or more")
+    if options.num_images < 0:
+        raise ValueError(f"--images {options.num_images}: expected 0 or more")
     for run in options.runs:
         check_run(run)
 
     from detection.report import write_report
     from detection.runs import command_line
 
-    out = write_report(
-        options.runs,
-        options.out,
-        weights=options.weights,
-        num_images=options.images,
-        data_root=options.data_root,
-        log_only=options.log_only,
-        command=command_line(),
-    )
+    given = vars(options)
+    out = write_report(given.pop("runs"), given.pop("out"), **given, command=command_line())
     say(f"{out}: {out.stat().st_size / 1e6:.2f} MB")

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
     parser = saved_run_parser(__doc__, prog, several=True)
     help = "N of the evaluation images, evenly spread over them (default: all)"
-    parser.add_argument("--images", type=int, metavar="N", help=help)
+    parser.add_argument("--images", dest="num_images", type=int, metavar="N", help=help)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the noise (default: 0 1 2)")
     help = f"of {', '.join(KINDS)} (default: all)"
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), metavar="KIND", help=help)
@@ -36,17 +36,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     from detection.robustness.studies import study
     from detection.runs import Run, command_line
 
-    out = options.out or Path(f"{Run.open(options.runs[0]).products}_robustness")
-    found = study(
-        options.runs,
-        out,
-        command_line(),
-        kinds=options.kinds,
-        seeds=options.seeds,
-        weights=options.weights,
-        data_root=options.data_root,
-        num_images=options.images,
-    )
+    given = vars(options)
+    out = given.pop("out") or Path(f"{Run.open(options.runs[0]).products}_robustness")
+    found = study(given.pop("runs"), out, command_line(), **given)
     for metric in found["metrics"]:
         title = f"{metric} of {found['num_images']} images"
         show_table(title, ("noise", "severity", *found["runs"]), accuracy_rows(found, metric))

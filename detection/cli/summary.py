@@ -26,8 +26,7 @@ NUM_CLASSES = 10  # where neither recipe nor command line says
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Print the summary of a command line's recipe or run."""
-    parser = recipe_parser(__doc__, prog)
-    parser.usage = "%(prog)s RECIPE_OR_RUN [options] [--section.key VALUE ...]"
+    parser = recipe_parser(__doc__, prog, "RECIPE_OR_RUN")
     parser.add_argument("--classes", type=int, metavar="N", help="number of classes (default: those that it names)")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     source = parser.parse_known_args(arguments)[0].config or ""

@@ -10,22 +10,19 @@ from detection.config.io import (
     print_keys,
     read_recipe,
     recipe_names,
-    recipes_folder,
     require_same,
     save_config,
     set_values,
     spread_values,
 )
-from detection.config.registry import import_plugins, recipe_kinds, register_recipe
-from detection.config.schema import Recipe, Section
+from detection.config.registry import recipe_kinds, register_recipe
+from detection.config.schema import Recipe
 
 __all__ = [
     "FREE_KEYS",
     "Recipe",
-    "Section",
     "find_recipe",
     "flatten",
-    "import_plugins",
     "load_config",
     "override",
     "parse_recipe",
@@ -33,7 +30,6 @@ __all__ = [
     "read_recipe",
     "recipe_kinds",
     "recipe_names",
-    "recipes_folder",
     "register_recipe",
     "require_same",
     "save_config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -316,18 +317,12 @@ def _explain(error: ValidationError, kind: type[Section]) -> Iterator[str]:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            known = _known_keys(kind, item["loc"][:-1])
-            yield f"unknown key {key!r}{nearest(str(item['loc'][-1]), known)}"
+            *sections, last = item["loc"]
+            section = functools.reduce(lambda section, part: section.model_fields[part].annotation, sections, kind)
+            yield f"unknown key {key!r}{nearest(str(last), section.model_fields)}"
         elif item["type"] == "missing":
             yield f"{key} is missing"
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = item["input"]
             yield f"{key}: {message}" + ("" if isinstance(given, dict) else f" (got {shorten(given)})")
-
-
-def _known_keys(kind: type[Section], location: Sequence[Any]) -> list[str]:
-    section: Any = kind
-    for part in location:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)

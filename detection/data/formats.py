@@ -23,7 +23,7 @@ from detection.data.yolo import read_yolo
 Split = Literal["train", "val"]
 Reader = Callable[[Data, Split, Sequence[str]], Annotations]
 ROBOFLOW = "_annotations.coco.json"  # its name in every folder of an export, beside the images
-_READERS: dict[str, Reader] = {}
+READERS: dict[str, Reader] = {}
 
 
 def register_format(name: str) -> Callable[[Reader], Reader]:
@@ -39,12 +39,7 @@ def register_format(name: str) -> Callable[[Reader], Reader]:
     Raises:
         ValueError: the name is taken by another function.
     """
-    return lambda reader: add_to(_READERS, name, reader, "data.format")
-
-
-def format_names() -> list[str]:
-    """Return the names of all registered formats."""
-    return list(_READERS)
+    return lambda reader: add_to(READERS, name, reader, "data.format")
 
 
 def read_split(data: Data, split: Split, classes: Sequence[str] | None = None) -> DetectionDataset:
@@ -59,7 +54,7 @@ def read_split(data: Data, split: Split, classes: Sequence[str] | None = None) -
         FileNotFoundError: a file or folder is missing.
         ValueError: no such format, a key that the format needs is empty, or what the format's reader finds wrong.
     """
-    reader, wanted = find_reader(_READERS, data), data.classes if classes is None else classes
+    reader, wanted = find_reader(READERS, data), data.classes if classes is None else classes
     if data.val_fraction:
         return DetectionDataset(take_part(reader(data, "train", wanted), split, data))
     return DetectionDataset(reader(data, split, wanted))

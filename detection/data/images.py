@@ -86,7 +86,7 @@ class ImageFiles:
 
 
 Reader = Callable[[ImageData, Split, bool], Images | ImageFiles]
-_READERS: dict[str, Reader] = {}
+READERS: dict[str, Reader] = {}
 
 
 def register_image_format(name: str) -> Callable[[Reader], Reader]:
@@ -95,12 +95,7 @@ def register_image_format(name: str) -> Callable[[Reader], Reader]:
     Raises:
         ValueError: the name is taken by another function.
     """
-    return lambda reader: add_to(_READERS, name, reader, "data.format")
-
-
-def image_format_names() -> list[str]:
-    """Return the names of all registered formats."""
-    return list(_READERS)
+    return lambda reader: add_to(READERS, name, reader, "data.format")
 
 
 def read_image_split(data: ImageData, split: Split, *, download: bool = False) -> Images | ImageFiles:
@@ -120,7 +115,7 @@ def read_image_split(data: ImageData, split: Split, *, download: bool = False) -
         ValueError: no such format, the layout is not root/SPLIT/CLASS/*, a class has no image, a wanted class is not
             in the data, or the data's image size is not `data.size`.
     """
-    return find_reader(_READERS, data)(data, split, download)
+    return find_reader(READERS, data)(data, split, download)
 
 
 @register_image_format("folder")

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 from detection.data.csv_files import SPLITS, Table, read_header, read_table, rows_of
 from detection.data.image_files import is_image, visible_files
 from detection.data.records import finite_number
-from detection.data.voc import parse_xml
-from detection.data.voc_folders import IMAGES, find_split, flat_pair
+from detection.data.voc import IMAGES, find_split, flat_pair, parse_xml
 from detection.data.yolo import NOT_LABELS, find_set
 from detection.text import plural
 
@@ -85,6 +84,11 @@ def _splits(names: Mapping[str, Any], *, instead: bool = True) -> dict[str, Any]
     if instead and "train" in found and "val" not in found and "test" in found:
         found["val"] = found.pop("test")
     return found
+
+
+def _alone(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The one file of a set, whatever it is called, as that of training; nothing of several."""
+    return {"train": next(iter(names.values()))} if len(names) == 1 else {}
 
 
 def _values(format: str, root: Path, splits: Mapping[str, str], alone: str | None = None) -> dict[str, Any] | None:
@@ -160,22 +164,17 @@ def _coco(root: Path) -> Layout | None:
     why = "no JSON with images, annotations and categories, or cut off"
     _require_fitting(fitting, {name: f"{path}: {why}" for name, path in every.items() if name not in fitting})
     names = {name: path for name, path in fitting.items() if "instances" in path.name} or fitting
-    if not names:
-        return None
-    splits = _splits(names)
-    if not splits and len(names) > 1:
+    splits = _splits(names) or _alone(names)
+    if not splits:
         return None
     folders = {split: _image_folder(root, path) for split, path in splits.items()}
     relative = {split: path.relative_to(root).as_posix() for split, path in splits.items()}
-    values = _values("coco", root, relative, None if splits else next(iter(names)))
-    one = None if splits else next(iter(names.values()))
-    values["train_images"] = folders.get("train") if one is None else _image_folder(root, one)
-    if values["train_images"] is None:
-        values["train_images"] = next(iter(folders.values()), "")
+    values = _values("coco", root, relative)
+    values["train_images"] = folders.get("train", next(iter(folders.values())))
     if "val" in values:
         values["val_images"] = folders["val"]
     test = (relative["test"],) if "val" in values and "test" in splits else ()
-    sample = [path for path in names if names[path] in (*splits.values(), one)]
+    sample = [name for name, path in names.items() if path in splits.values()]
     saw = tuple(f"{name} has images, annotations and categories" for name in sample)
     return Layout("coco", saw, 1.0, values, test, folders.get("test", ""))
 
@@ -290,16 +289,13 @@ def _csv(root: Path) -> Layout | None:
         except (ValueError, OSError) as error:
             others[name] = str(error)
     _require_fitting(fitting, others)
-    if not fitting:
-        return None
-    splits = _splits(fitting)
-    if not splits and len(fitting) > 1:
+    splits = _splits(fitting) or _alone(fitting)
+    if not splits:
         return None
     relative = {split: path.relative_to(root).as_posix() for split, path in splits.items()}
-    alone = None if splits else next(iter(fitting))
-    values = _values("csv", root, relative, alone)
+    values = _values("csv", root, relative)
     source, test = root / values["train"][0], (relative["test"],) if "val" in values and "test" in splits else ()
-    tables = {path: read_table(path, []) for path in {source, *splits.values()}}
+    tables = {path: read_table(path, []) for path in splits.values()}
     said = tables[source].split_values
     if "val_fraction" in values and said:
         known = {split: [each for each in names if each in said] for split, names in SPLITS.items()}

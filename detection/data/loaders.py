@@ -28,6 +28,11 @@ class LoaderError(OSError):
     """A loader process ended."""
 
 
+def _collate(items: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    images, targets = zip(*items, strict=True)
+    return list(images), list(targets)
+
+
 def build_loader(
     dataset: Dataset,
     *,
@@ -38,7 +43,8 @@ def build_loader(
     aspect_groups: int = 0,
     share: tuple[int, int] = (0, 1),
     mixed_epochs: int = 0,
-) -> Loader[tuple[list[Tensor], list[dict[str, Any]]]]:
+    collate: Callable[[list[Any]], Any] | None = _collate,
+) -> Loader:
     """This process's batches (images, targets), both lists, since images differ in size and in number of objects.
 
     Shuffled, it is a `TrainingLoader`: `set_epoch` says which epoch the next pass is. Not shuffled, see
@@ -50,14 +56,15 @@ def build_loader(
             `DetectionDataset` is needed for it.
         share: (index of this process, number of processes).
         mixed_epochs: the first epochs, whose items have other images mixed in; a `DetectionDataset` is needed for it.
+        collate: makes a batch of items; None: torch's own, of tensors of one size.
     """
     if not shuffle:
         batches = evaluation_batches(len(dataset), batch_size, share)
-        return Loader(dataset, batch_sampler=batches, collate_fn=_collate, **loader_options(workers))
+        return Loader(dataset, batch_sampler=batches, collate_fn=collate, **loader_options(workers))
     ratios = [record.width / record.height for record in dataset.annotations.records] if aspect_groups else None
     options = {"seed": seed, "share": share, "mixed_epochs": mixed_epochs}
     sampler = TrainingBatches(len(dataset), batch_size, ratios=ratios, num_groups=aspect_groups, **options)
-    return TrainingLoader(SeededItems(dataset), batch_sampler=sampler, collate_fn=_collate, **loader_options(workers))
+    return TrainingLoader(SeededItems(dataset), batch_sampler=sampler, collate_fn=collate, **loader_options(workers))
 
 
 class _Deaths:
@@ -153,11 +160,6 @@ def loader_options(workers: int) -> dict[str, Any]:
         "persistent_workers": workers > 0,
         "pin_memory": torch.cuda.is_available(),
     }
-
-
-def _collate(items: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    images, targets = zip(*items, strict=True)
-    return list(images), list(targets)
 
 
 def start_worker(worker: int) -> None:

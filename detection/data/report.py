@@ -33,7 +33,6 @@ class DataReport:
         widths, heights: smallest, median and largest image side in pixels.
         sizes: smallest, median and largest square root of an object's area in pixels; zeros without objects.
         num_small, num_medium, num_large: objects below 32^2, below 96^2, and from 96^2 square pixels on.
-        problems: one sentence per thing that was left out or mended.
     """
 
     num_images: int
@@ -45,7 +44,6 @@ class DataReport:
     num_small: int
     num_medium: int
     num_large: int
-    problems: tuple[str, ...]
 
 
 def report(annotations: Annotations) -> DataReport:
@@ -74,7 +72,6 @@ def report(annotations: Annotations) -> DataReport:
         num_small=int((areas < SMALL).sum()),
         num_medium=int(((areas >= SMALL) & (areas < MEDIUM)).sum()),
         num_large=int((areas >= MEDIUM).sum()),
-        problems=annotations.dropped,
     )
 
 

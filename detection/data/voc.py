@@ -8,12 +8,12 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
-from detection.data.image_files import EXTENSIONS, is_image, size_as_stored
+from detection.data.image_files import EXTENSIONS, is_image, size_as_stored, visible_files
 from detection.data.records import (
     Annotations,
     RawObject,
@@ -27,11 +27,14 @@ from detection.data.records import (
     image_left_out,
     is_true,
     outside_of,
+    require_file,
     require_folder,
 )
-from detection.data.voc_folders import find_split
+from detection.files import require_text
 from detection.text import plural
 
+IMAGES = ("images", "jpegimages", "image", "imgs", "img")
+SOURCES = ("annotations", "annotation", "xmls", "xml", "labels")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 HEADER = {"folder", "filename", "path", "source", "owner", "size", "segmented"}  # what a file has beside objects
 DECLARATION = re.compile(rb"^\s*<\?xml[^>]*?encoding\s*=\s*[\"']([A-Za-z0-9._-]+)[\"'][^>]*\?>")
@@ -131,8 +134,9 @@ def _read_file(image_id: int, place: Path, source: Path, images_by_stem: Listing
     if size is None:
         dropped.append(f"{source}: no image size, and {image.name} has no readable header; {left_out}")
         return None
-    others = set() if objects else _unknown(tree)
-    if others:
+    tags = {element.tag for top in (tree, *tree.iter("annotation")) for element in top}
+    others = tags - HEADER - {"annotation"}
+    if others and not objects:
         dropped.append(
             f"{source}: no object in it that is understood, but {few(sorted(others))}; expected object with name and "
             "bndbox. The image counts as one without objects"
@@ -155,24 +159,13 @@ def parse_xml(path: Path) -> ElementTree.Element:
     try:
         tree = ElementTree.fromstring(content)
     except ElementTree.ParseError:
-        if (
-            not declared
-            and not content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            and not _is_utf8(content)
-        ):
+        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        if not declared and not utf16 and content.decode(errors="ignore").encode() != content:
             raise ValueError("not in UTF-8, and its first line declares no other encoding") from None
         raise
     for element in tree.iter():
         element.tag = element.tag.rpartition("}")[2].lower()
     return tree
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _text(tree: ElementTree.Element, path: str) -> str:
@@ -184,11 +177,6 @@ def _object(item: ElementTree.Element) -> VocObject:
     # Its own boxes: those of its parts, such as hands, stand a level lower.
     boxes = [[box.findtext(corner, "").strip() for corner in CORNERS] for box in item.findall("bndbox")]
     return VocObject(item.findtext("name", "").strip(), is_true(item.findtext("difficult")), boxes)
-
-
-def _unknown(tree: ElementTree.Element) -> set[str]:
-    """Names of the elements that stand beside the header."""
-    return {element.tag for top in (tree, *tree.iter("annotation")) for element in top} - HEADER - {"annotation"}
 
 
 def _images_by_stem(folder: Path) -> dict[str, list[Path]]:
@@ -255,3 +243,92 @@ def _build(file: VocFile, categories: tuple[str, ...], dropped: list[str]) -> Re
             objects += [RawObject(what, box, label, item.difficult) for box in item.boxes]
     source, image = file.source, file.image
     return build_record(image, file.image_id, *file.size, objects, layout="voc", source=source, dropped=dropped)
+
+
+# Places
+
+
+class VocSplit(NamedTuple):
+    """A split.
+
+    Attributes:
+        images, sources: folders of the images and of the XML files.
+        keys: names in them without suffix, one per image.
+        listing: the file or folder that has the names, for messages.
+    """
+
+    images: Path
+    sources: Path
+    keys: list[str]
+    listing: Path
+
+
+def find_split(root: Path, split: str, dropped: list[str]) -> VocSplit:
+    """Return the place of a split.
+
+    Args:
+        root: folder that splits start from.
+        split: FOLDER/NAME of a devkit, root/FOLDER/ImageSets/Main/NAME.txt; or a folder with images and XML files, in
+            it or in folders such as images and annotations; or NAME with images/NAME and annotations/NAME; or a list
+            of names, root/FOLDER/NAME.txt, beside such folders.
+        dropped: receives a sentence about images without an XML file, which are not used.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing.
+    """
+    folder, _, name = split.rpartition("/")
+    base = root / folder
+    if not (base / "ImageSets").is_dir():
+        place = root / split
+        if place.is_file() and place.suffix.lower() == ".txt":
+            pair = flat_pair(base) or flat_pair(root)
+            if pair is not None:
+                return VocSplit(*pair, [_key(line, pair[1]) for line in _names(place)], place)
+        pair = flat_pair(place) or flat_pair(root, split)
+        if pair is not None:
+            return _flat(*pair, dropped)
+    listing = base / "ImageSets" / "Main" / f"{name}.txt"
+    images = require_folder(base / "JPEGImages", f"the images of split {split!r}")
+    sources = require_folder(base / "Annotations", f"the XML files of split {split!r}")
+    require_file(listing, f"the image names of split {split!r}, one per line")
+    return VocSplit(images, sources, _names(listing), listing)
+
+
+def flat_pair(folder: Path, split: str = "") -> tuple[Path, Path] | None:
+    """Return a folder's folders of images and XML files, which may be itself; None without any XML file.
+
+    Args:
+        folder: which.
+        split: folder of that name within both.
+    """
+    inside = {path.name.lower(): path for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+    found = [next((inside[name] / split for name in names if name in inside), None) for names in (IMAGES, SOURCES)]
+    images, sources = found
+    both = images is not None and sources is not None and images.is_dir() and sources.is_dir()
+    if both and has_xml(visible_files(sources)):
+        return images, sources
+    return (folder, folder) if not split and has_xml(inside.values()) else None
+
+
+def has_xml(paths: Iterable[Path]) -> bool:
+    """Return whether an XML file is among some files."""
+    return any(path.suffix == ".xml" for path in paths)
+
+
+def _flat(images: Path, sources: Path, dropped: list[str]) -> VocSplit:
+    names = {path.relative_to(sources).with_suffix("") for path in visible_files(sources) if path.suffix == ".xml"}
+    pictures = filter(is_image, visible_files(images))
+    alone = sorted(path for path in pictures if path.relative_to(images).with_suffix("") not in names)
+    if alone:
+        dropped.append(f"{sources}: no XML file for {plural(len(alone), 'image')}, the first: {alone[0]}; not used")
+    return VocSplit(images, sources, sorted(name.as_posix() for name in names), sources)
+
+
+def _names(listing: Path) -> list[str]:
+    return list(filter(None, map(str.strip, require_text(listing).splitlines())))
+
+
+def _key(line: str, sources: Path) -> str:
+    """The name of an image in a list, which may have a suffix and a folder in front."""
+    key = line[: -len(PurePosixPath(line).suffix)] if is_image(Path(line)) else line
+    return key if (sources / f"{key}.xml").is_file() else PurePosixPath(key).name

@@ -77,13 +77,6 @@ def best_overlaps(objects: Objects, strides: Sequence[int], scale: float) -> np.
     return best
 
 
-def finest_stride(config: Recipe) -> int:
-    """Return the pixels per cell of the finest map of a detector; it is built without memory for its weights."""
-    plain = set_values(config, {"model.backbone.weights": None, "data.classes": ["object"]})
-    with torch.device("meta"):
-        return build_detector(plain).backbone.strides[0]
-
-
 def run_warnings(config: Recipe, num_images: int) -> list[str]:
     """Return a sentence for each warm-up that is longer than the run on so many images."""
     train, optimizer, hoyer, found = config.train, config.optimizer, config.hoyer, []
@@ -103,7 +96,9 @@ def run_warnings(config: Recipe, num_images: int) -> list[str]:
 
 def small_objects(config: Recipe, annotations: Annotations) -> list[str]:
     """Return a sentence about objects that are smaller than a cell of the finest map, if there are any."""
-    stride = finest_stride(config)
+    plain = set_values(config, {"model.backbone.weights": None, "data.classes": ["object"]})
+    with torch.device("meta"):  # without memory for weights
+        stride = build_detector(plain).backbone.strides[0]
     min_size, max_size = config.model.min_size[-1], config.model.max_size
     sides = resized(annotations, min_size, max_size).sides
     small = int((sides < stride).sum())

@@ -17,9 +17,10 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from backbones import Backbone, average_so_far, hook_layers, time_steps
-from detection.data import Loader, SeededItems, TrainingBatches, TrainingLoader, evaluation_batches, loader_options
+from detection.data import build_loader
+from detection.data import images as image_data
 from detection.data.image_batches import FolderImages, MemoryBatches, evaluation_transform
-from detection.data.images import ImageFiles, Images, image_format_names, read_image_split
+from detection.data.images import ImageFiles, Images, read_image_split
 from detection.data.pictures import pixels_of, unit
 from detection.models import build_classifier, colours_of
 from detection.records import Evaluation
@@ -51,7 +52,7 @@ class ClassificationTask(Task):
 
     def named(self) -> Iterator[tuple[str, str, list[str]]]:
         yield from super().named()
-        yield "data.format", self.config.data.format, image_format_names()
+        yield "data.format", self.config.data.format, list(image_data.READERS)
 
     def download(self) -> None:
         """Fetch CIFAR when it is read."""
@@ -72,18 +73,18 @@ class ClassificationTask(Task):
                 seed=train.seed,
                 share=share,
             )
-        order = TrainingBatches(len(dataset), train.batch_size, seed=train.seed, share=share)
-        items = SeededItems(FolderImages(dataset, data, train=True))
-        return TrainingLoader(items, batch_sampler=order, **loader_options(data.workers))
+        items = FolderImages(dataset, data, train=True)
+        options = {"batch_size": train.batch_size, "workers": data.workers, "seed": train.seed, "share": share}
+        return build_loader(items, shuffle=True, collate=None, **options)
 
     def evaluation_batches(self, dataset: Images | ImageFiles, accelerator: Accelerator) -> Iterable[Any]:
         data, batch_size = self.config.data, self.config.train.batch_size
         share = (accelerator.process_index, accelerator.num_processes)
         if isinstance(dataset, Images):
             return MemoryBatches(dataset, accelerator.device, batch_size=batch_size, share=share)
-        batches = evaluation_batches(len(dataset), batch_size, share)
         items = FolderImages(dataset, data, train=False)
-        return Loader(items, batch_sampler=batches, **loader_options(data.workers))
+        options = {"batch_size": batch_size, "workers": data.workers, "share": share}
+        return build_loader(items, shuffle=False, collate=None, **options)
 
     def example(self) -> Tensor:
         return torch.rand(1, self.config.data.channels, self.config.data.size, self.config.data.size)

@@ -16,9 +16,8 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from backbones import Backbone
-from detection.data import DetectionDataset, build_loader, build_mixture, build_transform, read_split
+from detection.data import DetectionDataset, build_loader, build_mixture, build_transform, formats, read_split
 from detection.data.download import download
-from detection.data.formats import format_names
 from detection.data.pictures import pixels_of, unit
 from detection.data.report import DataReport, report, shared_images
 from detection.evaluation import CocoEvaluator, Detections, import_backend, mean_average_precision, precision_recall
@@ -60,7 +59,6 @@ class DetectionTask(Task):
     best_by = "AP"
     score = "Average precision"
     words = {"AP50_11point": "VOC AP50 (11 points)", "AP50_area": "VOC AP50 (area)"}  # noqa: RUF012
-    num_calibration = 64
     prediction_layers = PREDICTION_LAYERS
     windows = True
 
@@ -71,7 +69,7 @@ class DetectionTask(Task):
 
     def named(self) -> Iterator[tuple[str, str, list[str]]]:
         yield from super().named()
-        yield "data.format", self.config.data.format, format_names()
+        yield "data.format", self.config.data.format, list(formats.READERS)
 
     def describe(self) -> str:
         model = self.config.model

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from detection.config import Recipe, parse_recipe
 from detection.config.yaml_files import flow_yaml
 from detection.data.records import Annotations
 from detection.tasks.checks import PADDED, Objects, best_overlaps, resized
@@ -166,18 +165,6 @@ def _train(batch: int, epochs: int, steps: int) -> dict[str, Any]:
     values = {"epochs": epochs, "batch_size": batch, "eval_every": max(1, epochs // 20), "precision": "auto"}
     decay = 0.99 if steps <= 5000 else 0.998
     return values | {"channels_last": True, "ema_decay": decay}
-
-
-def as_recipe(choices: Sequence[Choice], source: str) -> Recipe:
-    """Return the recipe that some choices make; `source` is its file, for errors."""
-    tree: dict[str, Any] = {}
-    for choice in choices:
-        *sections, last = choice.key.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = choice.value
-    return parse_recipe(tree, source)
 
 
 def as_yaml(choices: Sequence[Choice], path: Path, folder: Path) -> str:

@@ -209,7 +209,7 @@ def prepare_model(task: Task, model: nn.Module, accelerator: Accelerator) -> tup
     config, losses = task.config, task.losses
     model = synchronise(model, spikes=config.hoyer.sync, batch_norm=config.train.sync_batchnorm)
     if config.distillation.teacher is not None:
-        losses = learn_from(load_teacher(task), model, task, accelerator)
+        losses = learn_from(load_model(find_teacher(task)), model, task, accelerator)
     if config.train.channels_last:  # of the weights; the feature maps follow them
         model.to(memory_format=torch.channels_last)
     if accelerator.device.type == "cpu" and accelerator.mixed_precision != "no":
@@ -235,11 +235,6 @@ def build_model(task: Task) -> nn.Module:
             f"the network of this recipe does not fit into the memory ({reason}); a smaller model.backbone.width or "
             "narrower neck and head may"
         ) from None
-
-
-def load_teacher(task: Task) -> nn.Module:
-    """Return the network of distillation.teacher with its last weights, in evaluation mode; see `find_teacher`."""
-    return load_model(find_teacher(task))
 
 
 def find_teacher(task: Task) -> Run:

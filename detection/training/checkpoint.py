@@ -73,22 +73,13 @@ class Progress:
 
 
 @dataclass(config=CHECKED)
-class ProcessState:
-    """The part of the state that each process has for itself: `random_states`, and `sums` and `num_images` so far."""
-
-    random: dict[str, Any]
-    sums: dict[str, Tensor]
-    num_images: int
-
-
-@dataclass(config=CHECKED)
 class Checkpoint:
     """The state of a training on disk.
 
     Attributes:
         recipe: flat, see `detection.config.flatten`.
         progress: of the main process, without `sums` and `num_images`.
-        processes: a `ProcessState` of each process.
+        processes: `random_states`, and `sums` and `num_images` so far, of each process.
         network: its state dict.
         average: state dict of the averaged weights, None without.
         optimizer, schedule, scaler: their state dicts; no scaler but for fp16.
@@ -186,7 +177,7 @@ def resume(trainer: Trainer) -> None:
             "exact continuation needs as many"
         )
     try:
-        _take_over(trainer, state, ProcessState(**state.processes[accelerator.process_index]))
+        _take_over(trainer, state, state.processes[accelerator.process_index])
     except MISFITS as error:
         raise ValueError(
             f"{folder / FILE} does not fit the network of {folder / 'config.yaml'}: {' '.join(str(error).split())}"
@@ -211,7 +202,7 @@ def extend(trainer: Trainer) -> None:
     save(trainer, random_states())
 
 
-def _take_over(trainer: Trainer, state: Checkpoint, own: ProcessState) -> None:
+def _take_over(trainer: Trainer, state: Checkpoint, own: dict[str, Any]) -> None:
     trainer.network.load_state_dict(state.network)
     if trainer.average:
         trainer.average.load_state_dict(state.average)
@@ -224,9 +215,9 @@ def _take_over(trainer: Trainer, state: Checkpoint, own: ProcessState) -> None:
     trainer.schedule.load_state_dict(state.schedule)
     if trainer.accelerator.scaler:
         trainer.accelerator.scaler.load_state_dict(state.scaler)
-    sums = {name: value.to(trainer.accelerator.device) for name, value in own.sums.items()}
-    trainer.progress = Progress(**state.progress, sums=sums, num_images=own.num_images)
-    set_random_states(own.random)
+    sums = {name: value.to(trainer.accelerator.device) for name, value in own["sums"].items()}
+    trainer.progress = Progress(**state.progress, sums=sums, num_images=own["num_images"])
+    set_random_states(own["random"])
 
 
 def random_states() -> dict[str, Any]:

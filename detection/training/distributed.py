@@ -40,10 +40,9 @@ def synchronise(model: nn.Module, *, spikes: bool, batch_norm: bool) -> nn.Modul
         return model
     if torch.cuda.is_available():
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
-                setattr(module, name, SyncBatchNorm.of(child))
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm
     return model
 
 
@@ -63,15 +62,6 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     Shape: (N, C, H, W) -> (N, C, H, W).
     """
-
-    @classmethod
-    def of(cls, layer: nn.BatchNorm2d) -> SyncBatchNorm:
-        """A layer with the parameters and buffers of `layer`, not copies of them."""
-        new = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
-        for name in ("weight", "bias"):
-            setattr(new, name, getattr(layer, name))
-        new._buffers.update(layer._buffers)
-        return new.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
@@ -101,8 +91,4 @@ class _Sum(torch.autograd.Function):
         dist.all_reduce(total)
         return total
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
+    backward = forward

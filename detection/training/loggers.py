@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import importlib.util
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker, on_main_process
 
 from detection.config import Recipe, flatten
-from detection.files import write_whole
+from detection.files import write_csv
 from detection.records import EpochLog
 from detection.runs import Run
 from detection.training.callbacks import Callback
@@ -48,11 +47,8 @@ class CsvTracker(GeneralTracker):
             with self.path.open(encoding="utf-8", newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < step]
         rows.append({"epoch": step, **values})
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(self.path, text.getvalue().encode())
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        write_csv(self.path, columns, ([row.get(key) for key in columns] for row in rows))
 
 
 class OnceMLflow(MLflowTracker):

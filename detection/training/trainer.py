@@ -6,8 +6,8 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -32,21 +32,11 @@ from detection.training.parts import describe_parts, factors_of, freeze
 from detection.training.precision import require_finite
 from detection.training.signals import CallbackError, Interrupted, SaveClock, Screen, StopSignals
 
+if TYPE_CHECKING:
+    from detection.tasks.base import Task
+
 Losses = Callable[[nn.Module, Any], dict[str, Tensor]]
 Evaluate = Callable[[nn.Module], Evaluation]
-
-
-class Goal(Protocol):
-    """The part of a task that the trainer needs, see `detection.tasks.base.Task`."""
-
-    best_by: str
-    headline: tuple[str, ...]
-    prediction_layers: tuple[str, ...]
-    parts: Mapping[str, tuple[str, ...]]
-
-    def describe_batch(self, batch: Any) -> str: ...
-
-    def is_at_chance(self, metrics: Mapping[str, float]) -> bool: ...
 
 
 class SingleValueError(ValueError):
@@ -83,7 +73,7 @@ class Trainer:
         *,
         losses: Losses,
         evaluate: Evaluate,
-        goal: Goal,
+        goal: Task,
         config: Recipe,
         run: Run,
         accelerator: Accelerator,

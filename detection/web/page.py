@@ -10,9 +10,9 @@ from typing import Any
 import gradio as gr
 
 from detection.cli.common import explain
-from detection.cli.sources import VIDEO_EXTENSIONS
 from detection.files import EVENT_SUFFIXES, is_recording
 from detection.robustness import SEVERITIES, UNITS
+from detection.sources import VIDEO_EXTENSIONS
 from detection.web.answers import LOWEST, NOISES, Network
 from detection.web.sources import Source
 from detection.web.tables import costs, sentence, summary

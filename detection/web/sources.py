@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from detection.cli.film import open_capture, read_frames
-from detection.cli.sources import VIDEO_EXTENSIONS
 from detection.data.events import draw_recordings
 from detection.data.image_files import open_image
 from detection.data.pictures import pixels_of
 from detection.data.synthetic import draw_scene
 from detection.files import EVENT_SUFFIXES, is_recording
 from detection.predict import Predictor, pictures_of, read_picture
+from detection.sources import VIDEO_EXTENSIONS
 from detection.tasks.base import Task
 from detection.tasks.run import make_accelerator, read_evaluation_data
 
