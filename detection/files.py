@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
@@ -20,11 +21,6 @@ from typing import Any, BinaryIO
 
 EVENT_SUFFIXES = (".dat", ".bin", ".aedat")  # of recordings of events
 NETWORK_SUFFIXES = (".onnx", ".pt2", ".events", ".nir")  # of exported networks
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: there, nothing is locked
-    fcntl = None
 
 PART = ".part"  # ends the name of a file that is being written
 PROBE = ".writable."  # begins the name of a file that is there for a moment, on file systems where it needs one
@@ -201,7 +197,7 @@ def lock_folder(folder: Path) -> bool:
     path = folder.resolve() / LOCK
     if path in _HELD:
         raise BlockingIOError(f"{folder}: this process is writing into it already")
-    while fcntl is not None:
+    while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -225,13 +221,12 @@ def lock_folder(folder: Path) -> bool:
                 os.write(file, json.dumps(about).encode())
                 return True
         os.close(file)
-    return False
 
 
 def require_no_writer(folder: Path) -> None:
     """Raise BlockingIOError, which says who, if another process has the right to write into a folder."""
     path = folder.resolve() / LOCK
-    if fcntl is None or path in _HELD or not path.is_file():
+    if path in _HELD or not path.is_file():
         return
     with path.open("rb+") as file:
         try:
