@@ -37,7 +37,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def shorten(value: object, length: int = 80) -> str:
-    """Return the repr of a value, its middle left out where it is longer."""
+    """Return the repr of a value, its end left out where it is longer."""
     text = repr(value)
     return text if len(text) <= length else f"{text[: length - 4]} ..."
 

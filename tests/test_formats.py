@@ -562,9 +562,10 @@ def test_train_by_the_recipe_of_init(tmp_path, capsys, monkeypatch):
         for i in range(6)
     }
     write_csv(tmp_path / "set", {"train": [Picture(*each) for each in signs.items()]})
-    main(["init", "set", "--data.val_fraction", "0.34", "--data.workers", "0"])
+    main(["init", "set", "--data.val_fraction", "0.34", "--data.workers", "0", "--data.augment.vflip", "0.5"])
     recipe = read_recipe("recipe.yaml")
     assert recipe.data.val_fraction == 0.34 and recipe.data.workers == 0 and recipe.data.augment.hflip == 0
+    assert recipe.data.augment.vflip == 0.5 and recipe.data.augment.crop > 0
     assert recipe.model.backbone.weights == "zoo:bccd_retinanet_resnet18"
     out = capsys.readouterr().out
     assert "no mirror images: left, right would become something else" in out
@@ -575,7 +576,7 @@ def test_train_by_the_recipe_of_init(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     main(["check-data", "recipe.yaml", "--train.epochs", "1", "--model.min_size", "12", "--model.max_size", "16"])
     out = capsys.readouterr().out
-    assert "optimizer.warmup_steps 80: the whole run has 4 steps, so that the learning rate never" in out
+    assert "optimizer.warmup_steps 80: the whole run has 4 steps, and the warm-up is half of them, 2" in out
     assert "8 of 8 objects are smaller than a cell of the finest level, 8 pixels, in images of 12 pixels" in out
     with pytest.raises(SystemExit):
         main(["init", "set", "--out", "other.yaml", "--train.epochs", "3"])

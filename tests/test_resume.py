@@ -14,7 +14,7 @@ import yaml
 from helpers import log_lines, run_tool, start, tool, wait_until
 from torch.utils.data import Dataset
 
-from detection.config import flatten, require_same
+from detection.config import flatten, require_same, set_values
 from detection.data.loaders import Loader, LoaderError, loader_options
 from detection.runs import Run
 from detection.tasks.classification import ClassificationTask
@@ -354,3 +354,5 @@ def test_recipes_are_compared_key_by_key():
     )
     with pytest.raises(ValueError, match=r"here: trained with train.seed 9, wanted is 0"):
         require_same(values | {"train.seed": 9}, config, "here")
+    with pytest.raises(ValueError, match=r"here: trained with model.backbone.options \{\}"):
+        require_same(values, set_values(config, {"model.backbone.options": {"at": 0.9}}), "here")

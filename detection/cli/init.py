@@ -35,8 +35,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     task = task_of(config)
     train = task.read("train")
     val = task.with_classes(train.classes).read("val")
-    plain = config.data.model_dump(mode="json", exclude={"classes", "augment"})
-    values = {key: plain[key] for key in layout.values if key in plain}
+    plain, values = config.data.model_dump(mode="json"), {}
+    for key in layout.values:
+        section, _, inner = key.partition(".")
+        if inner:
+            values.setdefault(section, {})[inner] = plain[section][inner]
+        elif key != "classes":
+            values[key] = plain[key]
     choices = propose(values, train.annotations, "; ".join(layout.saw))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(options.out, as_yaml(choices, options.out, options.folder).encode())

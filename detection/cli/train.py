@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         if os.environ.get("WORLD_SIZE", "1") != "1":  # whose connection ends with the first training
             raise ValueError(f"{folder}: not finished; several processes go on with --resume first, then with --extend")
         say(f"{folder}: not finished; first to its end, then {plural(options.extend, 'epoch')} more")
-        train_run(config, folder, command_line(), resume=True)
+        train_run(config, folder, command_line(), download=options.download, resume=True)
     line = train_run(config, folder, command_line(), download=options.download, resume=bool(options.resume), **extend)
     if not PartialState().is_main_process:  # of several, one tells
         return

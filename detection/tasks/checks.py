@@ -81,10 +81,10 @@ def run_warnings(config: Recipe, num_images: int) -> list[str]:
     """Return a sentence for each warm-up that is longer than the run on so many images."""
     train, optimizer, hoyer, found = config.train, config.optimizer, config.hoyer, []
     steps = math.ceil(math.ceil(num_images / train.batch_size) / train.accumulate) * train.epochs
-    if optimizer.warmup_steps >= steps:
+    if optimizer.warmup_steps > steps // 2:
         found.append(
-            f"optimizer.warmup_steps {optimizer.warmup_steps}: the whole run has {plural(steps, 'step')}, so that the "
-            "learning rate never reaches its peak"
+            f"optimizer.warmup_steps {optimizer.warmup_steps}: the whole run has {plural(steps, 'step')}, and the "
+            f"warm-up is half of them, {steps // 2}"
         )
     if hoyer.weight and hoyer.warmup_epochs >= train.epochs:
         found.append(

@@ -357,7 +357,7 @@ class DetectionTask(Task):
         config = self.config.model
         if config.detector == "ssd":
             return config.max_size, config.max_size
-        height, width = (math.ceil(side / PADDED) * PADDED for side in (max(config.min_size), config.max_size))
+        height, width = (math.ceil(side / PADDED) * PADDED for side in (config.min_size[-1], config.max_size))
         return height, width
 
     def backbone_of(self, model: nn.Module) -> Backbone:

@@ -45,7 +45,8 @@ def propose(data: Mapping[str, Any], train: Annotations, saw: str) -> list[Choic
     It is made as `bccd_retinanet_resnet18_fast`: a RetinaNet on a spiking ResNet18, sized for hours on two CPU cores.
 
     Args:
-        data: keys of the recipe's section `data` by which the set is read, `augment` and `classes` not among them.
+        data: keys of the recipe's section `data` by which the set is read, but `classes`; those of `augment`
+            take the place of what is proposed.
         train: its training images.
         saw: how the format was recognised.
 
@@ -69,7 +70,8 @@ def propose(data: Mapping[str, Any], train: Annotations, saw: str) -> list[Choic
         backbone |= {"width": 1.0, "shortcut": "real", "norm_first": True}
         origin = f"of full width and from scratch, for {number} images; half is four times cheaper"
     neck = {"source": "spikes", "levels": levels, "extra_levels": extra, "out_channels": 128}
-    others = [key for key in data if key not in ("format", "root")]
+    others = [key for key in data if key not in ("format", "root", "augment")]
+    augment, mirrored = _augment(train.categories)
     return [
         Choice("model.detector", "retinanet", "one stage; spikes up to the last layer with --model.neck.spiking True "
                "--model.head.spiking True"),
@@ -83,7 +85,7 @@ def propose(data: Mapping[str, Any], train: Annotations, saw: str) -> list[Choic
         Choice("data.root", data["root"], ""),
         *(Choice(f"data.{key}", data[key], SPLIT_REASON if key == "val_fraction" else "") for key in others),
         Choice("data.classes", list(train.categories), "label 1 first"),
-        Choice("data.augment", *_augment(train.categories)),
+        Choice("data.augment", augment | data.get("augment", {}), mirrored),
         Choice("hoyer", {"weight": 0.03, "reduction": "network", "warmup_epochs": min(4, epochs // 10)},
                "pulls every neuron alike; warm-up, or it would silence the network: a tenth of the epochs, at most 4"),
         Choice("optimizer", _optimizer(steps), f"Muon learns in few epochs; warm-up over a tenth of the {steps} steps, "
