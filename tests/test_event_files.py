@@ -367,7 +367,8 @@ def test_recordings_by_class(tmp_path):
     (tmp_path / "ant").mkdir()
     for number in range(5):
         write(tmp_path / "ant" / f"{number}.bin", b"")
-    write(tmp_path / "cat" / "notes.txt", b"")
+    for name in ("notes.txt", "._cat_0.aedat"):  # the latter beside each file of a Mac's archive
+        write(tmp_path / "cat" / name, b"")
     files, classes = list_recordings(tmp_path, "", train=True, train_share=0.6)
     assert classes == ("ant", "cat")
     assert [(path.stem, label) for path, label in files if label] == [("cat_0", 1), ("cat_1", 1), ("cat_2", 1)]

@@ -152,7 +152,7 @@ def list_recordings(
     names = tuple(classes) or tuple(found)
     files: list[tuple[Path, int]] = []
     for label, name in enumerate(names):
-        paths = [path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES]
+        paths = [path for path in (folder / name).glob("[!.]*") if path.suffix.lower() in SUFFIXES]
         paths.sort(key=lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)])
         if not paths:
             raise ValueError(f"{folder / name}: no recordings in it (allowed: {', '.join(SUFFIXES)})")

@@ -80,7 +80,7 @@ def read_recordings(
         if number > 1:
             dropped.append(f"{root / folder}: named {number} times; used once")
         require_folder(root / folder, f"recordings NAME{EVENTS_END} with NAME{BOXES_END} beside them")
-        paths = sorted((root / folder).glob(f"*{EVENTS_END}"))
+        paths = sorted((root / folder).glob(f"[!.]*{EVENTS_END}"))
         if not paths:
             raise ValueError(f"{root / folder}: no recordings in it; expected NAME{EVENTS_END} and NAME{BOXES_END}")
         for path in paths:
