@@ -271,12 +271,9 @@ class HoyerSpike(SpikeLayer):
             spikes, penalty = fused_layer(u, *state, self.momentum, self.fixed, self.window)
             self.add_penalty(penalty, u.numel())
             return spikes
-        v = self.v_th.abs().clamp_min(LEAST).to(u.dtype)
-        v = self.broadcast(v, u)
+        v = self._threshold_for(u)
         if not self.training:
-            z = u / v
-            threshold = 1.0 if self.fixed else self.broadcast(self.extremum.to(z.dtype), z)
-            return spike(z, threshold, self.fire, self.window)
+            return spike(u / v, self._spread(self.extremum, u), self.fire, self.window)
         with torch.no_grad():
             z = u / v
             c = F.hardtanh(wide := widen(z), 0.0, 1.0, inplace=wide is not z)
@@ -310,6 +307,12 @@ class HoyerSpike(SpikeLayer):
     def fire(self, z: Tensor, threshold: Tensor | float) -> Tensor:
         """Return the spikes at a normalised potential, in its shape and dtype."""
         return fire(z, threshold)
+
+    def _threshold_for(self, u: Tensor) -> Tensor:
+        return self.broadcast(self.v_th.abs().clamp_min(LEAST).to(u.dtype), u)
+
+    def _spread(self, value: Tensor, u: Tensor) -> Tensor | float:
+        return 1.0 if self.fixed else self.broadcast(value.to(u.dtype), u)
 
     @property
     def threshold(self) -> Tensor:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .hoyer import LEAST, HoyerSpike, extremum, moments, regulariser, spike, track_
+from .hoyer import HoyerSpike, extremum, moments, regulariser, spike, track_
 from .spiking import spike_layers
 
 Reset = Literal["subtract", "zero"]
@@ -198,12 +198,6 @@ class MultiStepSpike(HoyerSpike):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, time_steps={self.time_steps}, reset={self.reset}"
-
-    def _threshold_for(self, u: Tensor) -> Tensor:
-        return self.broadcast(self.v_th.abs().clamp_min(LEAST).to(u.dtype), u)
-
-    def _spread(self, value: Tensor, u: Tensor) -> Tensor | float:
-        return 1.0 if self.fixed else self.broadcast(value.to(u.dtype), u)
 
     @torch.no_grad()
     def _find_extremum(self, u: Tensor, v: Tensor) -> Tensor:

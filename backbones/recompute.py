@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,26 +87,22 @@ class _Operation:
         return result
 
 
-class _Output:
+class _Output(NamedTuple):
     """A tensor as the output of an operation, number `index` where it has several."""
 
-    __slots__ = ("index", "operation")
-
-    def __init__(self, operation: _Operation, index: int | None) -> None:
-        self.operation, self.index = operation, index
+    operation: _Operation
+    index: int | None
 
     def compute(self) -> Tensor:
         result = self.operation.compute()
         return result if self.index is None else result[self.index]
 
 
-class _Source:
-    """A tensor that is there anyway, such as a convolution's output or a weight."""
+class _Source(NamedTuple):
+    """A tensor that is there anyway, such as a convolution's output or a weight, as of a version."""
 
-    __slots__ = ("tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.version = tensor, tensor._version
+    tensor: Tensor
+    version: int
 
     def compute(self) -> Tensor:
         if self.tensor._version != self.version:
@@ -178,7 +174,7 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(part, Tensor):
             return part
         output = self._find(part)
-        return _Source(part) if output is None else output
+        return _Source(part, part._version) if output is None else output
 
     def _find(self, tensor: Tensor) -> _Output | None:
         if tensor.layout != torch.strided:

@@ -48,7 +48,6 @@ from typing import Any
 
 from .operations import Measurement, WeightedLayer
 
-SPIKING = ("spiking", "spiking_int8", "binary")  # there only for a network with spike layers
 SKIPPING = ("spiking", "spiking_int8")  # zeros; the only ones of several steps
 TWINS = ("twin", "twin_int8")
 NETWORKS = ("spiking", "spiking_int8", "twin", "twin_int8", "binary")

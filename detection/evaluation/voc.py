@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
+from torchvision.ops import box_convert, box_iou
 
 from detection.evaluation.coco import Detections, category_names, mean_defined, sorted_ids
 
@@ -136,8 +138,5 @@ def _match(boxes: Mapping[int, Sequence[Sequence[float]]], found: Detections, io
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(N, M) intersection over union of (N, 4) and (M, 4) x y w h; 0 where both boxes have no area."""
     # Every length is taken from corners: with w * h for an area, rounding would make the IoU of equal boxes miss 1.
-    low, high = np.maximum(a[:, None, :2], b[:, :2]), np.minimum((a[:, :2] + a[:, 2:])[:, None], b[:, :2] + b[:, 2:])
-    intersection = np.maximum(high - low, 0).prod(-1)
-    area_a, area_b = (((box[:, :2] + box[:, 2:]) - box[:, :2]).prod(-1) for box in (a, b))
-    union = area_a[:, None] + area_b - intersection
-    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+    corners = (box_convert(torch.from_numpy(boxes), "xywh", "xyxy") for boxes in (a, b))
+    return box_iou(*corners).nan_to_num(0.0).numpy()

@@ -33,13 +33,6 @@ def open_session(model: bytes, level: Any, threads: int = 0) -> Any:
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def leaves(value: Any) -> list[Tensor]:
-    """Return the tensors of a network's output, in its order."""
-    if isinstance(value, Tensor):
-        return [value]
-    return list(value.values() if isinstance(value, dict) else value)
-
-
 def difference_of(ours: Tensor, theirs: Tensor, name: str) -> float:
     """Return the largest difference over the largest absolute value.
 

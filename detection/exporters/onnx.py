@@ -133,11 +133,6 @@ class _OnnxWriter:
             self.casts[name] = self._cast(name, "FLOAT", f"{name}_float")
         return self.casts[name]
 
-    def _uint8(self, node: fx.Node) -> str:
-        if self.names[node] not in self.spikes:
-            raise ValueError(f"{node.name} gives no spikes")
-        return self.names[node]
-
     # Operations: each gives the node's value the node's name
 
     def _module(self, node: fx.Node) -> None:
@@ -182,10 +177,8 @@ class _OnnxWriter:
         flat = isinstance(source, (nn.Linear, nn.Flatten)) or (isinstance(source, IntegerReal) and source.conv is None)
         dim = 2 if flat else 4
         if layer.has_falling:
-            turn = self._constant(channels_first(layer.sign, dim), f"{out}.sign")
-            x = self._emit("Mul", [x, turn], f"{out}_turned")
-        level = self._constant(channels_first(layer.threshold, dim), f"{out}.threshold")
-        fires = self._emit("GreaterOrEqual", [x, level], f"{out}_fires")
+            x = self._emit("Mul", [x, self._of(node, "sign", dim=dim)], f"{out}_turned")
+        fires = self._emit("GreaterOrEqual", [x, self._of(node, "threshold", dim=dim)], f"{out}_fires")
         if any(_takes_uint8(self.network, user) for user in node.users):
             self.spikes.add(self._cast(fires, "UINT8", out))
         else:
@@ -194,7 +187,7 @@ class _OnnxWriter:
     def _sums(self, node: fx.Node, layer: IntegerLayer, out: str) -> str:
         """Emit the sums of a linear layer over spikes, int32."""
         weight = self._of(node, "weight", layer.weight.t().contiguous())
-        return self._emit("MatMulInteger", [self._uint8(node.args[0]), weight], f"{out}_sum")
+        return self._emit("MatMulInteger", [self.names[node.args[0]], weight], f"{out}_sum")
 
     def _qlinear(
         self, node: fx.Node, layer: IntegerLayer, gain: Tensor, zero_point: int, bias: Tensor, out: str
@@ -206,7 +199,7 @@ class _OnnxWriter:
             zero = self._of(node, "zero_point")
             entering = self._emit("QuantizeLinear", [self._float(x), self._of(node, "step"), zero], f"{out}_entering")
         else:
-            entering = self._uint8(x)
+            entering = self.names[x]
         weights = [self._of(node, "weight"), self._of(node, "gain", gain), self._constant(no_gain, "zeros_int8")]
         levels = [one, self._scalar(zero_point, np.uint8), self._of(node, "bias", bias)]
         return self._emit("QLinearConv", [entering, one, zero, *weights, *levels], out, **_conv_attributes(layer.conv))

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from backbones.deploy.fold import ChannelThreshold, channels_first, module_of
 from backbones.deploy.integer import IntegerSpikes, QuantisedReal
-from detection.exporters.common import ParityError, difference_of, import_extra, leaves, open_session
+from detection.exporters.common import ParityError, difference_of, import_extra, open_session
 from detection.exporters.nir import run_nir
 
 
@@ -53,7 +54,7 @@ def check_onnx(model: Any, network: fx.GraphModule, batches: Sequence[Tensor]) -
         results = [torch.from_numpy(value) for value in seen.run(None, entry)]
         spikes = dict(zip((node.name for node in layers), results[len(names) :], strict=True))
         forced = _Forced(network, spikes)
-        expected = leaves(forced.run(images))
+        expected = tree_leaves(forced.run(images))
         report["spikes"] += sum(value.numel() for value in spikes.values())
         report["flipped_by_rounding"] += forced.flipped
         whole = [torch.from_numpy(value) for value in session.run(None, entry)]

@@ -16,13 +16,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from backbones import Backbone, fold, spike_layers, to_integers
 from backbones.deploy.events import Engine, from_bytes, to_bytes, to_program
 from backbones.deploy.fold import require_float
 from backbones.deploy.integer import fix_size
 from detection.exporters.boxes import OUTPUTS, add_boxes, check_boxes
-from detection.exporters.common import ParityError, difference_of, import_extra, leaves
+from detection.exporters.common import ParityError, difference_of, import_extra
 from detection.exporters.inference import METADATA_KEY, evaluate_file
 from detection.exporters.nir import to_nir
 from detection.exporters.onnx import OPSET, to_onnx
@@ -294,11 +295,11 @@ def program_bytes(network: fx.GraphModule, batches: Sequence[Tensor], free: bool
     with torch.no_grad():
         for images in batches:
             try:
-                found = leaves(loaded(images))
+                found = tree_leaves(loaded(images))
             except AssertionError as error:  # one cell on some map, which torch took for impossible
                 reason = f"{images.shape[2]}x{images.shape[3]} pixels and other sizes ({error})"
                 raise ValueError(f"torch.export makes no program for {reason}: give height and width") from None
-            for number, (ours, theirs) in enumerate(zip(leaves(network(images)), found, strict=True)):
+            for number, (ours, theirs) in enumerate(zip(tree_leaves(network(images)), found, strict=True)):
                 difference = difference_of(ours, theirs, f"output {number}")
                 if difference > 1e-3:
                     raise ParityError(f"the program's output {number} differs from the network's by {difference:.2g}")
@@ -321,7 +322,7 @@ def events_bytes(
     numbers = 0
     for images in batches:
         with torch.no_grad():
-            expected = leaves(network(images.contiguous(memory_format=torch.channels_last)))
+            expected = tree_leaves(network(images.contiguous(memory_format=torch.channels_last)))
         for number, (ours, theirs) in enumerate(zip(expected, engine(images), strict=True)):
             if not torch.equal(ours, theirs):
                 difference = difference_of(ours, theirs, f"output {number}")

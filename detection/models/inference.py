@@ -10,6 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
+from torchvision.ops import clip_boxes_to_image
 
 
 @contextmanager
@@ -61,9 +62,7 @@ class AnyShape:
 
 def within(found: dict[str, Tensor], image: Tensor) -> dict[str, Tensor]:
     """Return detections cut off at the border of an image, without those outside of it."""
-    height, width = image.shape[1:]
-    boxes = found["boxes"]
-    boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)
+    boxes = clip_boxes_to_image(found["boxes"], image.shape[1:])
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
     return {name: value[kept] for name, value in (found | {"boxes": boxes}).items()}
 

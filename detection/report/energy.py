@@ -64,11 +64,8 @@ def operations_table(analysis: Mapping[str, Any], networks: list[str], names: Ma
             names[layer["name"]],
             layer["kind"],
             layer["input"] or "never ran",
-            Cell("") if layer["input_activity"] is None else percent(layer["input_activity"]),
-            *(
-                Cell("") if layer[key] is None else Cell(format_count(layer[key]), layer[key])
-                for key in ("exact_macs", "num_synops", "comparisons")
-            ),
+            percent(layer["input_activity"]),
+            *(Cell(format_count(layer[key]), layer[key]) for key in ("exact_macs", "num_synops", "comparisons")),
             *(joule(layer["energy_pj"][name]) for name in networks),
         )
         for layer in analysis["layers"]

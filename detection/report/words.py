@@ -32,25 +32,21 @@ def format_number(value: float | None) -> str:
 
 def format_count(value: float) -> str:
     """Return such as 12.3 M."""
-    value = _rounded(value)
-    for factor, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= factor:
-            return f"{value / factor:.3g}{unit}"
-    return f"{value:.3g}"
+    return _in_units(value, "", " k", " M", " G")
 
 
 def format_energy(picojoule: float) -> str:
     """Return such as 4.56 \N{MICRO SIGN}J."""
-    picojoule = _rounded(picojoule)
-    for factor, unit in ((1e12, "J"), (1e9, "mJ"), (1e6, "\N{MICRO SIGN}J"), (1e3, "nJ")):
-        if abs(picojoule) >= factor:
-            return f"{picojoule / factor:.3g} {unit}"
-    return f"{picojoule:.3g} pJ"
+    return _in_units(picojoule, " pJ", " nJ", " \N{MICRO SIGN}J", " mJ", " J")
 
 
-def _rounded(value: float) -> float:
-    """Round to three digits, which can take a number to the next unit: 999.6 k is 1 M."""
-    return float(f"{value:.3g}")
+def _in_units(value: float, unit: str, *larger: str) -> str:
+    """Return three digits, to which is rounded first: 999.6 k is 1 M."""
+    value = float(f"{value:.3g}")
+    for each in larger:
+        if abs(value) >= 1000:
+            value, unit = value / 1000, each
+    return f"{value:.3g}{unit}"
 
 
 def format_time(seconds: float) -> str:

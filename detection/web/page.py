@@ -16,7 +16,7 @@ from detection.sources import VIDEO_EXTENSIONS
 from detection.web.answers import LOWEST, NOISES, Network
 from detection.web.sources import Source
 from detection.web.tables import costs, sentence, summary
-from detection.web.visits import ALL_STAGES, Visit, Visits
+from detection.web.visits import ALL_STAGES, Tell, Visit, Visits
 
 TITLE = "hoyer-det: networks at work"
 SCORE = 0.3
@@ -30,7 +30,6 @@ Updates = dict[Any, Any]
 # What a visitor gives as the file that it is, for `read_image`, which refuses in a sentence what Gradio would stumble
 # over. Not by a subclass: Gradio writes a .pyi file beside the source of one.
 gr.Image.preprocess = lambda self, payload: None if payload is None else payload.path
-Tell = Callable[[int, int], None]
 Act = Callable[[Visit, Values, Tell], Updates]
 
 

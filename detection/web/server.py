@@ -72,7 +72,10 @@ class Gate:
                 if body is None or not self._names_own_files(body):
                     refusal = (403, "Not a request of this page.")
         if refusal is not None:
-            await _answer(send, *refusal)
+            from starlette.responses import JSONResponse
+
+            status, text = refusal
+            await JSONResponse({"detail": text}, status)(scope, receive, send)
             return
         await self.app(scope, receive if body is None else _replay(body, receive), _with_headers(send))
 
@@ -166,12 +169,6 @@ def _with_headers(send: Any) -> Any:
         await send(message)
 
     return add
-
-
-async def _answer(send: Any, status: int, text: str) -> None:
-    headers = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"detail": text}).encode()})
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -48,12 +48,6 @@ class Bits(NamedTuple):
         flat = self.words.flatten(1)[:, None, None]
         return Bits(flat, flat.shape[3] * 64)
 
-    @property
-    def density(self) -> float:
-        """Share of the neurons that fired."""
-        ones = int((self.words[..., None] >> PLACES & 1).sum())
-        return ones / (self.words[..., 0].numel() * self.channels)
-
 
 def words_of(channels: int) -> int:
     """Return the words of 64 bits that so many channels take."""

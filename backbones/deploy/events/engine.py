@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...weights import checksum
 from . import library
 from .bits import Bits, Comparison, EventLayer, Window, highest, layer_options, mask_of, max_pool, threshold
 from .plan import FOREVER, Maker, Plan, Run, Step
@@ -154,10 +154,6 @@ def _stem(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> ByKernels:
     return run, lambda maker, x: maker.stem(stem, x)
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
-
-
 def _threshold(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> ByKernels:
     (comparison,) = _comparisons(tensors, "level")
     return (
@@ -203,7 +199,7 @@ def _resize_as(x: Tensor, like: Tensor) -> Tensor:
 PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Run | ByKernels]] = {
     "layer": _layer,
     "stem": _stem,
-    "affine": _with_weights(_affine, "scale", "shift"),
+    "affine": _with_weights(lambda x, a, b: x * a.view(-1, 1, 1) + b.view(-1, 1, 1), "scale", "shift"),
     "threshold": _threshold,
     "pool_bits": _pool_bits,
     "highest": lambda attributes, tensors: (lambda *spikes: [highest(*spikes)], Maker.highest),
@@ -239,7 +235,7 @@ def to_bytes(program: Program, description: Mapping[str, Any]) -> bytes:
     tensors = {name: value.contiguous().clone() for name, value in program.tensors.items()}
     text = json.dumps(dict(description))
     metadata = {"format": FORMAT, "version": str(VERSION), "graph": graph, "description": text}
-    return save(tensors, metadata | {"sha256": _checksum(graph, text, tensors)})
+    return save(tensors, metadata | {"sha256": checksum(tensors, f"{graph}\0{text}")})
 
 
 def from_bytes(content: bytes, source: str) -> tuple[Program, dict[str, Any]]:
@@ -269,16 +265,7 @@ def from_bytes(content: bytes, source: str) -> tuple[Program, dict[str, Any]]:
             "export the run again"
         )
     graph, text = metadata.get("graph", ""), metadata.get("description", "")
-    if metadata.get("sha256") != _checksum(graph, text, tensors):
+    if metadata.get("sha256") != checksum(tensors, f"{graph}\0{text}"):
         raise ValueError(f"{source}: damaged, its checksum is not that of its content")
     parts = json.loads(graph)
     return Program(parts["operations"], parts["outputs"], tensors), json.loads(text)
-
-
-def _checksum(graph: str, description: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(graph.encode() + b"\0" + description.encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()

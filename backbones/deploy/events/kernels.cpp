@@ -644,6 +644,20 @@ void highest(const EventHighest &c) {
         }
 }
 
+// Weights [out_channels][channels][kernel_h][kernel_w] in the order of `Tiles`, as many to 32 bits as there is room for.
+template <typename Conv, typename Weight>
+void pack_tiles(const Conv &c, const Tiles &t, const Weight *weight, Weight *into) {
+    constexpr int64_t each = 4 / sizeof(Weight);
+    for (int64_t o = 0; o < c.out_channels; ++o)
+        for (int64_t i = 0; i < c.channels; ++i)
+            for (int64_t ky = 0; ky < c.kernel_h; ++ky)
+                for (int64_t kx = 0; kx < c.kernel_w; ++kx) {
+                    const int64_t place = kx * c.channels + i;
+                    into[((ky * t.steps + place / each) * t.padded + o) * each + place % each] =
+                        weight[((o * c.channels + i) * c.kernel_h + ky) * c.kernel_w + kx];
+                }
+}
+
 }  // namespace
 
 extern "C" {
@@ -705,17 +719,8 @@ int64_t events_packed_dense_bytes(const EventConv *c) {
 }
 
 void events_pack_dense(const EventConv *c, const int8_t *weight, void *packed) {
-    const Tiles t = dense_tiles(*c);
-    int8_t *into = static_cast<int8_t *>(packed);
     std::memset(packed, 0, (size_t)events_packed_dense_bytes(c));
-    for (int64_t o = 0; o < c->out_channels; ++o)
-        for (int64_t i = 0; i < c->channels; ++i)
-            for (int64_t ky = 0; ky < c->kernel_h; ++ky)
-                for (int64_t kx = 0; kx < c->kernel_w; ++kx) {
-                    const int64_t place = kx * c->channels + i;
-                    into[((ky * t.steps + place / 4) * t.padded + o) * 4 + place % 4] =
-                        weight[((o * c->channels + i) * c->kernel_h + ky) * c->kernel_w + kx];
-                }
+    pack_tiles(*c, dense_tiles(*c), weight, static_cast<int8_t *>(packed));
 }
 
 int events_conv(EventConv *layer) {
@@ -728,17 +733,8 @@ int64_t events_packed_stem_bytes(const EventStem *c) {
 }
 
 void events_pack_stem(const EventStem *c, const int16_t *weight, void *packed) {
-    const Stem stem = layout_of(*c);
-    int16_t *into = static_cast<int16_t *>(packed);
     std::memset(packed, 0, (size_t)events_packed_stem_bytes(c));
-    for (int64_t o = 0; o < c->out_channels; ++o)
-        for (int64_t i = 0; i < c->channels; ++i)
-            for (int64_t ky = 0; ky < c->kernel_h; ++ky)
-                for (int64_t kx = 0; kx < c->kernel_w; ++kx) {
-                    const int64_t place = kx * c->channels + i;
-                    into[((ky * stem.tiles.steps + place / 2) * stem.tiles.padded + o) * 2 + place % 2] =
-                        weight[((o * c->channels + i) * c->kernel_h + ky) * c->kernel_w + kx];
-                }
+    pack_tiles(*c, layout_of(*c).tiles, weight, static_cast<int16_t *>(packed));
 }
 
 int events_stem(const EventStem *stem) {

@@ -31,115 +31,90 @@ def _fields(kind: type, names: str) -> tuple[tuple[str, type], ...]:
     return tuple((name, kind) for name in names.split())
 
 
-class EventConv(ctypes.Structure):
-    """`struct EventConv` of kernels.h, in its order."""
-
-    _fields_ = (
-        *_fields(_int64, "images height width channels out_height out_width out_channels kernel_h kernel_w"),
-        *_fields(_int64, "stride_h stride_w pad_h pad_w dilation_h dilation_w groups safe threads beside"),
-        *_fields(_pointer, "packed dense"),
-        ("wants_dense", _int64),
-        ("input", _pointer),
-        ("num_spikes", _int64),
-        *_fields(_pointers, "threshold inverted spikes"),
-        *_fields(_pointer, "scale bias residual real"),
-        *_fields(_pointers, "level sign"),
-    )
+def _structure(name: str, *fields: tuple[str, type]) -> type[ctypes.Structure]:
+    """Return `struct NAME` of kernels.h, with its fields in its order."""
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-class EventStem(ctypes.Structure):
-    """`struct EventStem` of kernels.h, in its order."""
+EventConv = _structure(
+    "EventConv",
+    *_fields(_int64, "images height width channels out_height out_width out_channels kernel_h kernel_w"),
+    *_fields(_int64, "stride_h stride_w pad_h pad_w dilation_h dilation_w groups safe threads beside"),
+    *_fields(_pointer, "packed dense"),
+    ("wants_dense", _int64),
+    ("input", _pointer),
+    ("num_spikes", _int64),
+    *_fields(_pointers, "threshold inverted spikes"),
+    *_fields(_pointer, "scale bias residual real"),
+    *_fields(_pointers, "level sign"),
+)
 
-    _fields_ = (
-        *_fields(_int64, "images height width channels out_height out_width out_channels kernel_h kernel_w"),
-        *_fields(_int64, "stride_h stride_w pad_h pad_w pooled_height pooled_width pool_h pool_w pool_stride_h"),
-        *_fields(_int64, "pool_stride_w pool_pad_h pool_pad_w threads"),
-        *_fields(_pointer, "packed input factor mean std"),
-        *_fields(ctypes.c_float, "step limit"),
-        *_fields(_pointer, "scale bias more_scale more_bias real"),
-        ("num_spikes", _int64),
-        *_fields(_pointers, "level sign spikes"),
-    )
+EventStem = _structure(
+    "EventStem",
+    *_fields(_int64, "images height width channels out_height out_width out_channels kernel_h kernel_w"),
+    *_fields(_int64, "stride_h stride_w pad_h pad_w pooled_height pooled_width pool_h pool_w pool_stride_h"),
+    *_fields(_int64, "pool_stride_w pool_pad_h pool_pad_w threads"),
+    *_fields(_pointer, "packed input factor mean std"),
+    *_fields(ctypes.c_float, "step limit"),
+    *_fields(_pointer, "scale bias more_scale more_bias real"),
+    ("num_spikes", _int64),
+    *_fields(_pointers, "level sign spikes"),
+)
 
+EventThreshold = _structure(
+    "EventThreshold",
+    ("x", _pointer),
+    *_fields(_int64, "pixels channels"),
+    *_fields(_pointer, "level sign spikes"),
+    ("threads", _int64),
+)
 
-class EventThreshold(ctypes.Structure):
-    """`struct EventThreshold` of kernels.h, in its order."""
+EventPool = _structure(
+    "EventPool",
+    ("x", _pointer),
+    *_fields(_int64, "images height width words out_height out_width"),
+    *_fields(_int64, "kernel_h kernel_w stride_h stride_w pad_h pad_w"),
+    *_fields(_pointer, "inverted out"),
+)
 
-    _fields_ = (
-        ("x", _pointer),
-        *_fields(_int64, "pixels channels"),
-        *_fields(_pointer, "level sign spikes"),
-        ("threads", _int64),
-    )
+EventSum = _structure(
+    "EventSum",
+    *_fields(_int64, "images height width channels other_height other_width threads"),
+    *_fields(_pointer, "input other sum"),
+    ("num_spikes", _int64),
+    *_fields(_pointers, "level sign spikes"),
+)
 
+EventHighest = _structure(
+    "EventHighest", *_fields(_int64, "pixels words sets"), ("spikes", _pointers), ("out", _pointer)
+)
 
-class EventPool(ctypes.Structure):
-    """`struct EventPool` of kernels.h, in its order."""
-
-    _fields_ = (
-        ("x", _pointer),
-        *_fields(_int64, "images height width words out_height out_width"),
-        *_fields(_int64, "kernel_h kernel_w stride_h stride_w pad_h pad_w"),
-        *_fields(_pointer, "inverted out"),
-    )
-
-
-class EventSum(ctypes.Structure):
-    """`struct EventSum` of kernels.h, in its order."""
-
-    _fields_ = (
-        *_fields(_int64, "images height width channels other_height other_width threads"),
-        *_fields(_pointer, "input other sum"),
-        ("num_spikes", _int64),
-        *_fields(_pointers, "level sign spikes"),
-    )
-
-
-class EventHighest(ctypes.Structure):
-    """`struct EventHighest` of kernels.h, in its order."""
-
-    _fields_ = (*_fields(_int64, "pixels words sets"), ("spikes", _pointers), ("out", _pointer))
-
-
-class EventStep(ctypes.Structure):
-    """`struct EventStep` of kernels.h, in its order."""
-
-    _fields_ = (("kind", _int64), ("call", _pointer))
-
+EventStep = _structure("EventStep", ("kind", _int64), ("call", _pointer))
 
 KINDS: tuple[type[ctypes.Structure], ...] = (EventConv, EventStem, EventThreshold, EventPool, EventSum, EventHighest)
 """Of an `EventStep`."""
 
+EventResize = _structure(
+    "EventResize",
+    *_fields(_int64, "channels height width out_height out_width padded_height padded_width threads"),
+    *_fields(_pointer, "input mean output"),
+)
 
-class EventResize(ctypes.Structure):
-    """`struct EventResize` of kernels.h, in its order."""
+EventBoxes = _structure(
+    "EventBoxes",
+    *_fields(_int64, "number most"),
+    *_fields(_pointer, "boxes order labels"),
+    ("threshold", ctypes.c_double),
+    ("kept", _pointer),
+)
 
-    _fields_ = (
-        *_fields(_int64, "channels height width out_height out_width padded_height padded_width threads"),
-        *_fields(_pointer, "input mean output"),
-    )
-
-
-class EventBoxes(ctypes.Structure):
-    """`struct EventBoxes` of kernels.h, in its order."""
-
-    _fields_ = (
-        *_fields(_int64, "number most"),
-        *_fields(_pointer, "boxes order labels"),
-        ("threshold", ctypes.c_double),
-        ("kept", _pointer),
-    )
-
-
-class HoyerLayer(ctypes.Structure):
-    """`struct HoyerLayer` of kernels.h, in its order."""
-
-    _fields_ = (
-        *_fields(_int64, "number threads brief"),
-        *_fields(_pointer, "parallel potential arriving output"),
-        *_fields(ctypes.c_float, "v threshold low high q pull"),
-        ("sums", ctypes.c_double * 2),
-    )
+HoyerLayer = _structure(
+    "HoyerLayer",
+    *_fields(_int64, "number threads brief"),
+    *_fields(_pointer, "parallel potential arriving output"),
+    *_fields(ctypes.c_float, "v threshold low high q pull"),
+    ("sums", ctypes.c_double * 2),
+)
 
 
 def set_pairs(call: EventConv | EventStem, **pairs: Sequence[int]) -> None:
@@ -209,16 +184,13 @@ def current() -> str:
     """
     if _current is None:
         name = os.environ.get(VARIABLE) or _available[0]
-        if name not in _available:
-            raise ValueError(f"{VARIABLE}: {_refusal(name)}")
         if LIBRARY is None and not os.environ.get(VARIABLE):
             warnings.warn(WITHOUT_KERNELS, stacklevel=2)
-        choose(name)
+        try:
+            choose(name)
+        except ValueError as error:
+            raise ValueError(f"{VARIABLE}: {error}") from None
     return _current
-
-
-def _refusal(name: str) -> str:
-    return f"kernels {name!r} do not run here (allowed: {', '.join(_available)})"
 
 
 def choose(name: str) -> None:
@@ -232,7 +204,7 @@ def choose(name: str) -> None:
     """
     global _current
     if name not in _available:
-        raise ValueError(_refusal(name))
+        raise ValueError(f"kernels {name!r} do not run here (allowed: {', '.join(_available)})")
     if name != "torch":
         LIBRARY.events_use(LEVELS[name])
     _current = name  # last: another thread goes by it
