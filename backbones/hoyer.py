@@ -251,7 +251,7 @@ class HoyerSpike(SpikeLayer):
         sync: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(momentum, Real) or not 0 < momentum <= 1:
+        if isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1], got {momentum!r}")
         if not isinstance(window, (tuple, list)) or [isinstance(end, Real) for end in window] != [True, True]:
             raise ValueError(f"window must have two ends, such as {WINDOW}, got {window!r}")

@@ -32,8 +32,10 @@ from detection.exporters import (
     to_nir,
     to_onnx,
 )
+from detection.exporters import run as export
 from detection.exporters.inference import METADATA_KEY
 from detection.exporters.onnx import OPSET, _OnnxWriter
+from detection.files import write_whole
 from detection.models.dense import DensePredictions, DetectorOf, resize_and_pad
 from detection.records import EpochLog, RunInfo
 from detection.runs import Run
@@ -268,6 +270,10 @@ def test_nir_says_what_it_lacks():
     model.backbone.stem = nn.Identity()
     with pytest.raises(ValueError, match="multiples of the network's last stride"):
         to_nir(fold(model), torch.randn(1, 8, 33, 32))
+    model = classifier("resnet18", shortcut="real")
+    model.backbone.stem = nn.Identity()
+    with pytest.raises(ValueError, match=r"whole windows only, and backbone\.stages\.2\.0\.shortcut\.pool has .* 9x8 "):
+        to_nir(fold(model), torch.randn(1, 8, 18, 16))
     with pytest.raises(ValueError, match="a node of the kind LI"):
         one = np.ones((1, 2, 2))
         nodes = {"input": nir.Input({"input": np.array([1, 2, 2])}), "a": nir.LI(one, one, one), "output": None}
@@ -419,7 +425,16 @@ def test_a_file_that_cannot_be_evaluated_is_not_left(classifier_run, monkeypatch
     assert not file.exists()
     formats = ("--format", "torch", "--evaluate")
     assert "torch is not run by this project" in error_of(monkeypatch, capsys, classifier_run, *formats)
-    export_run(classifier_run, "onnx", file)
+
+    def fill_the_disk(path: Path, content: bytes) -> None:
+        if path.suffix == ".json":
+            raise OSError(28, "No space left on device")
+        write_whole(path, content)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(export, "write_whole", fill_the_disk)
+        export_run(classifier_run, "onnx", file)
+    export_run(classifier_run, "onnx", file)  # nothing is in the way
     with pytest.raises(ValueError, match=r"from a run of the task classification, .*other is of detection"):
         evaluate_file(file, with_log(make_run(tmp_path / "other", DETECTOR), dict.fromkeys(METRICS, 0.0)))
 

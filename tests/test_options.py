@@ -20,7 +20,7 @@ from backbones.deploy.integer import IntegerReal, IntegerSpikes, fix_size, to_in
 from backbones.networks.resnet import RealShortcut
 from backbones.recompute import recompute_activations
 from detection.config import read_recipe
-from detection.exporters import check_onnx, to_onnx
+from detection.exporters import check_onnx, run_nir, to_nir, to_onnx
 from detection.tasks import task_of
 from detection.tasks.recipes import ClassificationRecipe
 
@@ -316,3 +316,34 @@ def test_recipes_with_options_build():
     assert all(layer.v_th.shape == (layer.channels,) for layer in layers.values())
     assert not [key for key in model.state_dict() if "shortcut" in key]
     assert torch.equal(copy.deepcopy(model).eval()(x := torch.rand(2, 3, 32, 32)), model.eval()(x))
+
+
+# Layers of networks of others, in files
+
+
+@pytest.mark.parametrize("flatten", [lambda x: x.flatten(1), lambda x: torch.flatten(x, 1)], ids=["method", "function"])
+def test_spikes_of_a_map_that_was_flattened(flatten):
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.spike, self.linear = nn.Conv2d(3, 4, 3), backbones.HoyerSpike(64), nn.Linear(64, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.spike(flatten(self.conv(x))))
+
+    network, images = fold(Network().eval()), torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    report = check_onnx(to_onnx(network, example=images, outputs=["y"]), network, [images])
+    assert report["spikes"] > 0 and report["largest_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(4), nn.AvgPool2d(3, 1), nn.AvgPool2d(3, 2, 1)], ids=str)
+def test_averages_are_those_of_nir(pool):
+    pytest.importorskip("nir")
+    x = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), backbones.HoyerSpike(2), pool, nn.Flatten(), nn.LazyLinear(2)).eval()
+    model(x)
+    network = fold(model)
+    torch.testing.assert_close(run_nir(to_nir(network, x), x)["output"], network(x))
+    model[2] = nn.AvgPool2d(3, 2, 1, count_include_pad=False)
+    with pytest.raises(ValueError, match="averages that leave the padding out"):
+        to_nir(fold(model[:3]), x)

@@ -243,7 +243,9 @@ def test_flips_of_a_hand_made_layer_are_those_of_the_calculation():
             assert margin.flip_rate(sd, seed) == pytest.approx(sum(flips) / 3, abs=0.012)
             assert margin.lost_rate(sd, seed) == pytest.approx(flips[2], abs=0.02)
     assert margin.flips[0.1, 0] != margin.flips[0.1, 1]
-    twice = sum_margins([margin, margin])
+    twice = sum_margins([margin, margin, type(margin)()])  # the last of a layer that had no turn
+    unused = type(margin)()
+    assert (unused.firing_rate, unused.near_rate, unused.potential_sd, unused.flip_rate(0.5, 1)) == (0, 0, 0, 0)
     assert twice.num_neurons == 60_000
     assert twice.flip_rate(0.5, 1) == pytest.approx(margin.flip_rate(0.5, 1))
     assert twice.potential_sd == pytest.approx(margin.potential_sd)
@@ -437,6 +439,9 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(runs, monkeypatch, cap
     ]
     for arguments, message in cases:
         assert message in error_of(monkeypatch, capsys, *arguments, *out)
+    for none in ("kinds", "seeds"):
+        with pytest.raises(ValueError, match=f"--{none}: expected at least one"):
+            study([hoyer], tmp_path / "out", ["test"], **{none: []})
     other = tmp_path / "other"
     other.mkdir()
     config = yaml.safe_load((hoyer / "config.yaml").read_text())

@@ -517,6 +517,33 @@ def test_the_visit_that_makes_room_for_another_is_stopped(tmp_path, monkeypatch)
     assert not second.stopped.is_set() and second.folder.exists() and visits.of("second") is second
 
 
+def test_a_file_that_is_given_while_another_fails_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("detection.web.page.forget_copies", lambda request: None)
+    page, request = object.__new__(Page), SimpleNamespace(session_hash="one")
+    page.visits, page.said, page._emptied = Visits(tmp_path, lambda function: function()), "said", dict
+    begun, kept = threading.Event(), []
+
+    def fail(visit, values, tell):
+        begun.set()
+        time.sleep(0.02)
+        raise RuntimeError("not a picture")
+
+    def take(visit, values, tell):
+        visit.give(Source(tmp_path / "second.png", "second.png", 1))
+        time.sleep(0.02)
+        kept.append(visit.source is not None)
+
+    for _ in range(5):
+        begun.clear()
+        first, second = (threading.Thread(target=page._handler(act), args=({}, request)) for act in (fail, take))
+        first.start()
+        begun.wait()
+        second.start()
+        first.join()
+        second.join()
+    assert kept == [True] * 5
+
+
 def test_examples_of_an_events_classifier_are_of_its_evaluation_data(tmp_path):
     draw_classified(tmp_path / "data", num_train=4, num_val=4, size=32, seed=0)
     values = {"format": "events", "root": str(tmp_path / "data"), "val": "val"}

@@ -107,8 +107,7 @@ class _NirWriter:
             scale, shift = norm_affine(module)
             return self.nir.Conv2d(shape[1:], _array(scale.diag()[..., None, None]), 1, 0, 1, 1, _array(shift))
         if isinstance(module, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
-            kernel = shape[1:] if isinstance(module, nn.AdaptiveAvgPool2d) else pair(module.kernel_size)
-            return self.nir.AvgPool2d(np.array(kernel), np.array(kernel), np.array([0, 0]))
+            return self.nir.AvgPool2d(*_windows(node, module))
         raise ValueError(f"NIR has nothing for {node.target} ({module})")
 
     def _threshold(
@@ -141,15 +140,7 @@ class _NirWriter:
 
     def _sum_pool(self, node: fx.Node, pooled: fx.Node, sources: Sequence[str], level: Tensor) -> list[str]:
         """Add as `node` whether a window has more spikes than `level`; `pooled` is the pool."""
-        pool, shape = module_of(self.network, pooled), _shape(pooled.args[0])
-        kernel, stride, padding = pair(pool.kernel_size), pair(pool.stride), pair(pool.padding)
-        for side, k, s, p in zip(shape[1:], kernel, stride, padding, strict=True):
-            if pool.ceil_mode and (side + 2 * p - k) % s:
-                raise ValueError(
-                    f"NIR pools whole windows only, and {pooled.target} has a map of {shape[1]}x{shape[2]} cells: "
-                    "choose a height and a width that are multiples of the network's last stride"
-                )
-        layer = self.nir.SumPool2d(np.array(kernel), np.array(stride), np.array(padding))
+        layer = self.nir.SumPool2d(*_windows(pooled, module_of(self.network, pooled)))
         summed = self._add(f"{node.name}_sum", layer, sources)
         return self._add(node.name, self.nir.Threshold(_everywhere(level, _shape(node))), summed)
 
@@ -157,6 +148,23 @@ class _NirWriter:
 def _shape(node: fx.Node) -> tuple[int, ...]:
     """Return the shape of a value without its batch."""
     return shape_of(node)[1:]
+
+
+def _windows(node: fx.Node, pool: nn.Module) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return kernel, stride and padding of a pool, which must cover its map by whole windows."""
+    sides, cells = _shape(node.args[0])[1:], _shape(node)[1:]
+    if isinstance(pool, nn.AdaptiveAvgPool2d):
+        kernel = np.array(sides) // cells  # `fix_size` takes no other
+        return kernel, kernel, np.array([0, 0])
+    kernel, stride, padding = (np.array(pair(value)) for value in (pool.kernel_size, pool.stride, pool.padding))
+    if padding.any() and not getattr(pool, "count_include_pad", True):
+        raise ValueError(f"NIR has nothing for {node.target}: averages that leave the padding out")
+    if pool.ceil_mode and ((sides + 2 * padding - kernel) % stride).any():
+        raise ValueError(
+            f"NIR pools whole windows only, and {node.target} has a map of {sides[0]}x{sides[1]} cells: "
+            "choose a height and a width that are multiples of the network's last stride"
+        )
+    return kernel, stride, padding
 
 
 def _everywhere(value: Tensor, shape: tuple[int, ...]) -> np.ndarray:

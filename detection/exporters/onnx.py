@@ -175,10 +175,12 @@ class _OnnxWriter:
     def _threshold(self, node: fx.Node, layer: ChannelThreshold, out: str) -> None:
         x, source = self._float(node.args[0]), module_of(self.network, node.args[0])
         flat = isinstance(source, (nn.Linear, nn.Flatten)) or (isinstance(source, IntegerReal) and source.conv is None)
-        dim = 2 if flat else 4
+        dim = 2 if flat or node.args[0].target in ("flatten", torch.flatten) else 4
         if layer.has_falling:
-            x = self._emit("Mul", [x, self._of(node, "sign", dim=dim)], f"{out}_turned")
-        fires = self._emit("GreaterOrEqual", [x, self._of(node, "threshold", dim=dim)], f"{out}_fires")
+            turn = self._constant(channels_first(layer.sign, dim), f"{out}.sign")
+            x = self._emit("Mul", [x, turn], f"{out}_turned")
+        level = self._constant(channels_first(layer.threshold, dim), f"{out}.threshold")
+        fires = self._emit("GreaterOrEqual", [x, level], f"{out}_fires")
         if any(_takes_uint8(self.network, user) for user in node.users):
             self.spikes.add(self._cast(fires, "UINT8", out))
         else:
@@ -250,6 +252,8 @@ class _OnnxWriter:
             self._emit(arithmetic[node.target], [self._float(arg) for arg in node.args], out)
         elif node.target in (F.relu, torch.relu):
             self._emit("Relu", [self._float(node.args[0])], out)
+        elif node.target is torch.flatten and node.args[1:] == (1,):
+            self._emit("Flatten", [self._float(node.args[0])], out, axis=1)
         elif node.target is torch.cat:
             axis = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
             self._emit("Concat", [self._float(arg) for arg in node.args[0]], out, axis=axis)

@@ -158,14 +158,14 @@ def export_run(
     content, description = make(task_of(run.config), model, chosen, _describe(run, chosen))
     description |= {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
     write_whole(path, content)
-    if chosen.evaluate:
-        try:
+    try:
+        if chosen.evaluate:
             where = {"data_root": data_root, "suffix": SUFFIXES[chosen.file_format]}  # --out may have another one
             description["evaluation"] = evaluate_file(path, folder, chosen.weights, **where)
-        except BaseException:
-            path.unlink()  # there with its .json or not at all
-            raise
-    write_whole(sidecar, (json.dumps(description, indent=2) + "\n").encode())
+        write_whole(sidecar, (json.dumps(description, indent=2) + "\n").encode())
+    except BaseException:
+        path.unlink()  # there with its .json or not at all
+        raise
     return path, description
 
 

@@ -86,22 +86,22 @@ class LayerMargin:
     @property
     def firing_rate(self) -> float:
         """Share of the neurons that fire without noise, in [0, 1]."""
-        return self.num_spikes / self.num_neurons
+        return self.num_spikes / max(1, self.num_neurons)
 
     @property
     def near_rate(self) -> float:
         """Share of the neurons within 10 % of the threshold, in [0, 1]."""
-        return self.num_near / self.num_neurons
+        return self.num_near / max(1, self.num_neurons)
 
     @property
     def potential_sd(self) -> float:
         """Standard deviation of the potentials in units of the threshold: what the noise competes with."""
-        mean = self.sum / self.num_neurons
-        return math.sqrt(max(0.0, self.sum_squares / self.num_neurons - mean**2))
+        number = max(1, self.num_neurons)
+        return math.sqrt(max(0.0, self.sum_squares / number - (self.sum / number) ** 2))
 
     def flip_rate(self, sd: float, seed: int) -> float:
         """Return the share of the neurons that fire with noise or without it but not both, in [0, 1]."""
-        return sum(self.flips[sd, seed]) / self.num_neurons
+        return sum(self.flips.get((sd, seed), ())) / max(1, self.num_neurons)
 
     def lost_rate(self, sd: float, seed: int) -> float:
         """Return the share of the spikes that vanish, in [0, 1]; 0 for a layer without spikes."""

@@ -99,6 +99,8 @@ def study(
 
 
 def _check_request(kinds: Sequence[str], seeds: Sequence[int], num_images: int | None) -> None:
+    if not kinds or not seeds:
+        raise ValueError(f"{'--seeds' if kinds else '--kinds'}: expected at least one")
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"--kinds {kind}: unknown (allowed: {', '.join(KINDS)})")

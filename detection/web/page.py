@@ -190,14 +190,14 @@ class Page:
         def call(values: dict, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Updates:  # noqa: B008
             visit = self.visits.of(request.session_hash)
             forget_copies(request)
-            try:
-                tell = lambda done, of: progress((done, of or None), unit="pictures")  # noqa: E731
-                with visit.lock:
+            tell = lambda done, of: progress((done, of or None), unit="pictures")  # noqa: E731
+            with visit.lock:  # until the end: the next file that is given waits for it
+                try:
                     return act(visit, values, tell) or {self.said: gr.skip()}
-            except Exception as error:
-                words = _in_words(error, visit.source)
-                visit.give(None)
-                return self._emptied() | {self.said: sentence(words, wrong=True)}
+                except Exception as error:
+                    words = _in_words(error, visit.source)
+                    visit.give(None)
+                    return self._emptied() | {self.said: sentence(words, wrong=True)}
 
         return call
 

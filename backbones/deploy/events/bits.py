@@ -84,10 +84,12 @@ class Comparison:
         elif self.turned is not None:
             self.sign = padded(torch.where(self.turned, -1.0, 1.0), 1.0)
 
-    def check(self, channels: int) -> None:
-        """Raise ValueError for a map of another number of channels."""
+    def check(self, channels: int, dtype: torch.dtype) -> None:
+        """Raise ValueError for a map of another number of channels, or of other numbers than the kernels read."""
         if channels != len(self.level):
             raise ValueError(f"a map of {channels} channels for comparisons of {len(self.level)}")
+        if dtype != torch.float32:
+            raise ValueError(f"a map in {dtype} for comparisons, which are of torch.float32")
 
     def of_sums(self, sums: Tensor) -> Tensor:
         """Return the spikes of sums (N, C, H, W), bool: the reference."""
@@ -105,10 +107,10 @@ def threshold(x: Tensor, comparison: Comparison) -> Bits:
     """Return the spikes of a real map, float32 (N, C, H, W).
 
     Raises:
-        ValueError: a map of other channels.
+        ValueError: a map of other channels, or of other numbers.
     """
     number, channels, height, width = x.shape
-    comparison.check(channels)
+    comparison.check(channels, x.dtype)
     if library.current() == "torch":
         return Bits.pack(comparison.of_real(x))
     x = x.permute(0, 2, 3, 1).contiguous()

@@ -205,7 +205,7 @@ class Maker:
     def threshold(self, comparison: Comparison, x: Tensor) -> list[Value]:
         """Return the spikes of real values, (N, C, H, W) or (N, C), by the call that makes these, if there is one."""
         rows = _arranged(x)
-        comparison.check(rows.shape[3])
+        comparison.check(rows.shape[3], rows.dtype)
         shape = (*rows.shape[:3], words_of(rows.shape[3]))
         source, beside, size = self.sources.get(rows.data_ptr(), (None, 1, ()))
         if source is not None and size == tuple(rows.shape) and source.num_spikes < library.MAX_OUTPUTS:
