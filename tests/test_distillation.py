@@ -1,6 +1,7 @@
 """Learning from a teacher: the distances by hand, and trainings of both tasks."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,9 @@ def test_teachers_that_cannot_teach_are_refused(teachers, monkeypatch, capsys, t
     other = DETECTOR | {"model": DETECTOR["model"] | {"mean": [0.5, 0.5, 0.5]}}
     message = refusal(monkeypatch, capsys, tmp_path, other | teacher(detector))
     assert "normalised with mean (0.485, 0.456, 0.406), this recipe's are with (0.5, 0.5, 0.5)" in message
+    larger = DETECTOR | {"model": DETECTOR["model"] | {"head": DETECTOR["model"]["head"] | {"anchor_scale": 2.0}}}
+    message = refusal(monkeypatch, capsys, tmp_path, larger | teacher(detector))
+    assert re.search(r"trained with model\.head\.anchor_scale \d, this recipe's is 2$", message)
     neck = {"levels": ["c3"], "extra_levels": 0, "out_channels": 16}
     flatter = DETECTOR | {"model": DETECTOR["model"] | {"neck": neck}}
     message = refusal(monkeypatch, capsys, tmp_path, flatter | teacher(detector))

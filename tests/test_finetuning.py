@@ -157,6 +157,10 @@ def test_one_step_weights_start_several_steps(tmp_path):
             ".bias' is unknown here (and 21 more)",
         ),
         ({"head": {"num_convs": 2}}, "trained with model.head.num_convs 1, this recipe's is 2"),
+        (
+            {"head": {"num_convs": 1, "anchor_scale": 3.0}},
+            "trained with model.head.anchor_scale 4, this recipe's is 3",
+        ),
         ({"mean": (0.5, 0.5, 0.5)}, "trained with model.mean [0.485, 0.456, 0.406], this recipe's is [0.5, 0.5, 0.5]"),
     ],
 )

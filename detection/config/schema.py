@@ -207,6 +207,11 @@ class Model(Network):
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="RGB mean, images in [0, 1]")
     std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
 
+    @property
+    def anchor_scale(self) -> float | None:
+        """`head.anchor_scale`, or what it is by default; None for detectors without."""
+        return self.head.anchor_scale or {"fasterrcnn": 8.0, "retinanet": 4.0}.get(self.detector)
+
     @model_validator(mode="after")
     def _fits_the_detector(self) -> Model:
         name, neck, head = self.detector, self.neck, self.head

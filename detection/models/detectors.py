@@ -154,8 +154,7 @@ def build_fasterrcnn(config: Model, backbone: BackboneWithNeck, num_classes: int
             f"neck.levels {', '.join(backbone.levels)} have the strides {', '.join(map(str, strides))}: "
             "fasterrcnn needs levels whose strides double from one to the next"
         )
-    scale = config.head.anchor_scale or 8.0
-    sizes = tuple((round(scale * stride),) for stride in backbone.strides)
+    sizes = tuple((round(config.anchor_scale * stride),) for stride in backbone.strides)
     features = config.head.representation_size
     return AnyShapeFasterRCNN(
         backbone,
@@ -182,7 +181,7 @@ def build_retinanet(config: Model, backbone: BackboneWithNeck, num_classes: int,
     published (Lin et al., arXiv:1708.02002).
     """
     settings, channels = config.head, backbone.out_channels
-    anchors = retinanet_anchors(backbone.strides, settings.anchor_scale or 4.0)
+    anchors = retinanet_anchors(backbone.strides, config.anchor_scale)
     shape = anchors.num_anchors_per_location()[0], num_classes + 1
     if settings.spiking:
         make_tower = partial(SpikingTower, channels, settings.num_convs, len(backbone.strides), spike)

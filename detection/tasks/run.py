@@ -23,7 +23,14 @@ from detection.records import DataFingerprint, EpochLog, RunInfo, Start, Weights
 from detection.runs import Run, describe_environment
 from detection.tasks import task_of
 from detection.tasks.base import Dataset, Task
-from detection.tasks.start import describe, extended, find_extension, start_from, without_weights
+from detection.tasks.start import (
+    describe,
+    extended,
+    find_extension,
+    require_same_anchors,
+    start_from,
+    without_weights,
+)
 from detection.text import plural, say
 from detection.training import checkpoint, loggers
 from detection.training.callbacks import Callback
@@ -258,6 +265,7 @@ def find_teacher(task: Task) -> Run:
         task.learn_from(task_of(theirs))
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
+    require_same_anchors(place, theirs, ours)
     return run
 
 

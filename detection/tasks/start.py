@@ -21,7 +21,7 @@ KEYS = (
     "detector",
     *(f"backbone.{key}" for key in zoo.KEYS),
     *(f"neck.{key}" for key in ("source", "levels", "extra_levels", "out_channels", "spiking")),
-    *(f"head.{key}" for key in ("spiking", "num_convs", "norm", "representation_size")),
+    *(f"head.{key}" for key in ("spiking", "num_convs", "norm")),
     "mean",
     "std",
 )
@@ -92,6 +92,14 @@ def require_same_network(place: str, theirs: Recipe, ours: Recipe) -> None:
     for key in KEYS:  # where one is None, its value follows from others, and the shapes tell
         if then.get(key) is not None and now.get(key) is not None and zoo.differ(key, then[key], now[key]):
             raise ValueError(f"{place}: trained with model.{key} {then[key]!r}, this recipe's is {now[key]!r}")
+    require_same_anchors(place, theirs, ours)
+
+
+def require_same_anchors(place: str, theirs: Recipe, ours: Recipe) -> None:
+    """Raise ValueError where outputs belong to anchors of another size, which no shape tells."""
+    then, now = (getattr(recipe.model, "anchor_scale", None) for recipe in (theirs, ours))
+    if then != now:
+        raise ValueError(f"{place}: trained with model.head.anchor_scale {then:g}, this recipe's is {now:g}")
 
 
 def describe(start: Start) -> str:
