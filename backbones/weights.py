@@ -134,7 +134,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], str]:
                 f"\"import torch, safetensors.torch as s; s.save_file(torch.load({str(path)!r}, 'cpu'), "
                 f'{str(path.with_suffix(".safetensors"))!r})"'
             ) from None
-        raise ValueError(f"{path}: damaged weights file ({' '.join(str(error).split())})") from None
+        what = "damaged weights file" if path.suffix == ".safetensors" else "no .safetensors file"
+        raise ValueError(f"{path}: {what} ({' '.join(str(error).split())})") from None
     if not (CHECKSUM in metadata or any(DIGEST.match(value) for value in metadata.values())):
         return times_steps(tensors), ""
     if "graph" in metadata:

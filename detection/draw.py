@@ -29,6 +29,7 @@ from detection.spikemaps import SpikeMap, rows_of
 
 DPI = 100  # pixels per inch: a figure of 12 inches is 1200 pixels wide
 GREY = (77, 77, 77, 255)  # behind an image that is too thin for labels
+MAX_ASPECT = 4  # of an image in a report
 THIN = 1.3  # points, the edge of a true box
 Colour = str | tuple[float, float, float]
 
@@ -127,18 +128,21 @@ def draw_predictions(
 
 
 def draw_boxes(image: np.ndarray, boxes: Sequence[Box], label: str) -> Figure:
-    """Return an image with boxes as a figure of a panel's width.
+    """Return an image with boxes as a figure of a panel's width, a very long and thin one on a grey ground.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         boxes: drawn in this order.
         label: what a screen reader says.
     """
-    height, width = image.shape[:2]
+    least = max(image.shape[:2]) // MAX_ASPECT
+    height, width = (max(side, least) for side in image.shape[:2])
+    ground = np.full((height, width, 3), GREY[:3], dtype=np.uint8)
+    ground[: image.shape[0], : image.shape[1]] = image
     figure = Figure(figsize=(WIDTH, WIDTH * height / width), dpi=DPI)
     FigureCanvasAgg(figure)  # text can be measured only on a canvas
     axes = figure.add_axes((0, 0, 1, 1))
-    _draw_image(axes, image)
+    _draw_image(axes, ground)
     _draw_boxes(Ground.of(axes), boxes, TEXT_SIZE)
     figure.set_label(label)
     return figure

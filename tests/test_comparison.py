@@ -180,6 +180,9 @@ def test_wrong_arguments_are_refused(tmp_path):
         compare.main(arguments_of(tmp_path / "x", "hoyer", images=0))
     with pytest.raises(ValueError, match=r"--seeds -1: expected 0 or more"):
         compare.main([*arguments_of(tmp_path / "x", "hoyer"), "--seeds", "0", "-1"])
+    trained = ["--model.backbone.weights", "zoo:bccd_retinanet_resnet18"]
+    with pytest.raises(ValueError, match=r"--variants \w+: model\.backbone\.weights .*: trained with .* new weights"):
+        compare.main([*arguments_of(tmp_path / "x", "hoyer", "relu"), *trained])
     assert not (tmp_path / "x").exists()
 
 

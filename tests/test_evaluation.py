@@ -335,6 +335,8 @@ def test_per_class_needs_compute() -> None:
         ([1], {"labels": torch.tensor([1, 2])}, r"got labels of shape \(2,\) with N = 1"),
         ([1], {"scores": torch.tensor([[0.5]])}, r"got scores of shape \(1, 1\) with N = 1"),
         ([1], {"scores": torch.tensor([math.nan])}, "found score nan at index 0"),
+        ([1], {"scores": [0.9]}, "expected tensors, got scores as a list"),
+        ([1], {"labels": np.ones(1, np.int64)}, "expected tensors, got labels as a ndarray"),
         ([1], {"boxes": torch.zeros(4)}, r"got boxes of shape \(4,\) with N = 4"),
         ([1], {"boxes": torch.tensor(0.0)}, r"got boxes of shape \(\) with N = 0"),
         ([1], {"boxes": torch.tensor([[0, 0, 1, math.inf]])}, r"found box \[0\.0, 0\.0, 1\.0, inf\] at index 0"),
@@ -361,6 +363,11 @@ def test_other_bad_updates() -> None:
 
 
 def test_bad_categories() -> None:
+    with pytest.raises(ValueError, match=r"ground truth, image id 1: bbox \[1, 2, 3\]: x y w h"):
+        CocoEvaluator(
+            ground_truth([]) | {"annotations": [ground_truth([{"bbox": BOX}])["annotations"][0] | {"bbox": [1, 2, 3]}]},
+            [1, 2],
+        )
     truth = ground_truth([])
     with pytest.raises(ValueError, match=r"category_ids \[3\]: expected one or more of .* \[1, 2\]"):
         CocoEvaluator(truth, [1, 3])

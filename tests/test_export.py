@@ -424,7 +424,7 @@ def test_a_file_that_cannot_be_evaluated_is_not_left(classifier_run, monkeypatch
     assert "no such log" in error_of(monkeypatch, capsys, classifier_run, "--evaluate", "--out", file)
     assert not file.exists()
     formats = ("--format", "torch", "--evaluate")
-    assert "torch is not run by this project" in error_of(monkeypatch, capsys, classifier_run, *formats)
+    assert "hoyer-det benchmark FILE --data.root" in error_of(monkeypatch, capsys, classifier_run, *formats)
 
     def fill_the_disk(path: Path, content: bytes) -> None:
         if path.suffix == ".json":
@@ -519,6 +519,8 @@ def test_bad_input_is_one_sentence(detector_run, classifier_run, monkeypatch, ca
     assert "exists already" in error_of(monkeypatch, capsys, detector_run, "--out", tmp_path / "net.onnx")
     assert "is not a run folder" in error_of(monkeypatch, capsys, tmp_path)
     assert "no folder" in error_of(monkeypatch, capsys, detector_run, "--out", tmp_path / "no" / "net.onnx")
+    odd = ("--height", 48, "--width", 64)
+    assert "padded to multiples of 32 pixels (--nms" in error_of(monkeypatch, capsys, detector_run, *odd)
     assert "both or none" in error_of(monkeypatch, capsys, detector_run, "--height", 64)
     small = ("--height", 8, "--width", 64)
     assert "at least 16, the network's last stride" in error_of(monkeypatch, capsys, classifier_run, *small)

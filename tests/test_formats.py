@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from detection.cli import main
-from detection.config import read_recipe
+from detection.config import override, read_recipe
 from detection.config.schema import Data
 from detection.data import read_split
 from detection.data.layouts import recognise
@@ -567,6 +568,9 @@ def test_train_by_the_recipe_of_init(tmp_path, capsys, monkeypatch):
     assert recipe.data.val_fraction == 0.34 and recipe.data.workers == 0 and recipe.data.augment.hflip == 0
     assert recipe.data.augment.vflip == 0.5 and recipe.data.augment.crop > 0
     assert recipe.model.backbone.weights == "zoo:bccd_retinanet_resnet18"
+    (twin,) = re.findall("# The analogue twin: (.*)", Path("recipe.yaml").read_text())
+    override(recipe, twin.split())
+    assert "--model.backbone.weights None" in twin
     out = capsys.readouterr().out
     assert "no mirror images: left, right would become something else" in out
     assert "warning: class 'left' has 4 boxes, fewer than 10" in out

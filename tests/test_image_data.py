@@ -163,6 +163,22 @@ def test_folder_images_are_cut_and_resized(folder):
         torch.testing.assert_close(image, torch.full((3, 16, 16), 200 / 255), atol=1e-6, rtol=0)
 
 
+def test_images_are_turned_upright_as_for_prediction(tmp_path):
+    stored = np.zeros((16, 16, 3), np.uint8)
+    stored[:, :8] = 255  # which the orientation turns up
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("cat", "dog"):
+        path = tmp_path / "train" / name / "0.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(stored).save(path, exif=exif)
+    data = ImageData(root=tmp_path, size=16)
+    pixels = read_image_split(data, "train").pixels[0] / 255
+    assert (pixels[:, :8] == 1).all() and (pixels[:, 8:] == 0).all()
+    image, _ = FolderImages(read_folder(tmp_path / "train"), data, train=False)[0]
+    assert image[:, :6].mean() > 0.9 and image[:, 10:].mean() < 0.1
+
+
 def test_evaluation_crops_the_middle_as_usual_for_imagenet(tmp_path):
     """224/256 of the short side, centred: of a 64x32 picture a square from column 18 and row 2."""
     columns = np.broadcast_to(np.arange(64, dtype=np.uint8) * 4, (32, 64))

@@ -353,6 +353,9 @@ def test_boxes_on_one_image_have_titles_and_labels_that_can_be_read(attempt) -> 
             "image",
         )
         assert tuple(drawn.get_size_inches()) == (4, 3)
+        for shape in ((640, 1, 3), (1, 640, 3)):  # on a ground, or the figure would be as large as its shape is thin
+            low, high = sorted(draw_boxes(np.zeros(shape, np.uint8), [], "strip").get_size_inches())
+            assert high == pytest.approx(4 * low)
         assert [text.get_color() for text in drawn.axes[0].texts] == ["black", "white"]
         root = ElementTree.fromstring(to_svg(drawn))
         assert "wrong" in [element.text for element in root.iter() if element.tag.endswith("title")]

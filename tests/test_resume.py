@@ -354,5 +354,7 @@ def test_recipes_are_compared_key_by_key():
     )
     with pytest.raises(ValueError, match=r"here: trained with train.seed 9, wanted is 0"):
         require_same(values | {"train.seed": 9}, config, "here")
+    with pytest.raises(ValueError, match=r"train\.epochs 3, wanted is \d+; name .* --extend for epochs behind its end"):
+        require_same(values | {"train.epochs": 3}, config, "here")
     with pytest.raises(ValueError, match=r"here: trained with model.backbone.options \{\}"):
         require_same(values, set_values(config, {"model.backbone.options": {"at": 0.9}}), "here")

@@ -66,11 +66,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
             raise ValueError(f"--variants {name}: {error}") from None
 
     from detection.comparison import FILES, compare_runs, runs_of
+    from detection.models import check_origin
     from detection.runs import command_line
     from detection.tasks import task_of
 
     for name, each in recipes.items():
         task_of(each).check_names(f"--variants {name}")
+        try:
+            check_origin(each.model.backbone)
+        except ValueError as error:
+            raise ValueError(f"--variants {name}: {error}") from None
         for run in runs_of(options.out, name):  # all seeds are in the tables; classes are filled in from the data
             require_same(flatten(run.config), each, str(run.folder), free=FREE_KEYS | {"data.classes", "train.seed"})
     for seed in options.seeds:

@@ -1,7 +1,8 @@
 """Predict with a saved run or an exported file: draw into images, films and recordings of events, write COCO results.
 
 Writes into a new folder, predictions/RUN or, if that is taken, predictions/RUN2, RUN3, ...:
-  predictions.json  a detector's boxes, a list of COCO results; a classifier's image_id and class probabilities
+  predictions.json  a detector's boxes, a list of COCO results; a classifier's image_id and the
+                    five likeliest classes with their probabilities
   images.json       image ids, file names and categories; a detector's as a COCO file without annotations, so that
                     pycocotools reads both: COCO("images.json").loadRes("predictions.json")
   NAME.jpg ...      each image with its boxes; a film or camera as NAME.mp4, every frame of it an image; so a

@@ -305,6 +305,7 @@ def require_same(found: Mapping[str, Any], wanted: Recipe, source: str, *, free:
         if key in found and found[key] != now.get(key):
             raise ValueError(
                 f"{source}: trained with {key} {found[key]!r}, wanted is {now.get(key)!r}; name another folder"
+                + (", or --resume it with --extend for epochs behind its end" if key == "train.epochs" else "")
             )
 
 

@@ -189,7 +189,7 @@ class FolderImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files.files[index]
-        pixels = torch.from_numpy(load_image(path).transpose(2, 0, 1).copy())
+        pixels = torch.from_numpy(load_image(path, upright=True).transpose(2, 0, 1).copy())
         return self.transform(pixels), label
 
 

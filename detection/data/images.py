@@ -127,7 +127,7 @@ def _folder(data: ImageData, split: Split, download: bool) -> Images | ImageFile
         if found.problem is not None or not data.in_memory:
             return found, None
         try:
-            pixels = decode_image(file[0])
+            pixels = decode_image(file[0], upright=True)  # as it will be shown, and predicted on
         except ValueError as error:
             return Look(f"the image does not decode: {error}"), None
         if pixels.shape[:2] == (data.size, data.size):

@@ -138,6 +138,8 @@ class CocoEvaluator:
         self._number_of = {image_id: number for number, image_id in enumerate(self.image_ids)}
         self._annotations = defaultdict(list)  # by category; those of other images are left out
         for annotation in ground_truth["annotations"]:
+            if len(annotation["bbox"]) != 4:
+                raise ValueError(f"ground truth, image id {annotation['image_id']}: bbox {annotation['bbox']}: x y w h")
             if annotation["image_id"] in self._number_of:
                 self._annotations[annotation["category_id"]].append(annotation)
         self._updated: set[int] = set()
@@ -270,6 +272,9 @@ class CocoEvaluator:
         missing = [key for key in ("boxes", "scores", "labels") if key not in prediction]
         if missing:
             raise ValueError(f"{where}: no {missing}, got the keys {sorted(prediction)}")
+        for key in ("boxes", "scores", "labels"):
+            if not isinstance(prediction[key], Tensor):
+                raise ValueError(f"{where}: expected tensors, got {key} as a {type(prediction[key]).__name__}")
         boxes, scores, labels = prediction["boxes"], prediction["scores"], prediction["labels"]
         n = len(boxes) if boxes.dim() else 0
         for key, tensor, shape in (("boxes", boxes, (n, 4)), ("scores", scores, (n,)), ("labels", labels, (n,))):

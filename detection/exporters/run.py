@@ -89,20 +89,38 @@ class ExportOptions:
         if self.analogue and (not self.int8 or form == "events"):
             raise ValueError("--analogue-int8 goes with --int8, and with onnx and torch")
         if self.evaluate and form not in ("onnx", "events"):
-            raise ValueError(f"--evaluate: the format {form} is not run by this project (allowed: onnx, events)")
+            why = (
+                "hoyer-det benchmark FILE --data.root FOLDER measures such a file"
+                if form == "torch"
+                else "it is not run"
+            )
+            raise ValueError(f"--evaluate: not with the format {form} (allowed: onnx, events); {why}")
         if self.nms and form != "onnx":
             raise ValueError(f"--nms: a file of the format {form} gives what the head says (allowed with onnx)")
         if self.int8 and form == "nir":
             raise ValueError("--int8: NIR has no integers (allowed with onnx and torch)")
 
-    def choose_size(self, default: tuple[int, int], backbone: Backbone) -> tuple[tuple[int, int], bool]:
-        """Return the size of the images, and whether others are possible as far as the options go."""
+    def choose_size(
+        self, default: tuple[int, int], backbone: Backbone, multiple: int = 1
+    ) -> tuple[tuple[int, int], bool]:
+        """Return the size of the images, and whether others are possible as far as the options go.
+
+        Args:
+            default: without options.
+            backbone: whose last stride is the least.
+            multiple: of which height and width are where images are padded before they enter.
+        """
         if self.height is None or self.width is None:
             return default, True
         stride = backbone.feature_info[-1].stride
         if min(self.height, self.width) < stride:
             raise ValueError(
                 f"--height {self.height} --width {self.width}: at least {stride}, the network's last stride"
+            )
+        if self.height % multiple or self.width % multiple:
+            raise ValueError(
+                f"--height {self.height} --width {self.width}: images enter padded to multiples of {multiple} pixels "
+                "(--nms takes any size, and pads inside)"
             )
         return (int(self.height), int(self.width)), False
 
@@ -221,7 +239,8 @@ def _as_graph(
     part = task.deployable(model)
     if options.nms and not part.decoding:
         raise ValueError(f"--nms: a network of the task {task.name} finds no boxes")
-    asked, free = options.choose_size(task.input_size, task.backbone_of(model))
+    multiple = 1 if options.nms else part.decoding.get("pad_to", 1)
+    asked, free = options.choose_size(task.input_size, task.backbone_of(model), multiple)
     size = asked
     if options.nms:
         only = part.decoding["resize"].get("height_and_width")

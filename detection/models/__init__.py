@@ -21,6 +21,7 @@ __all__ = [
     "build_backbone",
     "build_classifier",
     "build_detector",
+    "check_origin",
     "colours_of",
     "describe_backbone",
 ]
@@ -123,7 +124,7 @@ def build_backbone(settings: schema.Backbone, in_channels: int = 3, frames: int 
         weights = backbones.zoo.locate(settings.weights)
         if weights.is_dir():
             weights = weights / "last.safetensors"
-        _check_origin(settings, weights.parent / "config.yaml")
+        check_origin(settings)
     shape = {"in_channels": in_channels, "frames": frames}
     backbone = backbones.create(settings.name, weights=weights, **shape, **settings.arguments())
     if weights is not None:
@@ -131,14 +132,16 @@ def build_backbone(settings: schema.Backbone, in_channels: int = 3, frames: int 
     return backbone
 
 
-def _check_origin(settings: schema.Backbone, recipe: Path) -> None:
-    """Raises ValueError if the weights come from a run, whose recipe says that its backbone was another one."""
-    origin = read_recipe(recipe).model.backbone if recipe.is_file() else settings
+def check_origin(settings: schema.Backbone) -> None:
+    """Raise ValueError if the weights come from a run, whose recipe says that its backbone was another one."""
+    weights = Path("") if settings.weights is None else backbones.zoo.locate(settings.weights)
+    recipe = (weights if weights.is_dir() else weights.parent) / "config.yaml"
+    origin = read_recipe(recipe).model.backbone if settings.weights and recipe.is_file() else settings
     for key in backbones.zoo.KEYS:
         theirs, ours = getattr(origin, key), getattr(settings, key)
         if backbones.zoo.differ(key, theirs, ours):
             why = STEMS_DIFFER if key == "stem" else ""
             raise ValueError(
                 f"model.backbone.weights {recipe.parent}: trained with {key} {theirs!r}, "
-                f"this recipe's model.backbone.{key} is {ours!r}{why}"
+                f"this recipe's model.backbone.{key} is {ours!r}{why} (None: new weights)"
             )

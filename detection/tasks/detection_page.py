@@ -147,7 +147,7 @@ def picture_of(model: nn.Module, record: Record, image: Tensor, found: Match, cl
     """
     pixels = Image.fromarray(pixels_of(image))
     pixels.thumbnail((MAX_SIDE, MAX_SIDE))
-    scale = pixels.width / record.width
+    scale = max(pixels.size) / max(record.width, record.height)
     boxes = []
     for corners, label, is_found, ignore in zip(record.boxes, record.labels, found.found, found.ignore, strict=True):
         kind = FOUND if is_found or ignore else MISSED

@@ -175,7 +175,8 @@ def as_yaml(choices: Sequence[Choice], path: Path, folder: Path) -> str:
     lines = [
         *_comment(head, ""),
         f"#   hoyer-det train {shlex.quote(str(path))}",
-        "# The analogue twin: --model.backbone.activation relu",
+        "# The analogue twin: --model.backbone.activation relu"
+        + " --model.backbone.weights None" * any("weights" in choice.value for choice in choices[1:2]),
     ]
     open_section = ""
     for choice in choices:

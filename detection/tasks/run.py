@@ -18,7 +18,7 @@ from torch import nn
 from backbones import zoo
 from detection.config import Recipe, flatten, require_same
 from detection.files import require_writable
-from detection.models import describe_backbone
+from detection.models import check_origin, describe_backbone
 from detection.records import DataFingerprint, EpochLog, RunInfo, Start, Weights
 from detection.runs import Run, describe_environment
 from detection.tasks import task_of
@@ -174,6 +174,7 @@ def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> No
         for source in (getattr(config.model, "weights", None), config.model.backbone.weights):
             if source is not None and not zoo.locate(source).exists():
                 raise FileNotFoundError(f"{source}: no such weights file")
+        check_origin(config.model.backbone)
     if config.distillation.teacher is not None:
         find_teacher(task)
     loggers.require_packages(config)
