@@ -236,7 +236,7 @@ def test_recipe_starts_from_an_entry_and_learns_from_one(monkeypatch, tmp_path):
     wanted = dict(theirs.named_parameters())
     for key, found in ours.named_parameters():
         torch.testing.assert_close(found, wanted[key], atol=1e-6, rtol=0)
-    run.config.distillation.teacher = Path(entry)
+    run.config.distillation.teacher, run.config.model.head.anchor_scale = Path(entry), 3.0
     teacher = load_model(find_teacher(task_of(run.config)))
     assert torch.equal(teacher.backbone.body.stem[0].weight, theirs.stem[0].weight)
     assert create(**zoo.settings(run.folder), weights=entry)
