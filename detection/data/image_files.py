@@ -20,8 +20,10 @@ Verify = Literal["header", "full"]
 # Only these are tried, whatever a file's name says: others start programs (EPS) or are rare enough to be a mistake.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000")
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm")
-# What a whole file has at its end. Some cameras write more behind it; the marker cannot occur inside of JPEG's data.
+# What a whole file has at its end. Some cameras write more behind it. In a JPEG it may also be the end of a thumbnail,
+# which lies in front of the image's pixels; within these it cannot occur.
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+JPEG_PIXELS = b"\xff\xda"  # their beginning
 END_SEARCH = 4096  # bytes
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # of an image, above which PIL suspects a decompression bomb
 ORIENTATION = 0x0112  # EXIF; 2 to 8 mirror or turn, those from 5 on by a quarter
@@ -138,7 +140,7 @@ def examine_image(
             file.seek(0)
             with open_image(file) as image:
                 # Phones append whole films: an image without an end in sight may still be complete.
-                endless = END_MARKERS.get(image.format or "", b"") not in end
+                endless = end.rfind(END_MARKERS.get(image.format or "", b"")) <= end.rfind(JPEG_PIXELS)
                 doubtful = endless or verify == "full" or _has_many_bits(image)
                 look = _compare(image, width, height, upright)
                 try:
