@@ -1,13 +1,18 @@
-"""Readers of VOC folders, COCO files and CSV files: what they take, what they leave out, and the sentence about it."""
+"""Readers of VOC, COCO, CSV and YOLO: what they take, what they leave out, the sentence about it; and recognition."""
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
-from fake_data import HEIGHT, WIDTH, coco_content, sentence, voc_object, write_coco, write_image, write_voc
+from fake_data import HEIGHT, WIDTH, coco_content, sentence, voc_object, write_coco, write_image, write_voc, write_yolo
 
-from detection.data import read_coco, read_voc
+from detection.config.schema import Data
+from detection.data import read_coco, read_split, read_voc
 from detection.data.csv_files import read_csv
+from detection.data.layouts import recognise
+from detection.data.yolo import read_yolo
 
 # --- VOC ------------------------------------------------------------------------------------------------------------
 
@@ -277,3 +282,49 @@ def test_csv_short_row_of_a_wide_file_is_as_with_empty_cells(tmp_path):
     found = read_csv(file, "train")
     assert [record.boxes.tolist() for record in found.records] == [[[1, 2, 4, 6]]]
     sentence(found, "line 3 names no image; nothing to read in it")
+
+
+# --- YOLO -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        ("[yes, no]", ("yes", "no")),
+        ("[010, 12:30, 1.10, null, 2020-01-01, 'on']", ("010", "12:30", "1.10", "null", "2020-01-01", "on")),
+        ("{1: off, 0: 0x1F}", ("0x1F", "off")),
+        ("\n  0: y\n  1: 1e3", ("y", "1e3")),
+    ],
+)
+def test_yolo_names_are_text_as_it_is_written(tmp_path, written, names):
+    root = write_yolo(tmp_path, f"train: images\nnc: {len(names)}\nnames: {written}\n", "images/a")
+    found = read_yolo(root, "train")
+    assert found.categories == names and found.dropped == ()
+
+
+def test_yolo_name_that_is_empty(tmp_path):
+    root = write_yolo(tmp_path, "train: images\nnames:\n  - cat\n  -\n", "images/a")
+    with pytest.raises(ValueError, match=r"data\.yaml: names: expected a list of names"):
+        read_yolo(root, "train")
+
+
+@pytest.mark.parametrize("lines", ["data/obj_train_data/{}.jpg", "obj_train_data/{}.jpg", "../obj_train_data/{}.jpg"])
+def test_yolo_list_with_a_folder_in_front_that_is_not_there(tmp_path, lines):
+    write_yolo(tmp_path, "", "obj_train_data/a", "obj_train_data/b")
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / "obj.names").write_text("cat\n")
+    (tmp_path / "train.txt").write_text("".join(f"{lines.format(name)}\n" for name in "ab"))
+    (layout,) = recognise(tmp_path)
+    found = read_split(Data(**layout.values | {"val_fraction": 0}), "train").annotations
+    assert [record.path.name for record in found.records] == ["a.jpg", "b.jpg"] and found.dropped == ()
+
+
+def test_yolo_images_that_are_not_there_are_not_said_to_lack_labels(tmp_path):
+    write_yolo(tmp_path, "train: train.txt\nnames: [cat]\n", "images/a", "images/b")
+    (tmp_path / "train.txt").write_text("elsewhere/a.jpg\nelsewhere/b.jpg\n")
+    with pytest.raises(
+        ValueError, match=r"0 usable images .*; 2 left out .*elsewhere/a\.jpg: no such file; image left"
+    ):
+        read_yolo(tmp_path, "train")
+    (tmp_path / "train.txt").write_text("elsewhere/a.jpg\nimages/b.jpg\n")
+    assert sentence(read_yolo(tmp_path, "train"), "a.jpg").endswith("elsewhere/a.jpg: no such file; image left out")
