@@ -371,6 +371,14 @@ def test_a_test_set_without_boxes(monkeypatch, capsys, tmp_path):
     assert "has a box to train on" in of_test(monkeypatch, capsys, tmp_path)
 
 
+def test_a_test_set_whose_csv_file_is_cut_off(monkeypatch, capsys, tmp_path):
+    for split in ("train", "val", "test"):
+        write_image(tmp_path / split / "a.jpg")
+        row = '"a.jpg,1,2,3' if split == "test" else "a.jpg,1,2,30,20,cat"
+        (tmp_path / split / "all.csv").write_text(f"filename,xmin,ymin,xmax,ymax,class\n{row}\n")
+    assert "not a CSV file: line 2" in of_test(monkeypatch, capsys, tmp_path)
+
+
 @pytest.mark.parametrize("verb", ["check-data", "init"])
 def test_no_share_is_for_validation_beside_a_validation_set(capsys, tmp_path, verb):
     write_yolo(tmp_path, SPLITS, *PLACES)

@@ -328,3 +328,102 @@ def test_yolo_images_that_are_not_there_are_not_said_to_lack_labels(tmp_path):
         read_yolo(tmp_path, "train")
     (tmp_path / "train.txt").write_text("elsewhere/a.jpg\nimages/b.jpg\n")
     assert sentence(read_yolo(tmp_path, "train"), "a.jpg").endswith("elsewhere/a.jpg: no such file; image left out")
+
+
+def test_yolo_label_files_in_capitals(tmp_path):
+    write_yolo(tmp_path, "train: train/images\nnames: [cat]\n", "train/images/a", "train/images/b", "train/images/c")
+    labels = tmp_path / "train/labels"
+    (labels / "a.txt").rename(labels / "a.TXT")
+    (labels / "b.txt").rename(labels.parent / "images/b.TXT")
+    (labels / "c.txt").rename(labels / "other.TXT")
+    (layout,) = recognise(tmp_path)
+    assert layout.format == "yolo"
+    found = read_yolo(tmp_path, "train")
+    assert [len(record.boxes) for record in found.records] == [1, 1, 0] and len(found.dropped) == 2
+    sentence(found, "1 image of train without a label file", "c.jpg")
+    sentence(found, "other.TXT: no image of its name")
+
+
+# --- recognition ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "said"), [("default", "default"), ("Train", "train")])
+@pytest.mark.parametrize("folder", ["", "VOC2012/"])
+def test_the_one_list_of_a_devkit_is_for_training(tmp_path, folder, name, said):
+    """Among others that list no image by its name alone, as those of single classes."""
+    write_voc(tmp_path, {"a": [voc_object()], "b": [voc_object()]}, f"{folder}{name}")
+    (tmp_path / f"{folder}ImageSets/Main/cat_{name}.txt").write_text("a 1\nb -1\n")
+    (layout,) = recognise(tmp_path)
+    assert layout.values["train"] == [f"{folder}{name}"] and layout.values["val_fraction"] == 0.2
+    assert layout.saw[0] == f"ImageSets/Main has {said}"
+    assert len(read_split(Data(**layout.values), "train")) == 1
+
+
+def test_lists_of_a_devkit_in_capitals(tmp_path):
+    for name in ("Train", "Validation", "Test"):
+        write_voc(tmp_path, {name: [voc_object()]}, name)
+    (layout,) = recognise(tmp_path)
+    assert (layout.values["train"], layout.values["val"], layout.test) == (["Train"], ["Validation"], ("Test",))
+
+
+def test_lists_of_a_devkit_without_a_known_name_are_told(tmp_path):
+    for name in ("one", "two"):
+        write_voc(tmp_path, {name: [voc_object()]}, name)
+    with pytest.raises(ValueError, match="one, two: no name has the word train; rename them, or write a recipe with"):
+        recognise(tmp_path)
+    for path in (tmp_path / "ImageSets/Main").iterdir():
+        path.write_text("c\n")
+    with pytest.raises(ValueError, match=r"\.txt: its first image, 'c', has no annotation; sought were data\.yaml"):
+        recognise(tmp_path)
+
+
+def test_coco_files_by_their_names(tmp_path):
+    file, _ = write_coco(tmp_path, coco_content())
+    for name in ("trainset", "validset"):
+        shutil.copy(file, tmp_path / f"{name}.json")
+    file.unlink()
+    (layout,) = recognise(tmp_path)
+    assert (layout.values["train"], layout.values["val"]) == (["trainset.json"], ["validset.json"])
+    for old, new in (("trainset", "one"), ("validset", "two")):
+        (tmp_path / f"{old}.json").rename(tmp_path / f"{new}.JSON")
+    with pytest.raises(ValueError, match=r"recognised: one\.JSON, two\.JSON: no name has the word train; rename"):
+        recognise(tmp_path)
+
+
+@pytest.mark.parametrize("format", [None, "csv"])
+def test_a_header_that_is_not_understood_is_told(tmp_path, format):
+    (tmp_path / "all.csv").write_text("filename,x_center,y_center,width,height,class\na.png,1,2,3,4,cat\n")
+    with pytest.raises(
+        ValueError, match=r"all\.csv: its header has the columns .*'y_center'.*; expected a column file"
+    ):
+        recognise(tmp_path, format)
+
+
+def test_classes_without_label_files_are_told(tmp_path):
+    write_yolo(tmp_path, "names: [cat]\n")
+    with pytest.raises(ValueError, match=r"data\.yaml: it names classes, but no text file has lines of a class"):
+        recognise(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["flat", "mixed", "devkit"])
+def test_xml_files_in_capitals(tmp_path, format):
+    write_voc(tmp_path, {"a": [voc_object()], "b": [voc_object()]}, "train")
+    for path in list((tmp_path / "Annotations").iterdir()):
+        path.rename(path.with_suffix(".XML"))
+    if format != "devkit":
+        shutil.rmtree(tmp_path / "ImageSets")
+    if format == "mixed":
+        for path in [*(tmp_path / "Annotations").iterdir(), *(tmp_path / "JPEGImages").iterdir()]:
+            path.rename(tmp_path / path.name)
+        shutil.rmtree(tmp_path / "Annotations")
+        shutil.rmtree(tmp_path / "JPEGImages")
+    (layout,) = recognise(tmp_path)
+    assert layout.format == "voc" and layout.share == 1
+    found = read_voc(tmp_path, layout.values["train"])
+    assert [len(record.boxes) for record in found.records] == [1, 1] and found.dropped == ()
+
+
+def test_csv_file_in_capitals(tmp_path):
+    (tmp_path / "all.CSV").write_text("filename,class,x,y,w,h\na.png,cat,1,2,3,4\n")
+    (layout,) = recognise(tmp_path)
+    assert layout.format == "csv" and layout.values["train"] == ["all.CSV"]
