@@ -284,6 +284,17 @@ def test_csv_short_row_of_a_wide_file_is_as_with_empty_cells(tmp_path):
     sentence(found, "line 3 names no image; nothing to read in it")
 
 
+def test_csv_images_without_a_row_are_told(tmp_path):
+    for name in "abc":
+        write_image(tmp_path / f"{name}.png")
+    file = tmp_path / "all.csv"
+    file.write_text("filename,class,x,y,w,h\na.png,cat,1,2,3,4\n")
+    found = read_csv(file, "train")
+    assert [len(record.boxes) for record in found.records] == [1, 0, 0] and len(found.dropped) == 1
+    told = sentence(found, f"all.csv: 2 images of {tmp_path} without a row in it, the first: {tmp_path}/b.png; ")
+    assert told.endswith("taken for images without objects")
+
+
 # --- YOLO -----------------------------------------------------------------------------------------------------------
 
 

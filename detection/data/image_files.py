@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -42,11 +42,13 @@ class Look(NamedTuple):
         problem: why the image cannot be used; None if it can.
         notes: what a reader should know of a usable image.
         upright: its annotations belong to the image as its EXIF orientation turns it.
+        certain: their size says so, or the contrary; None: the image is not turned.
     """
 
     problem: str | None = None
     notes: tuple[str, ...] = ()
     upright: bool = False
+    certain: bool | None = None
 
 
 def is_image(path: Path) -> bool:
@@ -169,12 +171,23 @@ def _compare(image: Image.Image, width: int | None, height: int | None, upright:
     if image.size == (width, height):
         # Turned by a quarter, an image that is no square would have another size.
         if orientation == 1 or (orientation >= 5 and width != height):
-            return Look()
-        return Look(notes=(f"EXIF orientation {orientation}: its boxes are taken to count the pixels as stored",))
+            return Look(certain=None if orientation == 1 else True)
+        note = f"EXIF orientation {orientation}: its boxes are taken to count the pixels as stored"
+        return Look(notes=(note,), certain=False)
     if orientation >= 5 and image.size == (height, width):
         note = f"EXIF orientation {orientation}: its boxes have the size of the upright image, which is used"
-        return Look(notes=(note,), upright=True)
+        return Look(notes=(note,), upright=True, certain=True)
     return Look(f"the image is {image.width}x{image.height} pixels, its annotations say {width}x{height}")
+
+
+def settle(looks: Sequence[Look]) -> list[Look]:
+    """Return the looks at a set's images, those that are not certain as all others where these are upright."""
+    if {look.upright for look in looks if look.certain} != {True}:
+        return list(looks)
+    note = "turned or mirrored by EXIF: its boxes are taken to count the upright image, as those of its set do by size"
+    return [
+        look._replace(notes=(*look.notes[:-1], note), upright=True) if look.certain is False else look for look in looks
+    ]
 
 
 def _orientation(image: Image.Image) -> int:
