@@ -35,7 +35,7 @@ from detection.text import plural
 
 NAME_LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # a name per line, where there is no data.yaml
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-NOT_LABELS = {*NAME_LISTS, "notes.txt", "README.txt", "README.dataset.txt", "README.roboflow.txt"}
+NOT_LABELS = {*NAME_LISTS, "notes.txt", "readme.txt", "readme.dataset.txt", "readme.roboflow.txt"}
 NOT_LABELS |= {f"{name}.txt" for names in SPLITS.values() for name in names}
 MAX_LABELS = 64 * 2**20  # bytes of a label file
 
@@ -241,7 +241,7 @@ def label_file(image: Path, base: Path) -> Path:
 
 def is_label(path: Path) -> bool:
     """Return whether a file has the name of a label file."""
-    return path.suffix.lower() == ".txt" and path.name not in NOT_LABELS
+    return path.suffix.lower() == ".txt" and path.name.lower() not in NOT_LABELS
 
 
 def _without_image(place: Path, pairs: dict[Path, Path], base: Path) -> list[str]:
