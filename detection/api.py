@@ -73,7 +73,7 @@ def train(
         FileExistsError: there is something in the folder already.
         FileNotFoundError: no such recipe, or no data.
         TypeError: a callback is no `detection.Callback`.
-        ValueError: a key or value is not allowed, neither or both of `recipe` and `resume`, or something wrong with the data.
+        ValueError: a key or value is not allowed, not one of `recipe` and `resume`, or what is wrong with the data.
     """
     from detection.config import Recipe, find_recipe, parse_recipe, read_recipe, set_values, spread_values
     from detection.files import require_path
