@@ -65,8 +65,7 @@ def train(
         out: folder of the new run; None: runs/NAME of the recipe's file.
         callbacks: one or several, called at the turns of the training, see `detection.Callback`.
         resume: a run that was interrupted, to go on with, by its own recipe and in its own folder.
-        extend, extend_lr: with `resume`, so many epochs behind the end, a further cycle of the schedule with a new
-            optimiser, at such a part of the recipe's learning rates.
+        extend, extend_lr: with `resume`, epochs behind its end with a new optimiser, and their part of the rates.
         overrides: values of keys: `train={"epochs": 3}`, `**{"train.epochs": 3}` or `train__epochs=3`.
 
     Raises:
@@ -74,8 +73,7 @@ def train(
         FileExistsError: there is something in the folder already.
         FileNotFoundError: no such recipe, or no data.
         TypeError: a callback is no `detection.Callback`.
-        ValueError: a key or value is not allowed, neither or both of `recipe` and `resume` are given, or what is wrong
-            with the data.
+        ValueError: a key or value is not allowed, not one of `recipe` and `resume`, or what is wrong with the data.
     """
     from detection.config import Recipe, find_recipe, parse_recipe, read_recipe, set_values, spread_values
     from detection.files import require_path
@@ -91,6 +89,7 @@ def train(
         raise ValueError(f"detection.train: extend {extend} and extend_lr {extend_lr!r}: above 0, with resume=RUN")
     if out is not None:
         require_path("out", out)
+    command = f"detection.train({str(recipe)!r}{', ...' if overrides else ''})"
     if resume is not None:
         config, out, command = Run.open(resume).config, resume, f"detection.train(resume={str(resume)!r})"
     elif isinstance(recipe, (Recipe, Mapping)):
@@ -104,9 +103,7 @@ def train(
     if wrong := [each for each in callbacks if not isinstance(each, Callback)]:
         raise TypeError(f"callbacks: expected instances of detection.Callback, got {wrong[0]!r}")
     folder = Path("runs") / name if out is None else Path(out)
-    if resume is None:
-        command = f"detection.train({str(recipe)!r}, ...)" if overrides else f"detection.train({str(recipe)!r})"
-    elif extend and not Run.open(folder).finished:  # first to its end
+    if extend and not Run.open(folder).finished:  # first to its end
         train_run(config, folder, [command], resume=True, callbacks=callbacks)
     options = {"extend": extend, "lr_factor": extend_lr} if extend else {}
     train_run(config, folder, [command], resume=resume is not None, callbacks=callbacks, **options)

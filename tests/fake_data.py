@@ -82,3 +82,15 @@ def sentence(annotations: Annotations, *parts: str) -> str:
     found = [text for text in annotations.dropped if all(part in text for part in parts)]
     assert len(found) == 1, annotations.dropped
     return found[0]
+
+
+def write_yolo(root: Path, content: str, *places: str) -> Path:
+    """A data.yaml with this content, and an image with one object of class 0 for each place, such as train/images/a."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "data.yaml").write_text(content)
+    for place in places:
+        write_image(root / f"{place}.jpg")
+        label = root / f"{place.replace('images', 'labels')}.txt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text("0 .5 .5 .4 .4\n")
+    return root

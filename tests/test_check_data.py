@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from fake_data import coco_content, write_coco, write_image, write_yolo
 from helpers import ROOT, run_tool
 from PIL import Image
 
-from detection.config import load_config
+from detection.cli import main
+from detection.config import load_config, read_recipe
 from detection.data import build_datasets
 from detection.data.image_files import examine_image
 from detection.data.report import report, shared_images
@@ -278,3 +280,110 @@ def test_damage_inside_is_found_by_decoding(tmp_path):
     path.write_bytes(content)
     assert examine_image(path, 80, 64).problem is None
     assert examine_image(path, 80, 64, "full").problem is not None
+
+
+@pytest.mark.attempt("mutated images")
+def test_a_cut_off_image_is_found_behind_a_whole_thumbnail(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels[:12, :16]).save(tmp_path / "small.jpg")
+    Image.fromarray(pixels).save(tmp_path / "image.jpg", exif=b"Exif\0\0" + (tmp_path / "small.jpg").read_bytes())
+    content = (tmp_path / "image.jpg").read_bytes()
+    assert content.count(b"\xff\xd9") == 2 and examine_image(tmp_path / "image.jpg", 80, 64).problem is None
+    (tmp_path / "image.jpg").write_bytes(content[:2500])  # both ends would have to be looked for in these
+    assert content[:2500].count(b"\xff\xd9") == 1
+    assert examine_image(tmp_path / "image.jpg", 80, 64).problem == "the image is cut off"
+
+
+def damage(path: Path) -> None:
+    """Pixels of a PNG that do not decode, in a file whose header and end are whole."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 8] = bytes(8)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.attempt("mutated images")
+def test_damage_at_which_a_recipe_stops_is_no_reason_to_go_on(coco, monkeypatch, capsys, tmp_path, split):
+    content, note, write = coco
+    content["annotations"].append(note(4, 27, 3, [1, 1, 5, 5]))
+    recipe = write()
+    (tmp_path / "one.json").write_text(json.dumps(content | {"images": content["images"][:2]}))
+    damage(tmp_path / "images" / "c.png")
+    arguments = ["--data.val" if split == "train" else "--data.train", "one.json"]
+    status, lines = check(monkeypatch, capsys, recipe, *arguments)
+    assert status == 1 and lines_with(lines, f"{split}: ", "c.png", "image left out with 1 object")
+    assert lines[-1] == (
+        "training cannot go on: it stops at 1 image of those left out, which data.verify header does not find; set "
+        "data.verify full, or remove them"
+    )
+    status, lines = check(monkeypatch, capsys, recipe, *arguments, "--data.verify", "full")
+    assert status == 0 and lines[-1] == "training can go on"
+
+
+@pytest.mark.attempt("mutated images")
+def test_a_recipe_of_init_leaves_out_what_does_not_decode(coco, monkeypatch, capsys, tmp_path):
+    content, note, write = coco
+    content["annotations"] += [note(10 + i, 10 * i + 7, 3, [1, 1, 20, 20]) for i in range(4)]
+    write().unlink()
+    damage(tmp_path / "images" / "c.png")
+    recipe = tmp_path / "new" / "recipe.yaml"
+    main(["init", str(tmp_path), "--out", str(recipe)])
+    out = capsys.readouterr().out
+    assert read_recipe(recipe).data.verify == "full" and "data.verify: full: full decodes every image" in out
+    assert f"left out or mended: 1; hoyer-det check-data {recipe} names them" in out
+    status, lines = check(monkeypatch, capsys, recipe)
+    assert status == 0 and lines_with(lines, "c.png", "image left out") and lines[-1] == "training can go on"
+    recipe.unlink()
+    main(["init", str(tmp_path), "--out", str(recipe), "--data.verify", "header"])
+    assert read_recipe(recipe).data.verify == "header"
+
+
+# --- a test set, which training does not read -------------------------------------------------------------------------
+
+SPLITS = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnames: [cat, dog]\n"
+PLACES = ("train/images/a", "train/images/b", "valid/images/c")
+
+
+def of_test(monkeypatch, capsys, folder: Path) -> str:
+    """The sentence about the test set of a folder in which the others are whole."""
+    status, lines = check(monkeypatch, capsys, folder)
+    assert status == 0 and lines[-1] == "training can go on"
+    assert lines_with(lines, "train: images without") and lines_with(lines, "val: images without")
+    (line,) = lines_with(lines, "test, which training does not read: ")
+    return line
+
+
+def test_a_test_set_that_is_not_there(monkeypatch, capsys, tmp_path):
+    write_yolo(tmp_path, SPLITS, *PLACES)
+    assert "test/images: no such folder" in of_test(monkeypatch, capsys, tmp_path)
+
+
+def test_a_test_set_without_labels(monkeypatch, capsys, tmp_path):
+    write_yolo(tmp_path, SPLITS, *PLACES)
+    write_image(tmp_path / "test/images/d.jpg")
+    assert "none of 1 images of test has a label file" in of_test(monkeypatch, capsys, tmp_path)
+
+
+def test_a_test_set_without_boxes(monkeypatch, capsys, tmp_path):
+    for split in ("train", "valid", "test"):
+        file, _ = write_coco(tmp_path / split, coco_content([] if split == "test" else [(1, 2, 10, 8)]))
+        file.rename(file.parent / "_annotations.coco.json")
+    assert "has a box to train on" in of_test(monkeypatch, capsys, tmp_path)
+
+
+def test_a_test_set_whose_csv_file_is_cut_off(monkeypatch, capsys, tmp_path):
+    for split in ("train", "val", "test"):
+        write_image(tmp_path / split / "a.jpg")
+        row = '"a.jpg,1,2,3' if split == "test" else "a.jpg,1,2,30,20,cat"
+        (tmp_path / split / "all.csv").write_text(f"filename,xmin,ymin,xmax,ymax,class\n{row}\n")
+    assert "not a CSV file: line 2" in of_test(monkeypatch, capsys, tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["check-data", "init"])
+def test_no_share_is_for_validation_beside_a_validation_set(capsys, tmp_path, verb):
+    write_yolo(tmp_path, SPLITS, *PLACES)
+    with pytest.raises(SystemExit):
+        main([verb, str(tmp_path), "--data.val_fraction", "0.3"])
+    assert f"--data.val_fraction: {tmp_path} has a validation set of its own; drop one" in capsys.readouterr().err
+    write_yolo(tmp_path, "train: ../train/images\nnames: [cat, dog]\n")
+    main(["check-data", str(tmp_path), "--data.val_fraction", "0.5"])

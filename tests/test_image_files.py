@@ -17,7 +17,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from detection.config.schema import ImageData
 from detection.data import DetectionDataset, load_image, read_coco, read_voc
-from detection.data.image_files import EXTENSIONS, examine_image
+from detection.data.image_files import EXTENSIONS, Look, examine_image
 from detection.data.images import read_folder, read_image_split
 from detection.data.pictures import read_image
 
@@ -207,6 +207,41 @@ def test_where_the_size_cannot_tell_it_is_said(tmp_path, orientation, size):
     assert look.notes == (f"EXIF orientation {orientation}: its boxes are taken to count the pixels as stored",)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "upright"),
+    [
+        ([(HEIGHT, WIDTH)] * 2, True),
+        ([(WIDTH, HEIGHT)] * 2, False),
+        ([(HEIGHT, WIDTH), (WIDTH, HEIGHT)], False),
+        ([], False),
+    ],
+    ids=["upright", "stored", "both", "none"],
+)
+def test_where_the_size_cannot_tell_others_of_the_set_do(tmp_path, sizes, upright):
+    """Turned by 180 degrees or mirrored, beside images turned by a quarter, which have sizes of either kind or none."""
+    content = coco_content([(31, 23, 4, 4)] if upright else [(5, 3, 4, 4)])
+    content["annotations"].append(content["annotations"][0] | {"id": 1, "image_id": 3})
+    for number, (width, height) in enumerate(sizes):
+        name = {"file_name": f"{number}.png", "width": width, "height": height}
+        content["images"].append({"id": 10 + number} | name)
+    file, images = write_coco(tmp_path, content)
+    save_turned(images / "a.png", 3)
+    save_turned(images / "b.png", 1)
+    for number in range(len(sizes)):
+        save_turned(images / f"{number}.png", 6 + 2 * number)
+    dataset = DetectionDataset(read_coco(file, images))
+    image, target = dataset[0]
+    x1, y1, x2, y2 = target["boxes"][0].int().tolist()
+    assert image[:, y1:y2, x1:x2].min() > 0.8
+    assert [record.upright for record in dataset.annotations.records[:2]] == [upright, False]
+    if upright:
+        sentence(
+            dataset.annotations, "a.png: turned or mirrored by EXIF: its boxes are taken to count the upright image"
+        )
+    else:
+        sentence(dataset.annotations, "a.png: EXIF orientation 3: its boxes are taken to count the pixels as stored")
+
+
 def test_a_turned_image_without_a_size_is_told(tmp_path):
     write_voc(tmp_path, {"one": f"<annotation>{voc_object()}</annotation>"})
     save_turned(tmp_path / "VOC/JPEGImages/one.jpg", 6)
@@ -221,7 +256,7 @@ def test_damaged_exif_data_cost_nothing(tmp_path):
     path = write_image(tmp_path / "a.jpg")
     content = path.read_bytes()
     path.write_bytes(content[:2] + b"\xff\xe1\x00\x12Exif\0\0II*\0\xff\xff\xff\xff\xff\xff" + content[2:])
-    assert examine_image(path, WIDTH, HEIGHT, "full") == (None, (), False)
+    assert examine_image(path, WIDTH, HEIGHT, "full") == Look()
     assert read_image(path).shape == (3, HEIGHT, WIDTH)
 
 

@@ -1,13 +1,18 @@
-"""Readers of VOC folders, COCO files and CSV files: what they take, what they leave out, and the sentence about it."""
+"""Readers of VOC, COCO, CSV and YOLO: what they take, what they leave out, the sentence about it; and recognition."""
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
-from fake_data import HEIGHT, WIDTH, coco_content, sentence, voc_object, write_coco, write_image, write_voc
+from fake_data import HEIGHT, WIDTH, coco_content, sentence, voc_object, write_coco, write_image, write_voc, write_yolo
 
-from detection.data import read_coco, read_voc
+from detection.config.schema import Data
+from detection.data import read_coco, read_split, read_voc
 from detection.data.csv_files import read_csv
+from detection.data.layouts import recognise
+from detection.data.yolo import read_yolo
 
 # --- VOC ------------------------------------------------------------------------------------------------------------
 
@@ -277,3 +282,159 @@ def test_csv_short_row_of_a_wide_file_is_as_with_empty_cells(tmp_path):
     found = read_csv(file, "train")
     assert [record.boxes.tolist() for record in found.records] == [[[1, 2, 4, 6]]]
     sentence(found, "line 3 names no image; nothing to read in it")
+
+
+def test_csv_images_without_a_row_are_told(tmp_path):
+    for name in "abc":
+        write_image(tmp_path / f"{name}.png")
+    file = tmp_path / "all.csv"
+    file.write_text("filename,class,x,y,w,h\na.png,cat,1,2,3,4\n")
+    found = read_csv(file, "train")
+    assert [len(record.boxes) for record in found.records] == [1, 0, 0] and len(found.dropped) == 1
+    told = sentence(found, f"all.csv: 2 images of {tmp_path} without a row in it, the first: {tmp_path}/b.png; ")
+    assert told.endswith("taken for images without objects")
+
+
+# --- YOLO -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        ("[yes, no]", ("yes", "no")),
+        ("[010, 12:30, 1.10, null, 2020-01-01, 'on']", ("010", "12:30", "1.10", "null", "2020-01-01", "on")),
+        ("{1: off, 0: 0x1F}", ("0x1F", "off")),
+        ("\n  0: y\n  1: 1e3", ("y", "1e3")),
+    ],
+)
+def test_yolo_names_are_text_as_it_is_written(tmp_path, written, names):
+    root = write_yolo(tmp_path, f"train: images\nnc: {len(names)}\nnames: {written}\n", "images/a")
+    found = read_yolo(root, "train")
+    assert found.categories == names and found.dropped == ()
+
+
+def test_yolo_name_that_is_empty(tmp_path):
+    root = write_yolo(tmp_path, "train: images\nnames:\n  - cat\n  -\n", "images/a")
+    with pytest.raises(ValueError, match=r"data\.yaml: names: expected a list of names"):
+        read_yolo(root, "train")
+
+
+@pytest.mark.parametrize("lines", ["data/obj_train_data/{}.jpg", "obj_train_data/{}.jpg", "../obj_train_data/{}.jpg"])
+def test_yolo_list_with_a_folder_in_front_that_is_not_there(tmp_path, lines):
+    write_yolo(tmp_path, "", "obj_train_data/a", "obj_train_data/b")
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / "obj.names").write_text("cat\n")
+    (tmp_path / "train.txt").write_text("".join(f"{lines.format(name)}\n" for name in "ab"))
+    (layout,) = recognise(tmp_path)
+    found = read_split(Data(**layout.values | {"val_fraction": 0}), "train").annotations
+    assert [record.path.name for record in found.records] == ["a.jpg", "b.jpg"] and found.dropped == ()
+
+
+def test_yolo_images_that_are_not_there_are_not_said_to_lack_labels(tmp_path):
+    write_yolo(tmp_path, "train: train.txt\nnames: [cat]\n", "images/a", "images/b")
+    (tmp_path / "train.txt").write_text("elsewhere/a.jpg\nelsewhere/b.jpg\n")
+    with pytest.raises(
+        ValueError, match=r"0 usable images .*; 2 left out .*elsewhere/a\.jpg: no such file; image left"
+    ):
+        read_yolo(tmp_path, "train")
+    (tmp_path / "train.txt").write_text("elsewhere/a.jpg\nimages/b.jpg\n")
+    assert sentence(read_yolo(tmp_path, "train"), "a.jpg").endswith("elsewhere/a.jpg: no such file; image left out")
+
+
+def test_yolo_label_files_in_capitals(tmp_path):
+    write_yolo(tmp_path, "train: train/images\nnames: [cat]\n", "train/images/a", "train/images/b", "train/images/c")
+    labels = tmp_path / "train/labels"
+    (labels / "a.txt").rename(labels / "a.TXT")
+    (labels / "b.txt").rename(labels.parent / "images/b.TXT")
+    (labels / "c.txt").rename(labels / "other.TXT")
+    (layout,) = recognise(tmp_path)
+    assert layout.format == "yolo"
+    found = read_yolo(tmp_path, "train")
+    assert [len(record.boxes) for record in found.records] == [1, 1, 0] and len(found.dropped) == 2
+    sentence(found, "1 image of train without a label file", "c.jpg")
+    sentence(found, "other.TXT: no image of its name")
+
+
+# --- recognition ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "said"), [("default", "default"), ("Train", "train")])
+@pytest.mark.parametrize("folder", ["", "VOC2012/"])
+def test_the_one_list_of_a_devkit_is_for_training(tmp_path, folder, name, said):
+    """Among others that list no image by its name alone, as those of single classes."""
+    write_voc(tmp_path, {"a": [voc_object()], "b": [voc_object()]}, f"{folder}{name}")
+    (tmp_path / f"{folder}ImageSets/Main/cat_{name}.txt").write_text("a 1\nb -1\n")
+    (layout,) = recognise(tmp_path)
+    assert layout.values["train"] == [f"{folder}{name}"] and layout.values["val_fraction"] == 0.2
+    assert layout.saw[0] == f"ImageSets/Main has {said}"
+    assert len(read_split(Data(**layout.values), "train")) == 1
+
+
+def test_lists_of_a_devkit_in_capitals(tmp_path):
+    for name in ("Train", "Validation", "Test"):
+        write_voc(tmp_path, {name: [voc_object()]}, name)
+    (layout,) = recognise(tmp_path)
+    assert (layout.values["train"], layout.values["val"], layout.test) == (["Train"], ["Validation"], ("Test",))
+
+
+def test_lists_of_a_devkit_without_a_known_name_are_told(tmp_path):
+    for name in ("one", "two"):
+        write_voc(tmp_path, {name: [voc_object()]}, name)
+    with pytest.raises(ValueError, match="one, two: no name has the word train; rename them, or write a recipe with"):
+        recognise(tmp_path)
+    for path in (tmp_path / "ImageSets/Main").iterdir():
+        path.write_text("c\n")
+    with pytest.raises(ValueError, match=r"\.txt: its first image, 'c', has no annotation; sought were data\.yaml"):
+        recognise(tmp_path)
+
+
+def test_coco_files_by_their_names(tmp_path):
+    file, _ = write_coco(tmp_path, coco_content())
+    for name in ("trainset", "validset"):
+        shutil.copy(file, tmp_path / f"{name}.json")
+    file.unlink()
+    (layout,) = recognise(tmp_path)
+    assert (layout.values["train"], layout.values["val"]) == (["trainset.json"], ["validset.json"])
+    for old, new in (("trainset", "one"), ("validset", "two")):
+        (tmp_path / f"{old}.json").rename(tmp_path / f"{new}.JSON")
+    with pytest.raises(ValueError, match=r"recognised: one\.JSON, two\.JSON: no name has the word train; rename"):
+        recognise(tmp_path)
+
+
+@pytest.mark.parametrize("format", [None, "csv"])
+def test_a_header_that_is_not_understood_is_told(tmp_path, format):
+    (tmp_path / "all.csv").write_text("filename,x_center,y_center,width,height,class\na.png,1,2,3,4,cat\n")
+    with pytest.raises(
+        ValueError, match=r"all\.csv: its header has the columns .*'y_center'.*; expected a column file"
+    ):
+        recognise(tmp_path, format)
+
+
+def test_classes_without_label_files_are_told(tmp_path):
+    write_yolo(tmp_path, "names: [cat]\n")
+    with pytest.raises(ValueError, match=r"data\.yaml: it names classes, but no text file has lines of a class"):
+        recognise(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["flat", "mixed", "devkit"])
+def test_xml_files_in_capitals(tmp_path, format):
+    write_voc(tmp_path, {"a": [voc_object()], "b": [voc_object()]}, "train")
+    for path in list((tmp_path / "Annotations").iterdir()):
+        path.rename(path.with_suffix(".XML"))
+    if format != "devkit":
+        shutil.rmtree(tmp_path / "ImageSets")
+    if format == "mixed":
+        for path in [*(tmp_path / "Annotations").iterdir(), *(tmp_path / "JPEGImages").iterdir()]:
+            path.rename(tmp_path / path.name)
+        shutil.rmtree(tmp_path / "Annotations")
+        shutil.rmtree(tmp_path / "JPEGImages")
+    (layout,) = recognise(tmp_path)
+    assert layout.format == "voc" and layout.share == 1
+    found = read_voc(tmp_path, layout.values["train"])
+    assert [len(record.boxes) for record in found.records] == [1, 1] and found.dropped == ()
+
+
+def test_csv_file_in_capitals(tmp_path):
+    (tmp_path / "all.CSV").write_text("filename,class,x,y,w,h\na.png,cat,1,2,3,4\n")
+    (layout,) = recognise(tmp_path)
+    assert layout.format == "csv" and layout.values["train"] == ["all.CSV"]

@@ -43,12 +43,19 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         train = task.read("train")
         task = task.with_classes(train.classes)
         splits = {"train": train, "val": task.read("val")}
-        if layout is not None and layout.test:
-            values = {"data.val": list(layout.test), "data.val_images": layout.test_images}
-            splits["test"] = task_of(set_values(task.config, values)).read("val")
+        unseen = 0
+        if config.data.verify != "full" and any(dataset.dropped for dataset in splits.values()):
+            known = task_of(set_values(task.config, {"data.verify": config.data.verify}))
+            unseen = sum(len(known.read(split)) - len(dataset) for split, dataset in splits.items())
     except (ValueError, OSError) as error:
         say(f"training cannot go on: {error}")
         sys.exit(1)
+    if layout is not None and layout.test:
+        values = {"data.val": list(layout.test), "data.val_images": layout.test_images}
+        try:
+            splits["test"] = task_of(set_values(task.config, values)).read("val")
+        except (ValueError, OSError) as error:
+            say(f"test, which training does not read: {error}")
     for name, dataset in splits.items():
         report = task.data_report(dataset)
         if report is None:
@@ -64,6 +71,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
             say(f"in both train and {name}: {len(shared)} images, the first: {shared[0]}")
     for sentence in task.warnings(train, data_alone=layout is not None):
         say(f"warning: {sentence}")
+    if unseen:
+        number = f"{plural(unseen, 'image')} of those left out"
+        why = f"it stops at {number}, which data.verify header does not find"
+        say(f"training cannot go on: {why}; set data.verify full, or remove them")
+        sys.exit(1)
     print("training can go on")
 
 
@@ -95,7 +107,10 @@ def recipe_of_folder(folder: Path, format: str | None, overrides: Sequence[str])
     other = next((key for key in values if not key.startswith("data.")), None)
     if other is not None:
         raise ValueError(f"--{other}: of a recipe; a folder takes keys of the section data")
-    keys = {**layout.values, **{key.removeprefix("data."): value for key, value in values.items()}}
+    known = layout.values.keys() & {"val", "val_fraction"} or "data.val" in values
+    if values.get("data.val_fraction") and not known:  # as data.yaml may name one
+        raise ValueError(f"--data.val_fraction: {folder} has a validation set of its own; drop one")
+    keys = {**layout.values, "verify": "full", **{key.removeprefix("data."): value for key, value in values.items()}}
     if values.get("data.val") and "data.val_fraction" not in values:  # in place of a part of the training images
         keys.pop("val_fraction", None)
     config = set_values(

@@ -52,5 +52,5 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         say(f"warning: {sentence}")
     dropped = len(train.dropped) + len(val.dropped)
     if dropped:
-        say(f"left out or mended: {dropped}; hoyer-det check-data {shlex.quote(str(options.folder))} names them")
+        say(f"left out or mended: {dropped}; hoyer-det check-data {shlex.quote(str(options.out))} names them")
     say(f"written: {options.out}; next: hoyer-det train {shlex.quote(str(options.out))}")

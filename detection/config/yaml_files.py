@@ -12,13 +12,14 @@ from detection.files import read_text, require_size
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 32  # of nested sections
+TEXT = "tag:yaml.org,2002:str"
 
 
 class _Dumper(yaml.SafeDumper):
     """A SafeDumper that writes what is not printable as escapes; line breaks of Unicode would be read as spaces."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+        return self.represent_scalar(TEXT, data, style=None if data.isprintable() else '"')
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
@@ -47,10 +48,18 @@ class _Loader(_Parser):
         return super().construct_mapping(node, deep)
 
 
-class _NumberLoader(_Loader):
-    """A loader whose keys may be whole numbers."""
+class _NamesLoader(_Loader):
+    """A loader whose keys may be whole numbers; what a list or section `names` holds is text, such as no or 010."""
 
     keys = (str, int)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, value in node.value:
+            if key.value == "names" and isinstance(value, yaml.CollectionNode):
+                for each in value.value:  # of a section it is a key with its value
+                    for inner in each if isinstance(each, tuple) else (each,):
+                        inner.tag = TEXT if isinstance(inner, yaml.ScalarNode) else inner.tag
+        return super().construct_mapping(node, deep)
 
 
 def _require_small(text: str) -> None:
@@ -67,12 +76,12 @@ def _require_small(text: str) -> None:
             depth -= 1
 
 
-def read_yaml(path: Path, *, numbers: bool = False, what: str = "a recipe") -> Any:
+def read_yaml(path: Path, *, names: bool = False, what: str = "a recipe") -> Any:
     """Return what a YAML file holds.
 
     Args:
         path: the file.
-        numbers: its keys may be whole numbers, too.
+        names: its keys may be whole numbers, too, and what is in its list or section `names` is text as it is written.
         what: it should hold, for messages.
 
     Raises:
@@ -85,7 +94,7 @@ def read_yaml(path: Path, *, numbers: bool = False, what: str = "a recipe") -> A
     try:
         text = read_text(path)
         _require_small(text)
-        return yaml.load(text, _NumberLoader if numbers else _Loader)
+        return yaml.load(text, _NamesLoader if names else _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""

@@ -242,11 +242,11 @@ def _files(table: Table, folder: Path, source: Path, dropped: list[str]) -> dict
     place = source.parent
     near = place.resolve() in (folder.resolve(), folder.resolve().parent)
     others = [path for each in {place, folder} for path in each.glob("*.csv") if path.name != source.name]
-    if more and near and not others and not table.split_values:
-        images |= {path: [] for path in more}
-    elif more and not table.split_values:
-        first = f"the first: {min(more)}"
-        dropped.append(f"{source}: {plural(len(more), 'image')} of {folder} without a row in it, {first}; not used")
+    if more and not table.split_values:
+        own = near and not others
+        images |= {path: [] for path in more if own}
+        what = f"{plural(len(more), 'image')} of {folder} without a row in it, the first: {min(more)}"
+        dropped.append(f"{source}: {what}; {'taken for images without objects' if own else 'not used'}")
     return dict(sorted(images.items()))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -20,8 +20,10 @@ Verify = Literal["header", "full"]
 # Only these are tried, whatever a file's name says: others start programs (EPS) or are rare enough to be a mistake.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000")
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".ppm", ".pgm")
-# What a whole file has at its end. Some cameras write more behind it; the marker cannot occur inside of JPEG's data.
+# What a whole file has at its end. Some cameras write more behind it. In a JPEG it may also be the end of a thumbnail,
+# which lies in front of the image's pixels; within these it cannot occur.
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+JPEG_PIXELS = b"\xff\xda"  # their beginning
 END_SEARCH = 4096  # bytes
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # of an image, above which PIL suspects a decompression bomb
 ORIENTATION = 0x0112  # EXIF; 2 to 8 mirror or turn, those from 5 on by a quarter
@@ -40,11 +42,13 @@ class Look(NamedTuple):
         problem: why the image cannot be used; None if it can.
         notes: what a reader should know of a usable image.
         upright: its annotations belong to the image as its EXIF orientation turns it.
+        certain: their size says so, or the contrary; None: the image is not turned.
     """
 
     problem: str | None = None
     notes: tuple[str, ...] = ()
     upright: bool = False
+    certain: bool | None = None
 
 
 def is_image(path: Path) -> bool:
@@ -138,7 +142,7 @@ def examine_image(
             file.seek(0)
             with open_image(file) as image:
                 # Phones append whole films: an image without an end in sight may still be complete.
-                endless = END_MARKERS.get(image.format or "", b"") not in end
+                endless = end.rfind(END_MARKERS.get(image.format or "", b"")) <= end.rfind(JPEG_PIXELS)
                 doubtful = endless or verify == "full" or _has_many_bits(image)
                 look = _compare(image, width, height, upright)
                 try:
@@ -167,12 +171,23 @@ def _compare(image: Image.Image, width: int | None, height: int | None, upright:
     if image.size == (width, height):
         # Turned by a quarter, an image that is no square would have another size.
         if orientation == 1 or (orientation >= 5 and width != height):
-            return Look()
-        return Look(notes=(f"EXIF orientation {orientation}: its boxes are taken to count the pixels as stored",))
+            return Look(certain=None if orientation == 1 else True)
+        note = f"EXIF orientation {orientation}: its boxes are taken to count the pixels as stored"
+        return Look(notes=(note,), certain=False)
     if orientation >= 5 and image.size == (height, width):
         note = f"EXIF orientation {orientation}: its boxes have the size of the upright image, which is used"
-        return Look(notes=(note,), upright=True)
+        return Look(notes=(note,), upright=True, certain=True)
     return Look(f"the image is {image.width}x{image.height} pixels, its annotations say {width}x{height}")
+
+
+def settle(looks: Sequence[Look]) -> list[Look]:
+    """Return the looks at a set's images, those that are not certain as all others where these are upright."""
+    if {look.upright for look in looks if look.certain} != {True}:
+        return list(looks)
+    note = "turned or mirrored by EXIF: its boxes are taken to count the upright image, as those of its set do by size"
+    return [
+        look._replace(notes=(*look.notes[:-1], note), upright=True) if look.certain is False else look for look in looks
+    ]
 
 
 def _orientation(image: Image.Image) -> int:

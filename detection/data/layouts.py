@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 from detection.data.csv_files import SPLITS, Table, read_header, read_table, rows_of
 from detection.data.image_files import is_image, visible_files
-from detection.data.records import finite_number
-from detection.data.voc import IMAGES, find_split, flat_pair, parse_xml
-from detection.data.yolo import NOT_LABELS, find_set
+from detection.data.records import few, finite_number
+from detection.data.voc import IMAGES, find_split, flat_pair, parse_xml, xml_file
+from detection.data.yolo import find_set, is_label
 from detection.text import plural
 
 SAMPLE = 20  # files of a kind that are looked into
+DEVKIT_LISTS = ("trainval", *SPLITS)
 FRACTION = 0.2  # of the images, for validation, where there is one set alone
 SOUGHT = (
     "data.yaml or classes.txt with label files (yolo), JSON with images, annotations and categories, such as "
@@ -62,22 +63,24 @@ def recognise(root: Path, format: str | None = None) -> list[Layout]:
         raise FileNotFoundError(f"{root}: no such folder")
     if format is not None and format not in LOOKS:
         raise ValueError(f"format {format!r}: recognised are {', '.join(LOOKS)}")
-    found = [LOOKS[name](root) for name in LOOKS if format in (None, name)]
+    unfit: list[str] = []
+    found = [LOOKS[name](root, unfit) for name in LOOKS if format in (None, name)]
     layouts = sorted((each for each in found if each is not None), key=lambda each: -each.share)
     if not layouts:
         inside = list(itertools.islice(visible_files(root), 2000))
         pictures = sum(map(is_image, inside))
         sought = SOUGHT if format is None else f"files of format {format}"
         more = f"{plural(pictures, 'image')}, but " if pictures else ""
-        raise ValueError(f"{root}: not a data set that is recognised: {more}none of {sought}")
+        why = f"{'; '.join(unfit)}; sought were {sought}" if unfit else f"{more}none of {sought}"
+        raise ValueError(f"{root}: not a data set that is recognised: {why}")
     return layouts
 
 
 def _splits(names: Mapping[str, Any], *, instead: bool = True) -> dict[str, Any]:
-    """What belongs to train, val and test by names such as train2017; `instead`: test is val if none is."""
+    """What belongs to train, val and test by names such as train2017, trainset; `instead`: test is val if none is."""
     found: dict[str, Any] = {}
     for name, value in sorted(names.items()):
-        words = re.findall("[a-z]+", name.lower())
+        words = [word.removesuffix("set") for word in re.findall("[a-z]+", name.lower())]
         for split, synonyms in SPLITS.items():
             if any(word in synonyms for word in words):
                 found.setdefault(split, value)
@@ -86,8 +89,10 @@ def _splits(names: Mapping[str, Any], *, instead: bool = True) -> dict[str, Any]
     return found
 
 
-def _alone(names: Mapping[str, Any]) -> dict[str, Any]:
-    """The one file of a set, whatever it is called, as that of training; nothing of several."""
+def _alone(names: Mapping[str, Any], unfit: list[str]) -> dict[str, Any]:
+    """The one file of a set, whatever it is called, as that of training; nothing of several, with a sentence."""
+    if len(names) > 1:
+        unfit.append(f"{few(names)}: no name has the word train; rename them, or write a recipe with data.train")
     return {"train": next(iter(names.values()))} if len(names) == 1 else {}
 
 
@@ -113,23 +118,24 @@ def _require_fitting(fitting: Mapping[str, Any], others: Mapping[str, str]) -> N
 
 def _lists(root: Path) -> dict[str, str]:
     """Names of the lists of images in a folder, such as train.txt, by themselves."""
-    return {path.name: path.name for path in root.glob("*.txt") if path.stem.lower() in sum(SPLITS.values(), ())}
+    stems = sum(SPLITS.values(), ())
+    return {path.name: path.name for path in root.glob("*.[tT][xX][tT]") if path.stem.lower() in stems}
 
 
 # YOLO
 
 
-def _yolo(root: Path) -> Layout | None:
+def _yolo(root: Path, unfit: list[str]) -> Layout | None:
     try:
         found = find_set(root, [])
     except FileNotFoundError:
         return None
-    labels = [path for path in visible_files(root) if path.suffix == ".txt" and path.name not in NOT_LABELS]
-    labels = [path for path in labels if path.is_file()]  # no links to nothing
+    labels = [path for path in visible_files(root) if is_label(path) and path.is_file()]  # no links to nothing
     sample = [path for path in sorted(labels) if path.stat().st_size < 10**6][:: max(1, len(labels) // SAMPLE)]
     lines = [line.split() for path in sample for line in path.read_text(errors="replace").splitlines() if line.strip()]
     good = sum(len(line) >= 5 and None not in map(finite_number, line) for line in lines)
     if not good:
+        unfit.append(f"{found.source}: it names classes, but no text file has lines of a class and numbers")
         return None
     saw = (
         f"{found.source.name} names {plural(len(found.names), 'class', 'classes')}",
@@ -158,13 +164,13 @@ def _yolo(root: Path) -> Layout | None:
 # COCO
 
 
-def _coco(root: Path) -> Layout | None:
+def _coco(root: Path, unfit: list[str]) -> Layout | None:
     every = {path.relative_to(root).as_posix(): path for path in _near(root, ".json")}
     fitting = {name: path for name, path in every.items() if _is_coco(path)}
     why = "no JSON with images, annotations and categories, or cut off"
     _require_fitting(fitting, {name: f"{path}: {why}" for name, path in every.items() if name not in fitting})
     names = {name: path for name, path in fitting.items() if "instances" in path.name} or fitting
-    splits = _splits(names) or _alone(names)
+    splits = _splits(names) or _alone(names, unfit)
     if not splits:
         return None
     folders = {split: _image_folder(root, path) for split, path in splits.items()}
@@ -180,8 +186,8 @@ def _coco(root: Path) -> Layout | None:
 
 
 def _near(root: Path, suffix: str) -> list[Path]:
-    """Files with a suffix in a folder, and one and two levels lower, sorted."""
-    found = [path for pattern in ("*", "*/*", "*/*/*") for path in root.glob(pattern + suffix)]
+    """Files with a suffix, in capitals or not, in a folder, and one and two levels lower, sorted."""
+    found = [path for pattern in ("*", "*/*", "*/*/*") for path in root.glob(pattern) if path.suffix.lower() == suffix]
     return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 
 
@@ -213,47 +219,55 @@ def _image_folder(root: Path, source: Path) -> str:
 # VOC
 
 
-def _voc(root: Path) -> Layout | None:
+def _voc(root: Path, unfit: list[str]) -> Layout | None:
     devkits = [path.parents[1] for depth in ("", "*/", "*/*/") for path in root.glob(f"{depth}ImageSets/Main")]
-    found = _devkit(root, sorted(devkits)) if devkits else _flat_voc(root)
+    found = _devkit(root, sorted(devkits), unfit) if devkits else _flat_voc(root)
     if found is None:
         return None
     values, test, what = found
     sample: list[Path] = []
     for split in values["train"]:
         place = find_split(root, split, [])
-        sample += [place.sources / f"{key}.xml" for key in place.keys[:: max(1, len(place.keys) // SAMPLE)]]
+        sample += [xml_file(place.sources, key) for key in place.keys[:: max(1, len(place.keys) // SAMPLE)]]
     good = sum(map(_is_voc, sample))
     if not good:
+        unfit.append(f"{what}, but none of the files looked into is XML with an annotation")
         return None
     saw = (what, f"{good} of {plural(len(sample), 'file')} looked into are XML with an annotation")
     return Layout("voc", saw, good / len(sample), values, test)
 
 
-def _devkit(root: Path, devkits: Sequence[Path]) -> tuple[dict[str, Any], tuple[str, ...], str] | None:
-    """trainval and test, or train and val, of all years."""
+def _devkit(
+    root: Path, devkits: Sequence[Path], unfit: list[str]
+) -> tuple[dict[str, Any], tuple[str, ...], str] | None:
+    """trainval and test, or train and val, of all years; else the one list that there is, whatever it is called."""
     lists: dict[str, list[str]] = {}
     broken: dict[str, str] = {}
     for devkit in devkits:
         for path in sorted((devkit / "ImageSets" / "Main").glob("*.txt")):
-            if path.stem not in ("train", "val", "trainval", "test"):
-                continue
+            name = next((split for split, names in SPLITS.items() if path.stem.lower() in names), path.stem.lower())
             first = next(iter(path.read_text(errors="replace").splitlines()), "").strip()
-            if not (devkit / "Annotations" / f"{first}.xml").is_file():
-                broken[path.stem] = f"{path}: its first image, {first!r}, has no annotation"
+            if not xml_file(devkit / "Annotations", first).is_file():
+                broken[name] = f"{path}: its first image, {first!r}, has no annotation"
             else:
                 folder = devkit.relative_to(root).as_posix()
-                lists.setdefault(path.stem, []).append(path.stem if folder == "." else f"{folder}/{path.stem}")
+                lists.setdefault(name, []).append(path.stem if folder == "." else f"{folder}/{path.stem}")
+    saw = f"ImageSets/Main has {', '.join(sorted(lists))}"
+    named = {name: lists[name] for name in DEVKIT_LISTS if name in lists}
+    if broken and not lists:
+        unfit.append(next(iter(broken.values())))
+    lists = named or _alone(lists, unfit)
     for train, val in (("trainval", "test"), ("train", "val"), ("train", "test")):
         if train in lists and val in lists:
             test = tuple(lists.get("test", ())) if val == "val" else ()
             values = {"format": "voc", "root": str(root), "train": lists[train], "val": lists[val]}
-            return values, test, f"ImageSets/Main has {', '.join(sorted(lists))}"
+            return values, test, saw
     if lists and "trainval" not in lists:
-        _require_fitting(lists, {name.replace("trainval", "train"): why for name, why in broken.items()})
+        known = {name.replace("trainval", "train"): why for name, why in broken.items() if name in DEVKIT_LISTS}
+        _require_fitting(lists, known)
     one = lists.get("trainval") or lists.get("train") or next(iter(lists.values()), None)
     values = {"format": "voc", "root": str(root), "train": one, "val_fraction": FRACTION}
-    return None if one is None else (values, (), f"ImageSets/Main has {', '.join(sorted(lists))}")
+    return None if one is None else (values, (), saw)
 
 
 def _flat_voc(root: Path) -> tuple[dict[str, Any], tuple[str, ...], str] | None:
@@ -278,7 +292,7 @@ def _is_voc(path: Path) -> bool:
 # CSV
 
 
-def _csv(root: Path) -> Layout | None:
+def _csv(root: Path, unfit: list[str]) -> Layout | None:
     fitting: dict[str, Path] = {}
     others: dict[str, str] = {}
     for path in _near(root, ".csv"):
@@ -289,13 +303,18 @@ def _csv(root: Path) -> Layout | None:
         except (ValueError, OSError) as error:
             others[name] = str(error)
     _require_fitting(fitting, others)
-    splits = _splits(fitting) or _alone(fitting)
+    unfit += list(others.values())[: not fitting]
+    splits = _splits(fitting) or _alone(fitting, unfit)
     if not splits:
         return None
     relative = {split: path.relative_to(root).as_posix() for split, path in splits.items()}
     values = _values("csv", root, relative)
     source, test = root / values["train"][0], (relative["test"],) if "val" in values and "test" in splits else ()
-    tables = {path: read_table(path, []) for path in splits.values()}
+    tables: dict[Path, Table] = {}
+    for split, path in splits.items():
+        beside = split == "test" and "train" in splits  # training does not read it
+        with contextlib.suppress(ValueError) if beside else contextlib.nullcontext():
+            tables[path] = read_table(path, [])
     said = tables[source].split_values
     if "val_fraction" in values and said:
         known = {split: [each for each in names if each in said] for split, names in SPLITS.items()}
@@ -306,7 +325,7 @@ def _csv(root: Path) -> Layout | None:
             test = (f"{name}:{known['test'][0]}",) if known["val"] and known["test"] else ()
     places = {path: _csv_images(root, path, table) for path, table in tables.items()}
     values["train_images"] = places[source]
-    folders = {split: places[path] for split, path in splits.items()}
+    folders = {split: places[path] for split, path in splits.items() if path in places}
     if "val" in values:
         values["val_images"] = folders.get("val", values["train_images"])
     saw = tuple(f"{name} has a header with columns for image, class and box" for name in fitting)
@@ -323,4 +342,4 @@ def _csv_images(root: Path, source: Path, table: Table) -> str:
     return place.relative_to(root).as_posix()
 
 
-LOOKS: dict[str, Callable[[Path], Layout | None]] = {"yolo": _yolo, "coco": _coco, "voc": _voc, "csv": _csv}
+LOOKS: dict[str, Callable[[Path, list[str]], Layout | None]] = {"yolo": _yolo, "coco": _coco, "voc": _voc, "csv": _csv}

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from detection.data.image_files import Verify, examine_image, load_image
+from detection.data.image_files import Verify, examine_image, load_image, settle
 from detection.text import nearest, plural, printable
 
 # Tools disagree about whether pixels start at 0 or 1; boxes beyond the border by no more are clipped without a word.
@@ -178,7 +178,7 @@ def build_annotations(
             examine_image, [(each.path, each.width, each.height, verify, each.upright) for each in records]
         )
     told, usable = list(dropped), []
-    for record, look in zip(records, looks, strict=True):
+    for record, look in zip(records, settle(looks), strict=True):
         told += [f"{record.path}: {note}" for note in look.notes]
         if look.problem is not None:
             told.append(f"{record.path}: {look.problem}; {image_left_out(len(record.labels))}")

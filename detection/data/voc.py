@@ -8,7 +8,7 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
@@ -103,7 +103,7 @@ def _read_splits(root: Path, splits: Sequence[str], dropped: list[str]) -> Itera
         dropped += outside_of(images, (images / key for key in keys), split_file)
         for key in keys:
             image_id += 1
-            source = sources / f"{key}.xml"
+            source = xml_file(sources, key)
             if (sources, key) in listed:
                 dropped.append(f"{split_file}: {key} is listed already; left out the second time")
                 continue
@@ -305,18 +305,23 @@ def flat_pair(folder: Path, split: str = "") -> tuple[Path, Path] | None:
     found = [next((inside[name] / split for name in names if name in inside), None) for names in (IMAGES, SOURCES)]
     images, sources = found
     both = images is not None and sources is not None and images.is_dir() and sources.is_dir()
-    if both and has_xml(visible_files(sources)):
+    if both and any(map(_is_xml, visible_files(sources))):
         return images, sources
-    return (folder, folder) if not split and has_xml(inside.values()) else None
+    return (folder, folder) if not split and any(map(_is_xml, inside.values())) else None
 
 
-def has_xml(paths: Iterable[Path]) -> bool:
-    """Return whether an XML file is among some files."""
-    return any(path.suffix == ".xml" for path in paths)
+def xml_file(folder: Path, key: str) -> Path:
+    """Return the XML file of a name, which need not be there; its suffix may be in capitals."""
+    choices = [folder / f"{key}.xml", folder / f"{key}.XML"]
+    return next(filter(os.path.isfile, choices), choices[0])
+
+
+def _is_xml(path: Path) -> bool:
+    return path.suffix in (".xml", ".XML")
 
 
 def _flat(images: Path, sources: Path, dropped: list[str]) -> VocSplit:
-    names = {path.relative_to(sources).with_suffix("") for path in visible_files(sources) if path.suffix == ".xml"}
+    names = {path.relative_to(sources).with_suffix("") for path in filter(_is_xml, visible_files(sources))}
     pictures = filter(is_image, visible_files(images))
     alone = sorted(path for path in pictures if path.relative_to(images).with_suffix("") not in names)
     if alone:
@@ -331,4 +336,4 @@ def _names(listing: Path) -> list[str]:
 def _key(line: str, sources: Path) -> str:
     """The name of an image in a list, which may have a suffix and a folder in front."""
     key = line[: -len(PurePosixPath(line).suffix)] if is_image(Path(line)) else line
-    return key if (sources / f"{key}.xml").is_file() else PurePosixPath(key).name
+    return key if xml_file(sources, key).is_file() else PurePosixPath(key).name

@@ -35,7 +35,7 @@ from detection.text import plural
 
 NAME_LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # a name per line, where there is no data.yaml
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-NOT_LABELS = {*NAME_LISTS, "notes.txt", "README.txt", "README.dataset.txt", "README.roboflow.txt"}
+NOT_LABELS = {*NAME_LISTS, "notes.txt", "readme.txt", "readme.dataset.txt", "readme.roboflow.txt"}
 NOT_LABELS |= {f"{name}.txt" for names in SPLITS.values() for name in names}
 MAX_LABELS = 64 * 2**20  # bytes of a label file
 
@@ -88,19 +88,20 @@ def read_yolo(
         ValueError: data.yaml is none, a class that it does not have, or nothing to train on.
     """
     dropped: list[str] = []
+    what = few(entries) or split
     found = find_set(require_folder(Path(root), "the folder with data.yaml"), dropped)
     check_classes(classes, list(found.names.values()), source=str(found.source))
     categories = tuple(classes) or tuple(found.names.values())
     reading = _Reading(found, {name: label for label, name in enumerate(categories, start=1)}, Counter(), dropped)
     images = _images(found, split, entries, dropped)
     dropped += outside_of(found.base, (path for path, _ in images), found.source)
-    missing = [(path, label) for path, label in images if not os.path.isfile(label)]
+    missing = [each for each in images if not os.path.isfile(each[1]) and os.path.isfile(each[0])]
     if images and len(missing) == len(images):
         first = f"{missing[0][1]} of {missing[0][0].name}"
-        raise ValueError(f"{found.source}: none of {len(images)} images of {split} has a label file, such as {first}")
+        raise ValueError(f"{found.source}: none of {len(images)} images of {what} has a label file, such as {first}")
     if missing:
         number = plural(len(missing), "image")
-        dropped.append(f"{found.source}: {number} of {split} without a label file, the first: {missing[0][0]}")
+        dropped.append(f"{found.source}: {number} of {what} without a label file, the first: {missing[0][0]}")
     with ThreadPool(NUM_THREADS) as pool:
         sizes = pool.map(stored_size, [path for path, _ in images])
     records = [
@@ -109,7 +110,7 @@ def read_yolo(
     ]
     dropped += others_left_out(reading.others, categories, found.source)
     usable, ids = [record for record in records if record is not None], range(1, len(categories) + 1)
-    return build_annotations(usable, categories, ids, dropped, source=f"{found.source} {split}", verify=verify)
+    return build_annotations(usable, categories, ids, dropped, source=f"{found.source} {what}", verify=verify)
 
 
 def find_set(root: Path, dropped: list[str]) -> YoloSet:
@@ -127,7 +128,7 @@ def find_set(root: Path, dropped: list[str]) -> YoloSet:
     found += sorted(path for path in root.iterdir() if path.suffix.lower() in (".yaml", ".yml") and path.is_file())
     for path in found:
         try:
-            content = read_yaml(path, numbers=True, what="YOLO data")
+            content = read_yaml(path, names=True, what="YOLO data")
         except ValueError:
             if path.stem in ("data", "dataset"):
                 raise
@@ -168,7 +169,7 @@ def _from_yaml(path: Path, content: dict[Any, Any], dropped: list[str]) -> YoloS
 def _names(said: Any, source: Path) -> dict[int, str]:
     """Names by number, in the order of the numbers."""
     pairs = list(said.items() if isinstance(said, dict) else enumerate(said if isinstance(said, list) else []))
-    names = {int(key): str(name) for key, name in pairs if str(key).isdecimal() and isinstance(name, (str, int, float))}
+    names = {int(key): name for key, name in pairs if str(key).isdecimal() and name and isinstance(name, str)}
     if not names or len(names) != len(pairs):
         what = "a list of names, or names by number from 0"
         raise ValueError(f"{source}: names: expected {what}, got {reprlib.repr(said)}")
@@ -201,10 +202,9 @@ def _images(found: YoloSet, split: str, entries: Sequence[str], dropped: list[st
 
 
 def _place(found: YoloSet, entry: str) -> Path:
-    """The folder or list of an entry; exports of Roboflow have a ../ too many."""
+    """The folder or list of an entry."""
     for base in dict.fromkeys((found.base, found.source.parent)):
-        for name in dict.fromkeys((entry, entry.removeprefix("../"))):
-            place = base / name
+        for place in _tries(base, entry):
             if os.path.isdir(place) or (os.path.isfile(place) and place.suffix.lower() == ".txt"):
                 return place
     raise FileNotFoundError(
@@ -213,36 +213,42 @@ def _place(found: YoloSet, entry: str) -> Path:
     )
 
 
+def _tries(base: Path, name: str) -> list[Path]:
+    """Where a path may lead; exports of Roboflow have a ../ too many, those of CVAT a data/."""
+    return [base / each for each in dict.fromkeys((name, name.removeprefix("../"), name.removeprefix("data/")))]
+
+
 def _listed(place: Path, found: YoloSet, dropped: list[str]) -> list[Path]:
     """The images in a list, one per line, from the base, from the list's folder, or by their whole paths."""
     lines = list(filter(None, map(str.strip, require_text(place).replace("\0", "").splitlines())))
     for line, number in Counter(lines).items():
         if number > 1:
             dropped.append(f"{place}: {line} is listed {number} times; used once")
-    bases = (found.base, place.parent)
-    return [
-        next((base / line for base in bases if os.path.exists(base / line)), found.base / line)
-        for line in dict.fromkeys(lines)
-    ]
+    choices = ([path for base in (found.base, place.parent) for path in _tries(base, line)] for line in lines)
+    return list(dict.fromkeys(next(filter(os.path.exists, paths), paths[0]) for paths in choices))
 
 
 def label_file(image: Path, base: Path) -> Path:
     """Return where the label file of an image is, or would be; `base` is the folder that holds all of them."""
-    beside = image.with_suffix(".txt")
+    own = beside = image.with_suffix(".txt")
     inner = image.relative_to(base).parts if image.is_relative_to(base) else image.parts
     places = [index for index, part in enumerate(inner[:-1]) if part == "images"]
-    if not places:
-        return beside
-    parts = [*inner[: places[-1]], "labels", *inner[places[-1] + 1 :]]
-    own = (base / Path(*parts)).with_suffix(".txt")
-    return beside if os.path.isfile(beside) and not os.path.isfile(own) else own
+    if places:
+        own = base.joinpath(*inner[: places[-1]], "labels", *inner[places[-1] + 1 :]).with_suffix(".txt")
+    choices = (own, beside, own.with_suffix(".TXT"), beside.with_suffix(".TXT"))
+    return next(filter(os.path.isfile, choices), own)
+
+
+def is_label(path: Path) -> bool:
+    """Return whether a file has the name of a label file."""
+    return path.suffix.lower() == ".txt" and path.name.lower() not in NOT_LABELS
 
 
 def _without_image(place: Path, pairs: dict[Path, Path], base: Path) -> list[str]:
     """A sentence for each label file that belongs to no image of a folder."""
     folder, known = label_file(place / "_.jpg", base).parent, set(pairs.values())
     inside = sorted(visible_files(folder)) if folder.is_dir() else []
-    alone = [path for path in inside if path.suffix == ".txt" and path.name not in NOT_LABELS and path not in known]
+    alone = [path for path in inside if is_label(path) and path not in known]
     return [f"{path}: no image of its name; {image_left_out(_count(path))}" for path in alone]
 
 

@@ -24,10 +24,11 @@ LARGEST = (800, 1333)  # as published for COCO
 STEPS, EPOCHS, MOST_EPOCHS = 1500, 40, 200
 SCALES = (3.0, 2.5, 3.5, 2.0, 4.0, 1.5)  # smallest anchors of a level in its strides; the first was measured most
 COVERED = 0.5  # IoU
-SPLIT_REASON = (
-    "there is one set alone: a part of it is for validation, chosen by data.split_seed; where images are "
-    "near-duplicates, such as frames of a film, data.group_by keeps those together"
-)
+REASONS = {  # of keys of the section data
+    "val_fraction": "a part of the training images is for validation, chosen by data.split_seed; where images are "
+    "near-duplicates, such as frames of a film, data.group_by keeps those together",
+    "verify": "full decodes every image beforehand, header is faster; training stops at damage that is not found",
+}
 LEFT_RIGHT = re.compile(r"(^|[^a-z])(left|right)([^a-z]|$)", re.IGNORECASE)
 
 
@@ -83,7 +84,7 @@ def propose(data: Mapping[str, Any], train: Annotations, saw: str) -> list[Choic
         Choice("model.max_size", max_size, "the longer side belongs to it, by the images' shapes"),
         Choice("data.format", data["format"], saw),
         Choice("data.root", data["root"], ""),
-        *(Choice(f"data.{key}", data[key], SPLIT_REASON if key == "val_fraction" else "") for key in others),
+        *(Choice(f"data.{key}", data[key], REASONS.get(key, "")) for key in others),
         Choice("data.classes", list(train.categories), "label 1 first"),
         Choice("data.augment", augment | data.get("augment", {}), mirrored),
         Choice("hoyer", {"weight": 0.03, "reduction": "network", "warmup_epochs": min(4, epochs // 10)},
