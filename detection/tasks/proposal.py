@@ -173,11 +173,11 @@ def _train(batch: int, epochs: int, steps: int) -> dict[str, Any]:
 def as_yaml(choices: Sequence[Choice], path: Path, folder: Path) -> str:
     """Return the text of a recipe: each value under a comment with its reason."""
     head = f"A RetinaNet on a one-time-step spiking ResNet18 for {folder}, written by hoyer-det init."
+    starts = any(choice.key == "model.backbone" and "weights" in choice.value for choice in choices)
     lines = [
         *_comment(head, ""),
         f"#   hoyer-det train {shlex.quote(str(path))}",
-        "# The analogue twin: --model.backbone.activation relu"
-        + " --model.backbone.weights None" * any("weights" in choice.value for choice in choices[1:2]),
+        f"# The analogue twin: --model.backbone.activation relu{' --model.backbone.weights None' * starts}",
     ]
     open_section = ""
     for choice in choices:
