@@ -374,6 +374,7 @@ def test_a_task_from_elsewhere_trains_and_evaluates(tmp_path, write_plugin, caps
     assert run.logged("best", "fit") == best and (run.folder / "best.safetensors").is_file()
     assert f"fit {history[-1].metrics['fit']:.4f}  error {history[-1].metrics['error']:.4f}" in capsys.readouterr().out
     assert {path.name for path in run.folder.glob("*.png")} == {"curves.png", "dynamics.png"}
+    assert run.info().normalisation is None  # its network has none, whatever the keys of its recipe say
 
 
 def test_what_a_task_from_elsewhere_does_not_do_is_refused_by_name(tmp_path, write_plugin):

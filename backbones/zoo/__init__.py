@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +113,26 @@ def name_of(folder: Path) -> str | None:
     return folder.name if folder.parent == FOLDER.resolve() else None
 
 
-def differ(key: str, trained: Any, wanted: Any) -> bool:
-    """Whether weights that were trained with one value of a setting do not fit another: one threshold fits several."""
-    return trained != wanted and (key.rpartition(".")[2], trained) != ("thresholds", 1)
+def first_difference(trained: Mapping[str, Any], wanted: Mapping[str, Any], keys: Sequence[str] = KEYS) -> str | None:
+    """Return the first key in which weights do not fit what is wanted: one threshold fits several.
+
+    Where either has no value, it follows from other keys, or the shapes tell.
+    """
+    for key in keys:
+        then, now = trained.get(key), wanted.get(key)
+        fits = then == now or (key.rpartition(".")[2], then) == ("thresholds", 1)
+        if not fits and then is not None and now is not None:
+            return key
+    return None
 
 
 def require_same(source: str | Path, wanted: Mapping[str, Any]) -> None:
     """Raise ValueError that names the first of `KEYS` in which an entry's or run's backbone is not the wanted one."""
     path = locate(source)
     trained = recorded(path if path.is_dir() else path.parent).get("backbone", {})
-    for key in KEYS:
-        if key in trained and differ(key, trained[key], wanted[key]):
-            raise ValueError(
-                f"{source}: trained with {key} {trained[key]!r}, wanted is {wanted[key]!r}; "
-                f"backbones.zoo.settings() gives what it takes"
-            )
+    key = first_difference(trained, wanted)
+    if key is not None:
+        raise ValueError(
+            f"{source}: trained with {key} {trained[key]!r}, wanted is {wanted[key]!r}; "
+            f"backbones.zoo.settings() gives what it takes"
+        )

@@ -92,7 +92,6 @@ def add(
             says, or do not fit into `MAX_BYTES` or 16 bits.
     """
     from backbones import logged_state, tensors_to_bytes, zoo
-    from detection.models import describe_backbone
     from detection.runs import Run, describe_environment
     from detection.tasks import task_of
     from detection.tasks.run import load_model, read_evaluation_data
@@ -116,7 +115,6 @@ def add(
         )
     here = describe_environment([])
     facts = {"versions": here.versions, "machine": here.machine} | {
-        **describe_backbone(run.config),
         "sha256": {"last.safetensors": hashlib.sha256(content).hexdigest()},
         **task.facts(read_evaluation_data(run)),
     }

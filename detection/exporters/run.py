@@ -89,11 +89,7 @@ class ExportOptions:
         if self.analogue and (not self.int8 or form == "events"):
             raise ValueError("--analogue-int8 goes with --int8, and with onnx and torch")
         if self.evaluate and form not in ("onnx", "events"):
-            why = (
-                "hoyer-det benchmark FILE --data.root FOLDER measures such a file"
-                if form == "torch"
-                else "it is not run"
-            )
+            why = "hoyer-det benchmark FILE --data.root FOLDER measures it" if form == "torch" else "it is not run"
             raise ValueError(f"--evaluate: not with the format {form} (allowed: onnx, events); {why}")
         if self.nms and form != "onnx":
             raise ValueError(f"--nms: a file of the format {form} gives what the head says (allowed with onnx)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -134,14 +133,17 @@ def build_backbone(settings: schema.Backbone, in_channels: int = 3, frames: int 
 
 def check_origin(settings: schema.Backbone) -> None:
     """Raise ValueError if the weights come from a run, whose recipe says that its backbone was another one."""
-    weights = Path("") if settings.weights is None else backbones.zoo.locate(settings.weights)
+    if settings.weights is None:
+        return
+    weights = backbones.zoo.locate(settings.weights)
     recipe = (weights if weights.is_dir() else weights.parent) / "config.yaml"
-    origin = read_recipe(recipe).model.backbone if settings.weights and recipe.is_file() else settings
-    for key in backbones.zoo.KEYS:
-        theirs, ours = getattr(origin, key), getattr(settings, key)
-        if backbones.zoo.differ(key, theirs, ours):
-            why = STEMS_DIFFER if key == "stem" else ""
-            raise ValueError(
-                f"model.backbone.weights {recipe.parent}: trained with {key} {theirs!r}, "
-                f"this recipe's model.backbone.{key} is {ours!r}{why} (None: new weights)"
-            )
+    if not recipe.is_file():
+        return
+    theirs, ours = vars(read_recipe(recipe).model.backbone), vars(settings)
+    key = backbones.zoo.first_difference(theirs, ours)
+    if key is not None:
+        why = STEMS_DIFFER if key == "stem" else ""
+        raise ValueError(
+            f"model.backbone.weights {recipe.parent}: trained with {key} {theirs[key]!r}, "
+            f"this recipe's model.backbone.{key} is {ours[key]!r}{why} (None: new weights)"
+        )

@@ -193,7 +193,7 @@ class Task(ABC):
         """Return this process's share of the batches (images in [0, 1], targets), in the order of the data."""
 
     def facts(self, dataset: Dataset) -> dict[str, Any]:
-        """Return what run.json should have of the data."""
+        """Return what run.json should have of the data and of the network."""
         return {}
 
     def data_report(self, dataset: Dataset) -> DataReport | None:

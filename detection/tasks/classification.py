@@ -22,7 +22,7 @@ from detection.data import images as image_data
 from detection.data.image_batches import FolderImages, MemoryBatches, evaluation_transform
 from detection.data.images import ImageFiles, Images, read_image_split
 from detection.data.pictures import pixels_of, unit
-from detection.models import build_classifier, colours_of
+from detection.models import build_classifier, colours_of, describe_backbone
 from detection.records import Evaluation
 from detection.sections import Examination, Section, Table, Words, count, percent
 from detection.tasks import register_task
@@ -102,6 +102,9 @@ class ClassificationTask(Task):
         """The last layer of the head alone."""
         *_, last = (name for name, module in model.head.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
         return {f"head.{last}".rstrip("."): (0, 1)}
+
+    def facts(self, dataset: Dataset) -> dict[str, Any]:
+        return describe_backbone(self.config)
 
     def warnings(self, dataset: Dataset, *, data_alone: bool = False) -> list[str]:
         """Return also that there is one class alone."""

@@ -22,7 +22,7 @@ from detection.data.pictures import pixels_of, unit
 from detection.data.report import DataReport, report, shared_images
 from detection.evaluation import CocoEvaluator, Detections, import_backend, mean_average_precision, precision_recall
 from detection.files import write_whole
-from detection.models import build_detector, colours_of
+from detection.models import build_detector, colours_of, describe_backbone
 from detection.models.decoding import describe_decoding
 from detection.models.dense import DensePredictions, DetectorOf, DetectorOfBoxes, EnteringSpikes, resize_and_pad
 from detection.models.detectors import class_outputs
@@ -114,7 +114,7 @@ class DetectionTask(Task):
         )
 
     def facts(self, dataset: DetectionDataset) -> dict[str, Any]:
-        return {"category_ids": list(dataset.annotations.category_ids)}
+        return describe_backbone(self.config) | {"category_ids": list(dataset.annotations.category_ids)}
 
     def data_report(self, dataset: DetectionDataset) -> DataReport:
         return report(dataset.annotations)

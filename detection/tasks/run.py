@@ -18,7 +18,7 @@ from torch import nn
 from backbones import zoo
 from detection.config import Recipe, flatten, require_same
 from detection.files import require_writable
-from detection.models import check_origin, describe_backbone
+from detection.models import check_origin
 from detection.records import DataFingerprint, EpochLog, RunInfo, Start, Weights
 from detection.runs import Run, describe_environment
 from detection.tasks import task_of
@@ -151,8 +151,7 @@ def describe_run(
     splits = {"train": train, "val": val}
     data = {name: DataFingerprint(images=len(each), fingerprint=each.fingerprint()) for name, each in splits.items()}
     facts = {"precision": choose_precision(task.config.train.precision), "data": data, "start": start}
-    facts |= describe_backbone(task.config) | task.facts(train)
-    return describe_environment(command).model_copy(update=facts)
+    return describe_environment(command).model_copy(update=facts | task.facts(train))
 
 
 def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> None:

@@ -89,9 +89,9 @@ def require_same_network(place: str, theirs: Recipe, ours: Recipe) -> None:
             f"{place}: trained for {theirs.task}, not for {ours.task}; model.backbone.weights takes the backbone alone"
         )
     then, now = flatten(theirs.model), flatten(ours.model)
-    for key in KEYS:  # where one is None, its value follows from others, and the shapes tell
-        if then.get(key) is not None and now.get(key) is not None and zoo.differ(key, then[key], now[key]):
-            raise ValueError(f"{place}: trained with model.{key} {then[key]!r}, this recipe's is {now[key]!r}")
+    key = zoo.first_difference(then, now, KEYS)
+    if key is not None:
+        raise ValueError(f"{place}: trained with model.{key} {then[key]!r}, this recipe's is {now[key]!r}")
     require_same_anchors(place, theirs, ours)
 
 
