@@ -67,8 +67,8 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(
             f"{source} does not fit the backbone: {problems[0]}{more}; "
-            "name, width, stem, activation, thresholds, shortcut, norm_first, extremum and pool_first must be "
-            "those that the weights were trained with"
+            "name, width, stem, in_channels, activation, time_steps, threshold, thresholds, shortcut, norm_first, "
+            "extremum and pool_first must be those that the weights were trained with"
         )
     require_finite(state, source)
     backbone.load_state_dict(state)

@@ -20,12 +20,15 @@ from typing import Any, NamedTuple
 
 from backbones import HOROWITZ_45NM
 from detection.analysis import MILLION, analyze_run
+from detection.config import Recipe
 from detection.curves import draw_comparison, draw_trade_off
 from detection.figures import save_png
 from detection.files import write_csv, write_whole
+from detection.records import DataFingerprint
 from detection.runs import Run
 from detection.tasks import task_of
-from detection.text import printable, say, spread
+from detection.tasks.evaluate import evaluation_data
+from detection.text import plural, printable, say, spread
 
 FILES = ("README.md", "comparison.json", "comparison.csv", "ablation.png", "energy.png")
 ENERGIES = {  # key of a row: heading, quantity of `NetworkEnergy`, whether with 8-bit numbers
@@ -75,7 +78,11 @@ class Variant(NamedTuple):
 
 
 def compare_runs(
-    out: Path, variants: Mapping[str, Sequence[str]], command: Sequence[str], num_images: int, roots: Mapping[str, Path]
+    out: Path,
+    variants: Mapping[str, Sequence[str]],
+    command: Sequence[str],
+    num_images: int,
+    recipes: Mapping[str, Recipe],
 ) -> None:
     """Write `FILES` about all finished runs of the variants in `out`, folders VARIANT_seedN.
 
@@ -84,13 +91,17 @@ def compare_runs(
         variants: overrides by name; with the first one the others are compared.
         command: that asks for it, for the page.
         num_images: evaluation images of which energy is measured, at most all there are.
-        roots: where the data lie, by variant.
+        recipes: by variant, with the places where the data lie.
+
+    Raises:
+        ValueError: see `require_same_data`.
     """
+    require_same_data(out, recipes)
     found = []
     for name, overrides in variants.items():
         runs = runs_of(out, name)
         metric = task_of(runs[0].config).headline[0]
-        rows = [describe(run, metric, num_images, roots[name]) for run in runs if run.finished]
+        rows = [describe(run, metric, num_images, recipes[name].data.root) for run in runs if run.finished]
         found.append(Variant(name, overrides, rows))
     priced = [row for variant in found for row in variant.rows if not row["unpriced"]]
     facts = {
@@ -122,6 +133,23 @@ def runs_of(out: Path, variant: str) -> list[Run]:
     seeds = {folder: folder.name.rpartition("_seed")[2] for folder in out.glob(f"{variant}_seed*/")}
     folders = sorted((folder for folder, seed in seeds.items() if seed.isdecimal()), key=lambda each: int(seeds[each]))
     return [Run.open(folder) for folder in folders]
+
+
+def require_same_data(out: Path, recipes: Mapping[str, Recipe]) -> None:
+    """Raise ValueError that names a run in `out` of other data than one with which its numbers would be compared.
+
+    Those are training data of one variant, and evaluation images of all whose recipes say the same of them.
+    """
+    first: dict[tuple[str, str], tuple[Path, DataFingerprint]] = {}
+    for name, recipe in recipes.items():
+        places = {"train": name, "val": json.dumps(evaluation_data(recipe))}
+        for run in runs_of(out, name):
+            for split, now in run.info().data.items():
+                folder, before = first.setdefault((split, places[split]), (run.folder, now))
+                if now != before:
+                    what = f"{plural(now.images, 'image')}, there {before.images}, or other boxes, pixels or classes"
+                    end = "remove one of the two, or name another --out"
+                    raise ValueError(f"{run.folder}: its {split} data are not those of {folder}: {what}; {end}")
 
 
 def describe(run: Run, metric: str, num_images: int, data_root: Path) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Run:
         if folder.exists() and (not folder.is_dir() or not is_empty(folder)):
             if folder.is_dir():
                 require_no_writer(folder)
-            go_on = ", or go on with --resume" if (folder / "config.yaml").is_file() else ""
+            go_on = f", or go on with hoyer-det train --resume {folder}" if (folder / "config.yaml").is_file() else ""
             raise FileExistsError(f"{folder} exists already; name another folder, or remove it first{go_on}")
         return folder
 

@@ -431,9 +431,13 @@ def test_checks_the_data_of_a_classifier_too(capsys, tmp_path):
                 draw_image(folder / f"{index}.png", index)
     (tmp_path / "images" / "train" / "cat" / "0.png").write_bytes(b"no image")
     out = call(capsys, "check-data", tmp_path / "recipe.yaml").splitlines()
-    assert out[:2] == ["train: 5 images of 2 classes", "train: left out or mended: 1"]
-    assert "cat/0.png: " in out[2] and out[2].endswith("; left out")
-    assert out[3:] == ["val: 4 images of 2 classes", "val: left out or mended: 0", "training can go on"]
+    start = out.index("train: left out or mended: 1")
+    told, rows = out[start + 1], [line.replace("│", "").split() for line in out]
+    assert out[0] == "train: 5 images of 2 classes" and ["cat", "2"] in rows[:start] and ["dog", "3"] in rows
+    assert "cat/0.png: " in told and told.endswith("; left out") and out[start + 2] == "val: 4 images of 2 classes"
+    assert out[-2:] == ["val: left out or mended: 0", "training can go on"]
+    said = call(capsys, "check-data", tmp_path / "recipe.yaml", "--data.val", "train")
+    assert f"in both train and val: 5 images, the first: {tmp_path}/images/train" in said
     with pytest.raises(SystemExit) as stop:
         main(["check-data", str(tmp_path / "recipe.yaml"), "--data.root", str(tmp_path / "none")])
     assert stop.value.code == 1

@@ -180,6 +180,9 @@ def test_wrong_arguments_are_refused(tmp_path):
         compare.main(arguments_of(tmp_path / "x", "hoyer", images=0))
     with pytest.raises(ValueError, match=r"--seeds -1: expected 0 or more"):
         compare.main([*arguments_of(tmp_path / "x", "hoyer"), "--seeds", "0", "-1"])
+    for seeded in (["--train.seed=7"], ["--variants", "x=--train.seed 7"]):
+        with pytest.raises(ValueError, match=r"--variants \w+: --train\.seed: the seeds of all variants are those of"):
+            compare.main([*arguments_of(tmp_path / "x", "hoyer"), *seeded])
     trained = ["--model.backbone.weights", "zoo:bccd_retinanet_resnet18"]
     with pytest.raises(ValueError, match=r"--variants \w+: model\.backbone\.weights .*: trained with .* new weights"):
         compare.main([*arguments_of(tmp_path / "x", "hoyer", "relu"), *trained])
@@ -191,6 +194,26 @@ def test_runs_of_another_recipe_are_not_mixed_in(compared, monkeypatch):
     monkeypatch.setattr(compare, "run_child", lambda arguments: pytest.fail("trained"))
     with pytest.raises(ValueError, match=r"hoyer_seed0.*train\.batch_size"):
         compare.main([*arguments_of(compared, "hoyer"), "--train.batch_size", "2", "--seeds", "7"])
+
+
+@pytest.mark.parametrize(
+    ("split", "name"), [("val", "steps2_seed0"), ("train", "hoyer_seed1"), ("train", "steps2_seed0")]
+)
+def test_runs_of_other_data_are_not_mixed_in(compared, tmp_path, split, name):
+    """Training data may be others in another variant."""
+    out = shutil.copytree(compared, tmp_path / "runs")
+    info = json.loads((out / name / "run.json").read_text())
+    info["data"][split] = {"images": 3, "fingerprint": "other"}
+    (out / name / "run.json").write_text(json.dumps(info))
+    if (split, name) == ("train", "steps2_seed0"):
+        compare.main(arguments_of(out, "hoyer", "steps2"))
+        return
+    (out / "README.md").unlink()
+    with pytest.raises(
+        ValueError, match=rf"{name}: its {split} data are not those of .*hoyer_seed0: 3 images, there \d"
+    ):
+        compare.main(arguments_of(out, "hoyer", "steps2"))
+    assert not (out / "README.md").exists()
 
 
 def test_each_variant_is_measured_where_its_own_data_lie(compared, monkeypatch, tmp_path):

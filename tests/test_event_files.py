@@ -176,6 +176,8 @@ def test_box_files_of_all_spellings(tmp_path):
     whole = (tmp_path / "a_bbox.npy").read_bytes()
     np.save(tmp_path / "objects.npy", np.array([{"t": 1}], dtype=object), allow_pickle=True)
     np.save(tmp_path / "plain.npy", np.zeros((3, 8)))
+    np.save(tmp_path / "rows.npy", rows[None])
+    np.save(tmp_path / "nan.npy", np.full(2, np.nan, [(name, "<f4") for name in BOX.names]))
     np.save(tmp_path / "no_class.npy", rows[["t", "x", "y", "w", "h"]])
     np.save(tmp_path / "pairs.npy", np.zeros(2, [*BOX.descr[:4], ("h", "<f4", 2), ("class_id", "u1")]))
     np.save(tmp_path / "texts.npy", np.zeros(2, [("t", "U3"), *BOX.descr[1:]]))
@@ -187,6 +189,8 @@ def test_box_files_of_all_spellings(tmp_path):
     for name, expected in (
         ("objects", "no whole .npy file of boxes"),
         ("plain", "no rows of boxes; missing fields: t, x, y, w, h, class_id"),
+        ("rows", "no rows of boxes; its shape is (1, 2)"),
+        ("nan", "the field t has numbers that are not finite"),
         ("no_class", "missing fields: class_id (found: t, x, y, w, h)"),
         ("pairs", "no rows of boxes; the field h is ('<f4', (2,)), no number"),
         ("texts", "no rows of boxes; the field t is <U3, no number"),

@@ -174,7 +174,7 @@ def test_images_and_boxes_of_recordings(tmp_path):
     data = small_set(
         tmp_path,
         one=[early, (at, 10, 5, 20, 24, 1, 2), (at, -4, 2, 30, 40, 0, 3), (1_500_000, 0, 0, 9, 29, 0, 1)],
-        two=[(700_000, 1, 2, 20, 25, 0, 5), (700_000, 38, 2, 20, 25, 7, 6)],
+        two=[(700_000, 1, 2, 20, 25, 0, 5), (700_000, 38, 2, 20, 25, 7, 6), (700_000, 70, 2, 20, 25, 1, 6)],
     )
     dataset = read_split(data, "train")
     assert dataset.classes == ("car", "pedestrian") and len(dataset) == 2
@@ -186,6 +186,7 @@ def test_images_and_boxes_of_recordings(tmp_path):
     assert target["boxes"].tolist() == [[10, 5, 30, 29], [0, 2, 26, 30]] and target["labels"].tolist() == [2, 1]
     assert [each.image_id for each in dataset.annotations.records] == ["one_1000000", "two_700000"]
     assert any(f"{tmp_path}: 2 objects too early or too small" in text for text in dataset.dropped)
+    assert any("box [70, 2, 20, 25] lies outside of the 40x30 image" in text for text in dataset.dropped)
     assert any("1 object of class_id 7, not among the classes, left out" in text for text in dataset.dropped)
     assert dataset.ground_truth()["annotations"][0]["bbox"] == [10, 5, 20, 24]
     assert len(dataset.fingerprint()) == 64 and len(dataset.choose([1])) == 1
@@ -198,6 +199,21 @@ def test_images_and_boxes_of_recordings(tmp_path):
     data.events.tolerance = 0.5
     joined = read_split(data, "train").annotations.records
     assert [(record.end, len(record.labels)) for record in joined] == [(at, 3), (1_500_000, 1), (700_000, 1)]
+
+
+def test_boxes_where_a_recording_has_no_events_are_left_out(tmp_path):
+    times = (700_000, 2_000_000, 2_049_000, 2_050_000, 9_000_000)
+    data = small_set(tmp_path, one=[(t, 1, 2, 20, 25, 0, 5) for t in times])
+    found = read_split(data, "train").annotations
+    assert [record.end for record in found.records] == [700_000, 2_000_000, 2_049_000]
+    assert [text for text in found.dropped if "2 objects before or behind all events left out" in text]
+
+
+def test_a_sensor_that_is_too_small_leaves_the_recording_out(tmp_path):
+    data = small_set(tmp_path, one=[(700_000, 1, 2, 20, 25, 0, 5)])
+    data.events.sensor, data.verify = (6, 40), "full"
+    with pytest.raises(ValueError, match=r"one_td\.dat: events up to x 5, y 6 of a sensor of 40x6; recording left out"):
+        read_split(data, "train")
 
 
 def test_recordings_of_one_name_in_several_folders_are_several_images(tmp_path):

@@ -274,6 +274,16 @@ def test_csv_value_of_a_column_that_is_not_there(tmp_path):
         read_csv(file, "val", value="val")
 
 
+def test_csv_image_without_a_row_beside_a_column_split(tmp_path):
+    for name in ("a", "b", "c"):
+        write_image(tmp_path / f"{name}.png")
+    file = tmp_path / "all.csv"
+    file.write_text("filename,class,x,y,w,h,split\na.png,cat,1,2,3,4,train\nx/b.png,cat,1,2,3,4,val\n")
+    found = read_csv(file, "train")
+    assert [record.path.name for record in found.records] == ["a.png"] and len(found.dropped) == 1
+    assert "1 image of" in (told := sentence(found, "c.png")) and told.endswith("not used")
+
+
 def test_csv_short_row_of_a_wide_file_is_as_with_empty_cells(tmp_path):
     write_image(tmp_path / "a.png")
     wide = "".join(f"note{number}," for number in range(100))
@@ -311,6 +321,13 @@ def test_yolo_names_are_text_as_it_is_written(tmp_path, written, names):
     root = write_yolo(tmp_path, f"train: images\nnc: {len(names)}\nnames: {written}\n", "images/a")
     found = read_yolo(root, "train")
     assert found.categories == names and found.dropped == ()
+
+
+@pytest.mark.parametrize(("val", "told"), [("images/b", 1), ("images", 0), ("", 0)])
+def test_yolo_val_that_is_not_read_is_told(tmp_path, val, told):
+    root = write_yolo(tmp_path, f"train: images\nval: {val}\nnames: [cat]\n", "images/a", "images/b/b")
+    found = read_split(Data(format="yolo", root=root, val_fraction=0.5), "train").annotations
+    assert sum("its val is not read, since data.val_fraction is 0.5" in text for text in found.dropped) == told
 
 
 def test_yolo_name_that_is_empty(tmp_path):
@@ -370,11 +387,27 @@ def test_the_one_list_of_a_devkit_is_for_training(tmp_path, folder, name, said):
     assert len(read_split(Data(**layout.values), "train")) == 1
 
 
-def test_lists_of_a_devkit_in_capitals(tmp_path):
+@pytest.mark.parametrize("suffix", [".txt", ".TXT"])
+def test_lists_of_a_devkit_in_capitals(tmp_path, suffix):
     for name in ("Train", "Validation", "Test"):
         write_voc(tmp_path, {name: [voc_object()]}, name)
+        path = tmp_path / f"ImageSets/Main/{name}.txt"
+        path.rename(path.with_suffix(suffix))
     (layout,) = recognise(tmp_path)
     assert (layout.values["train"], layout.values["val"], layout.test) == (["Train"], ["Validation"], ("Test",))
+    assert len(read_split(Data(**layout.values), "train")) == 1
+
+
+@pytest.mark.parametrize("beside", ["", "__MACOSX", ".DS_Store"])
+def test_a_set_alone_in_the_folder_given(tmp_path, beside):
+    inner = tmp_path / "archive/set"
+    write_yolo(inner, "train: images\nnames: [cat]\n", "images/a")
+    (tmp_path / beside).mkdir(exist_ok=True)
+    (layout,) = recognise(tmp_path)
+    assert (layout.format, layout.values["root"]) == ("yolo", str(inner))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="not a data set that is recognised: 1 image, but none of"):
+        recognise(tmp_path)
 
 
 def test_lists_of_a_devkit_without_a_known_name_are_told(tmp_path):

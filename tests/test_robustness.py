@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -369,7 +370,7 @@ def test_study_of_a_network_and_its_twin(runs, monkeypatch, capsys, tmp_path):
     )
     printed = capsys.readouterr()
     assert "relu: no spike layers; left out: membrane" in printed.err
-    assert "no spikes" in printed.out and ALL_LAYERS in printed.out
+    assert "left out" in printed.out and ALL_LAYERS in printed.out
     found = json.loads((out / "robustness.json").read_text())
     assert "tools/robustness.py" in found["command"] and "--images 12" in found["command"]
     assert found["versions"]["torch"] and found["num_images"] == 12
@@ -452,6 +453,33 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(runs, monkeypatch, cap
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     assert "exists already" in error_of(monkeypatch, capsys, hoyer, *out)
+
+
+def test_all_runs_are_read_before_the_first_is_evaluated(runs, monkeypatch, capsys, tmp_path):
+    other = shutil.copytree(runs["hoyer"], tmp_path / "other")
+    (other / "last.safetensors").write_bytes(b"")
+    monkeypatch.setattr(Subject, "measure", lambda *arguments: pytest.fail("evaluated"))
+    arguments = (runs["hoyer"], other, "--kinds", "blur", "--out", tmp_path / "out")
+    assert "other/last.safetensors: damaged weights file" in error_of(monkeypatch, capsys, *arguments)
+
+
+def test_a_run_is_called_by_its_folder_wherever_one_stands(runs, monkeypatch, tmp_path):
+    monkeypatch.chdir(shutil.copytree(runs["hoyer"], tmp_path / "mine"))
+    run_tool(monkeypatch, "robustness", ".", "--data.root", runs["hoyer"].parent / "colours", "--kinds", "jpeg")
+    assert list(json.loads((tmp_path / "mine_robustness" / "robustness.json").read_text())["runs"]) == ["mine"]
+
+
+def test_training_images_matter_where_the_evaluation_images_are_a_part_of_them(runs, tmp_path):
+    folders = []
+    for name, train, share in (("a", "x", 0.5), ("b", "y", 0.5), ("c", "y", 0.0)):
+        folders.append(shutil.copytree(runs["detector"], tmp_path / name))
+        config = yaml.safe_load((folders[-1] / "config.yaml").read_text())
+        config["data"] |= {"format": "coco", "train": [train], "val": [] if share else ["v"], "val_fraction": share}
+        (folders[-1] / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=r"b: data\.train is \['y'\], that of .*a is \['x'\]"):
+        open_runs(folders[:2])
+    with pytest.raises(ValueError, match=r"c: data\.val is "):
+        open_runs([folders[0], folders[2]])
 
 
 def test_chart_needs_a_run_and_has_a_panel_for_each_kind(tmp_path):

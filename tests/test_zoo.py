@@ -220,6 +220,26 @@ def test_another_backbone_is_refused_by_the_name_of_what_differs(key, value):
         build_detector(DetectionRecipe.model_validate(recipe))
 
 
+@pytest.mark.parametrize(
+    ("trained", "wanted", "key"),
+    [
+        ({"time_steps": 1, "reset": "zero"}, {"time_steps": 4, "reset": "subtract"}, None),
+        ({"time_steps": 2, "reset": "zero"}, {"time_steps": 4, "reset": "zero"}, None),
+        ({"time_steps": 2, "reset": "zero"}, {"time_steps": 2, "reset": "subtract"}, "reset"),
+        ({"time_steps": 2}, {"time_steps": 1}, "time_steps"),
+        ({"activation": "graded", "levels": 4}, {"activation": "graded", "levels": 2}, "levels"),
+        ({"activation": "hoyer", "levels": 4}, {"activation": "hoyer", "levels": 2}, None),
+        ({"threshold": "layer"}, {"threshold": "channel"}, "threshold"),
+        ({"thresholds": 1}, {"thresholds": 3}, None),
+        ({"thresholds": 2}, {"thresholds": 3}, "thresholds"),
+    ],
+)
+def test_where_weights_mean_something_else(trained, wanted, key):
+    assert zoo.first_difference(trained, wanted) == key
+    theirs, ours = ({f"backbone.{name}": value for name, value in each.items()} for each in (trained, wanted))
+    assert zoo.first_difference(theirs, ours, list(theirs)) == (key and f"backbone.{key}")
+
+
 def test_shapes_that_do_not_fit_name_the_entry():
     with pytest.raises(ValueError, match="zoo:cifar10_vgg11 does not fit the backbone"):
         load_weights(create("vgg11", stem="cifar", width=0.125), "zoo:cifar10_vgg11")

@@ -16,7 +16,7 @@ PREFIX = "zoo:"
 NAME = re.compile("[a-z0-9_]+")
 # In these, what the weights were trained for has to be what they are used for; the rest their shapes tell.
 KEYS = ("name", "width", "stem", "activation", "arithmetic", "extremum", "pool_first", "pooling", "shortcut")
-KEYS += ("norm_first", "head", "thresholds")
+KEYS += ("norm_first", "head", "thresholds", "threshold", "levels", "time_steps", "reset")
 
 
 def names() -> list[str]:
@@ -114,16 +114,26 @@ def name_of(folder: Path) -> str | None:
 
 
 def first_difference(trained: Mapping[str, Any], wanted: Mapping[str, Any], keys: Sequence[str] = KEYS) -> str | None:
-    """Return the first key in which weights do not fit what is wanted: one threshold fits several.
+    """Return the first key in which weights do not fit what is wanted: one threshold or time step fits several.
 
     Where either has no value, it follows from other keys, or the shapes tell.
     """
     for key in keys:
-        then, now = trained.get(key), wanted.get(key)
-        fits = then == now or (key.rpartition(".")[2], then) == ("thresholds", 1)
-        if not fits and then is not None and now is not None:
+        if None not in (trained.get(key), wanted.get(key)) and not _fits(key, trained, wanted):
             return key
     return None
+
+
+def _fits(key: str, trained: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    then, now, name = trained[key], wanted[key], key.rpartition(".")[2]
+    beside = key.removesuffix(name)
+    if name in ("thresholds", "time_steps"):
+        return then in (1, now) or (name == "time_steps" and now > 1)
+    unused = {
+        "levels": trained.get(f"{beside}activation") != "graded",
+        "reset": trained.get(f"{beside}time_steps") == 1,
+    }
+    return then == now or unused.get(name, False)
 
 
 def require_same(source: str | Path, wanted: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ Exit status: 0 if training can go on with the rest, 1 if it cannot.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         report = task.data_report(dataset)
         if report is None:
             print(f"{name}: {len(dataset)} images of {plural(len(dataset.classes), 'class', 'classes')}")
+            counts = Counter(dataset.classes[label] for label in getattr(dataset, "labels", ()))
+            show_table(name, ("class", "images"), [(each, str(counts[each])) for each in dataset.classes])
         else:
             show(name, report)
         print(f"{name}: left out or mended: {len(dataset.dropped)}")

@@ -60,12 +60,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     recipe = read_recipe(path)
     recipes = {}
     for name, overrides in variants.items():  # all of them, before hours are spent on some
+        if any(each.partition("=")[0] == "--train.seed" for each in [*common, *overrides]):
+            raise ValueError(f"--variants {name}: --train.seed: the seeds of all variants are those of --seeds")
         try:
             recipes[name] = override(recipe, [*common, *overrides])
         except ValueError as error:
             raise ValueError(f"--variants {name}: {error}") from None
 
-    from detection.comparison import FILES, compare_runs, runs_of
+    from detection.comparison import FILES, compare_runs, require_same_data, runs_of
     from detection.models import check_origin
     from detection.runs import command_line
     from detection.tasks import task_of
@@ -82,8 +84,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         for name, overrides in variants.items():
             folder = options.out / f"{name}_seed{seed}"
             train(options.config, folder, [*common, *overrides], seed, recipes[name].data.root)
-    roots = {name: each.data.root for name, each in recipes.items()}
-    compare_runs(options.out, variants, command_line(), options.images, roots)
+            require_same_data(options.out, recipes)
+    compare_runs(options.out, variants, command_line(), options.images, recipes)
     say(f"{options.out}: {', '.join(FILES)}")
 
 

@@ -37,13 +37,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     from detection.runs import Run, command_line
 
     given = vars(options)
-    out = given.pop("out") or Path(f"{Run.open(options.runs[0]).products}_robustness")
+    out = given.pop("out") or Path(f"{Run.open(options.runs[0]).products.resolve()}_robustness")
     found = study(given.pop("runs"), out, command_line(), **given)
     for metric in found["metrics"]:
         title = f"{metric} of {found['num_images']} images"
         show_table(title, ("noise", "severity", *found["runs"]), accuracy_rows(found, metric))
     for kind in options.kinds:
-        print(f"{kind}: {UNITS[kind]}")
+        if any(row["kind"] == kind for row in found["results"]):
+            print(f"{kind}: {UNITS[kind]}")
     for run in found["runs"]:
         if any(row["run"] == run for row in found["margins"]):
             show_margins(found, run)
@@ -63,7 +64,7 @@ def accuracy_rows(found: dict[str, Any], metric: str) -> Iterator[Sequence[str]]
             continue
         yield ()
         for severity in SEVERITIES[kind]:
-            values = [spread(curves[run][severity], 3) if run in curves else "no spikes" for run in found["runs"]]
+            values = [spread(curves[run][severity], 3) if run in curves else "left out" for run in found["runs"]]
             yield (kind, f"{severity:g}", *values)
 
 

@@ -24,7 +24,7 @@ class Scenes(Section):
 class Events(Section):
     """Recordings of event cameras, for `data.format: events`: an image has a channel per time step and polarity."""
 
-    steps: int = Field(1, ge=1, le=1024, description="time steps of an image, each with two channels")
+    steps: int = Field(1, ge=1, le=64, description="time steps of an image, each with two channels")
     by: Literal["time", "count"] = Field("time", description="steps of the same length, or of as many events")
     full: float = Field(
         3.0, gt=0, lt=math.inf, description="so many events of a pixel in a step are the value 1, more too"

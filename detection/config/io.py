@@ -324,6 +324,6 @@ def _explain(error: ValidationError, kind: type[Section]) -> Iterator[str]:
         elif item["type"] == "missing":
             yield f"{key} is missing"
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            given = item["input"]
-            yield f"{key}: {message}" + ("" if isinstance(given, dict) else f" (got {shorten(given)})")
+            given, message = item["input"], item["msg"].removeprefix("Value error, ")
+            message = f"{key}: {message}" if key else message  # of the whole recipe
+            yield message + ("" if isinstance(given, dict) else f" (got {shorten(given)})")

@@ -77,11 +77,12 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The rows of a file by image, in the file's order, for one split or for all."""
+    """The rows of a file by image, in the file's order, for one split or for all; images of other splits by name."""
 
     images: dict[str, list[Row]]
     layout: Layout
     split_values: Counter[str]
+    others: set[str]
 
 
 def read_csv(
@@ -157,12 +158,13 @@ def read_table(source: Path, dropped: list[str], values: Sequence[str] = ()) -> 
     header = read_header(columns, source)
     images: dict[str, list[Row]] = defaultdict(list)
     seen: dict[tuple[str, ...], int] = {}
-    counts: Counter[str] = Counter()
+    counts, others = Counter[str](), set[str]()
     for line, cells in rows:
         cells = [cell.strip() for cell in cells] + [""] * len(columns)
         split = "" if header.split is None else cells[header.split].lower()
         counts[split] += 1
         if header.split is not None and values and split not in values:
+            others.add(cells[header.file])
             continue
         box = [cells[index] for index in header.box]
         size = None if header.size is None else (cells[header.size[0]], cells[header.size[1]])
@@ -180,7 +182,7 @@ def read_table(source: Path, dropped: list[str], values: Sequence[str] = ()) -> 
     if header.split is not None and values and not images:
         there = few(sorted(counts))
         raise ValueError(f"{source}: no row whose split is {' or '.join(values)} (found: {there})")
-    return Table(dict(images), header.layout, counts if header.split is not None else Counter())
+    return Table(dict(images), header.layout, counts if header.split is not None else Counter(), others)
 
 
 def rows_of(source: Path) -> Iterator[tuple[int, list[str]]]:
@@ -231,23 +233,27 @@ def _files(table: Table, folder: Path, source: Path, dropped: list[str]) -> dict
     """The rows of each image file, sorted by path; with those that have no row, where all belong to the file."""
     images: dict[Path, list[Row]] = defaultdict(list)
     for name, rows in table.images.items():
-        path = folder / name
-        if "\\" in name and not os.path.exists(path):
-            path = folder / name.replace("\\", "/")
-        if not os.path.exists(path) and os.path.isfile(folder / path.name):
-            path = folder / path.name  # a path on the annotator's machine
-        images[path] += rows
-    known = {os.path.normpath(path) for path in images}
+        images[_file(name, folder)] += rows
+    known = {os.path.normpath(path) for path in (*images, *(_file(name, folder) for name in table.others))}
     more = [path for path in visible_files(folder) if is_image(path) and os.path.normpath(path) not in known]
     place = source.parent
     near = place.resolve() in (folder.resolve(), folder.resolve().parent)
     others = [path for each in {place, folder} for path in each.glob("*.csv") if path.name != source.name]
-    if more and not table.split_values:
-        own = near and not others
+    if more:
+        own = near and not others and not table.split_values
         images |= {path: [] for path in more if own}
         what = f"{plural(len(more), 'image')} of {folder} without a row in it, the first: {min(more)}"
         dropped.append(f"{source}: {what}; {'taken for images without objects' if own else 'not used'}")
     return dict(sorted(images.items()))
+
+
+def _file(name: str, folder: Path) -> Path:
+    path = folder / name
+    if "\\" in name and not os.path.exists(path):
+        path = folder / name.replace("\\", "/")
+    if not os.path.exists(path) and os.path.isfile(folder / path.name):
+        path = folder / path.name  # a path on the annotator's machine
+    return path
 
 
 def _size(path: Path, rows: Sequence[Row], source: Path, dropped: list[str]) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Literal
 
@@ -18,7 +19,7 @@ from detection.data.splitting import take_part
 from detection.data.synthetic import draw_scenes
 from detection.data.transforms import build_transform
 from detection.data.voc import read_voc
-from detection.data.yolo import read_yolo
+from detection.data.yolo import find_set, read_yolo
 
 Split = Literal["train", "val"]
 Reader = Callable[[Data, Split, Sequence[str]], Annotations]
@@ -89,7 +90,12 @@ def _coco(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
 
 @register_format("yolo")
 def _yolo(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
-    return read_yolo(data.root, split, getattr(data, split), classes, verify=data.verify)
+    found = read_yolo(data.root, split, getattr(data, split), classes, verify=data.verify)
+    named = find_set(data.root, [])
+    if data.val_fraction and named.splits.get("val", named.splits.get("train")) != named.splits.get("train"):
+        why = f"{named.source}: its val is not read, since data.val_fraction is {data.val_fraction:g}"
+        return replace(found, dropped=(*found.dropped, why))
+    return found
 
 
 @register_format("csv")

@@ -73,6 +73,11 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def labels(self) -> Tensor:
+        """Labels of the files, (N,) int64 in 0..K-1."""
+        return torch.tensor([label for _, label in self.files])
+
     def fingerprint(self) -> str:
         """Return a SHA-256 of the files' names, sizes and labels, and of the classes."""
         digest = hashlib.sha256(repr(self.classes).encode())

@@ -24,7 +24,8 @@ FRACTION = 0.2  # of the images, for validation, where there is one set alone
 SOUGHT = (
     "data.yaml or classes.txt with label files (yolo), JSON with images, annotations and categories, such as "
     "train/_annotations.coco.json (coco), XML files in Annotations, annotations or beside images (voc), CSV files with "
-    "a header (csv); a folder of images for each class is for a recipe with task classification, data.format folder"
+    "a header (csv); a folder of images for each class is for a recipe with task classification, data.format folder; "
+    "recordings of events for one with data.format events"
 )
 
 
@@ -52,7 +53,7 @@ def recognise(root: Path, format: str | None = None) -> list[Layout]:
     """Return the formats that a folder may have, the likeliest first; at least one.
 
     Args:
-        root: the folder.
+        root: the folder, or one that has it alone inside.
         format: the only one to look for; None: all.
 
     Raises:
@@ -67,6 +68,9 @@ def recognise(root: Path, format: str | None = None) -> list[Layout]:
     found = [LOOKS[name](root, unfit) for name in LOOKS if format in (None, name)]
     layouts = sorted((each for each in found if each is not None), key=lambda each: -each.share)
     if not layouts:
+        inner = [path for path in root.iterdir() if not path.name.startswith((".", "__"))]
+        if len(inner) == 1 and inner[0].is_dir():  # as archives are often unpacked
+            return recognise(inner[0], format)
         inside = list(itertools.islice(visible_files(root), 2000))
         pictures = sum(map(is_image, inside))
         sought = SOUGHT if format is None else f"files of format {format}"
@@ -244,7 +248,7 @@ def _devkit(
     lists: dict[str, list[str]] = {}
     broken: dict[str, str] = {}
     for devkit in devkits:
-        for path in sorted((devkit / "ImageSets" / "Main").glob("*.txt")):
+        for path in sorted((devkit / "ImageSets" / "Main").glob("*.[tT][xX][tT]")):
             name = next((split for split, names in SPLITS.items() if path.stem.lower() in names), path.stem.lower())
             first = next(iter(path.read_text(errors="replace").splitlines()), "").strip()
             if not xml_file(devkit / "Annotations", first).is_file():

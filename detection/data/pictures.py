@@ -39,10 +39,11 @@ def read_image(image: ImageLike, channels: Channels = "rgb", number: int = 3) ->
         raise ValueError(f"channels: expected {' or '.join(get_args(Channels))}, got {channels!r}")
     if number != 3:
         if not isinstance(image, Tensor) or image.dim() != 3 or len(image) != number:
-            given = f"a tensor {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            given = f", got {f'a tensor {tuple(image.shape)}' if isinstance(image, Tensor) else type(image).__name__}"
+            place, given = (image, "") if isinstance(image, str | Path) else ("image", given)
             raise ValueError(
-                f"{image if isinstance(image, str | Path) else 'image'}: the network takes events in {number} "
-                f"channels, a recording ({' '.join(EVENT_SUFFIXES)}) or a tensor ({number}, H, W), got {given}"
+                f"{place}: the network takes events in {number} channels, a recording ({' '.join(EVENT_SUFFIXES)}) or "
+                f"a tensor ({number}, H, W){given}"
             )
         return _check_values(image.detach())
     picture = _read(image)

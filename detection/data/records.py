@@ -255,7 +255,8 @@ def check_classes(classes: Sequence[str], known: Sequence[str] | None = None, *,
         if name in classes[:position]:
             raise ValueError(f"{source}: class {name!r} is given twice in {list(classes)}")
         if known is not None and name not in known:
-            raise ValueError(f"{source}: no class {name!r}{nearest(name, known)}; data.classes has those wanted")
+            wanted = "wanted are those of data.classes or, where it is empty, of the training data"
+            raise ValueError(f"{source}: no class {name!r}{nearest(name, known)}; {wanted}")
 
 
 def require_file(path: Path, expected: str) -> Path:

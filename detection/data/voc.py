@@ -287,7 +287,7 @@ def find_split(root: Path, split: str, dropped: list[str]) -> VocSplit:
         pair = flat_pair(place) or flat_pair(root, split)
         if pair is not None:
             return _flat(*pair, dropped)
-    listing = base / "ImageSets" / "Main" / f"{name}.txt"
+    listing = _with_suffix(base / "ImageSets" / "Main", name, ".txt")
     images = require_folder(base / "JPEGImages", f"the images of split {split!r}")
     sources = require_folder(base / "Annotations", f"the XML files of split {split!r}")
     require_file(listing, f"the image names of split {split!r}, one per line")
@@ -312,7 +312,11 @@ def flat_pair(folder: Path, split: str = "") -> tuple[Path, Path] | None:
 
 def xml_file(folder: Path, key: str) -> Path:
     """Return the XML file of a name, which need not be there; its suffix may be in capitals."""
-    choices = [folder / f"{key}.xml", folder / f"{key}.XML"]
+    return _with_suffix(folder, key, ".xml")
+
+
+def _with_suffix(folder: Path, name: str, suffix: str) -> Path:
+    choices = [folder / f"{name}{suffix}", folder / f"{name}{suffix.upper()}"]
     return next(filter(os.path.isfile, choices), choices[0])
 
 

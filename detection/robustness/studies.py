@@ -16,18 +16,16 @@ from detection.config import Recipe
 from detection.curves import draw_robustness
 from detection.figures import save_png
 from detection.files import require_writable, write_csv, write_whole
+from detection.report.words import run_names
 from detection.robustness import ALL_LAYERS, IMAGE_KINDS, KINDS, RANDOM_KINDS, RGB_KINDS, SEVERITIES, SPIKE_KINDS, UNITS
 from detection.robustness.corruptions import corrupt_batches
 from detection.robustness.noise import potential_noise, record_margins, sum_margins
 from detection.runs import Run, Weights, describe_environment
 from detection.tasks import task_of
 from detection.tasks.base import Dataset, Task
+from detection.tasks.evaluate import evaluation_data
 from detection.tasks.run import load_for_evaluation, read_evaluation_data
 from detection.text import say, shorten
-
-TRAINING_KEYS = {"train", "train_images", "num_train", "augment", "workers", "verify", "aspect_groups"}
-"""Keys of a recipe's `data` in which runs on the same evaluation images may differ."""
-
 
 REASONS = {
     "no spike layers": "no spike layers, so no threshold as a scale",
@@ -81,9 +79,9 @@ def study(
     require_writable(out)
     _check_request(kinds, seeds, num_images)
     opened = open_runs(folders, data_root=data_root)
-    runs = {run.folder.name: run for run in opened}
-    if len(runs) < len(opened):  # two names are equal
-        runs = {str(run.folder): run for run in opened}
+    for run in opened:
+        run.read(weights)  # all of them are there and whole, before hours are spent on some
+    runs = dict(zip(run_names([run.folder for run in opened]), opened, strict=True))
     kinds_of = {name: _kinds_of(run, kinds) for name, run in runs.items()}
     task = task_of(opened[0].config)
     found = describe_environment(command).to_json()
@@ -127,8 +125,8 @@ def _kinds_of(run: Run, kinds: Sequence[str]) -> list[str]:
     if not left:
         others = [kind for kind in KINDS if why_not(run, kind) is None]
         raise ValueError(
-            f"{run.folder}: {why_not(run, kinds[0])}, which --kinds {' '.join(kinds)} needs; leave the run out, or "
-            f"name one of {', '.join(others)} too"
+            f"{run.folder}: {why_not(run, kinds[0])}: --kinds {' '.join(kinds)} cannot be asked of it; leave the run "
+            f"out, or name one of {', '.join(others)} too"
         )
     return left
 
@@ -300,9 +298,9 @@ def open_runs(folders: Sequence[str | Path], *, data_root: str | Path | None = N
     for run in runs[1:]:
         values = _comparable(run.config)
         for key, value in common.items():
-            if values.get(key) != value:
+            if key in values and values[key] != value:  # else another one differs, too
                 raise ValueError(
-                    f"{run.folder}: {key} is {shorten(values.get(key))}, that of {runs[0].folder} is "
+                    f"{run.folder}: {key} is {shorten(values[key])}, that of {runs[0].folder} is "
                     f"{shorten(value)}; only runs of the same task, evaluation data and precision compare"
                 )
     return runs
@@ -310,6 +308,5 @@ def open_runs(folders: Sequence[str | Path], *, data_root: str | Path | None = N
 
 def _comparable(config: Recipe) -> dict[str, Any]:
     """Return what two runs must have in common, task first."""
-    data = config.data.model_dump(mode="json", exclude=TRAINING_KEYS)
-    data = {f"data.{key}": value for key, value in data.items()}
+    data = {f"data.{key}": value for key, value in evaluation_data(config).items()}
     return {"task": config.task, **data, "train.precision": config.train.precision}

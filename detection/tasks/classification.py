@@ -111,6 +111,13 @@ class ClassificationTask(Task):
         found = [f"one class alone, {dataset.classes[0]}: any network is right"] if len(dataset.classes) < 2 else []
         return found + super().warnings(dataset, data_alone=data_alone)
 
+    def shared_images(self, train: Dataset, val: Dataset) -> tuple[str, ...]:
+        """Return the folder, once for each image, where one is both splits."""
+        data = self.config.data
+        folders = {(data.root / folder).resolve() for folder in (data.train, data.val)}
+        one = data.format in ("folder", "events") and len(folders) == 1 and data.train != ""  # "": parts of one set
+        return tuple(map(str, folders)) * len(val) if one else ()
+
     def is_at_chance(self, metrics: Mapping[str, float]) -> bool:
         """Up to half as much again as the share of one class."""
         return metrics["top1"] < 1.5 / len(self.config.data.classes)

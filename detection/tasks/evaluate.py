@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
 from backbones import stop_after, time_steps
-from detection.config import set_values
+from detection.config import Recipe, set_values
 from detection.config.training_sections import Precision
 from detection.files import require_path, require_writable
 from detection.records import EpochLog, Evaluation, Weights
@@ -16,6 +17,15 @@ from detection.runs import Run
 from detection.tasks import task_of
 from detection.tasks.base import Dataset, Task
 from detection.tasks.run import load_for_evaluation, read_evaluation_data, tell_dropped
+
+TRAINING_KEYS = {"train", "train_images", "num_train", "augment", "workers", "verify", "aspect_groups"}
+"""Keys of a recipe's `data` in which runs on the same evaluation images may differ."""
+
+
+def evaluation_data(config: Recipe) -> dict[str, Any]:
+    """Return the keys of a recipe's `data` that say what the evaluation images are."""
+    part = {"train", "train_images"} if getattr(config.data, "val_fraction", 0) else set()  # of which they are taken
+    return config.data.model_dump(mode="json", exclude=TRAINING_KEYS - part)
 
 
 def evaluate_run(

@@ -181,12 +181,15 @@ def read_boxes(path: Path) -> np.ndarray:
     sources = {name: name if name in found else OLD_NAMES.get(name, name) for name in BOX.names}
     missing = [name for name in ("t", "x", "y", "w", "h", "class_id") if sources[name] not in found]
     if missing or stored.ndim != 1:
-        raise ValueError(f"{path}: no rows of boxes; missing fields: {', '.join(missing)} (found: {', '.join(found)})")
+        why = f"missing fields: {', '.join(missing)} (found: {', '.join(found)})"
+        raise ValueError(f"{path}: no rows of boxes; {why if missing else f'its shape is {stored.shape}'}")
     boxes = np.zeros(len(stored), BOX)
     for name, source in sources.items():
         if source in found:
             if not np.issubdtype(stored.dtype[source], np.number):
                 raise ValueError(f"{path}: no rows of boxes; the field {source} is {stored.dtype[source]}, no number")
+            if not np.isfinite(stored[source]).all():
+                raise ValueError(f"{path}: the field {source} has numbers that are not finite")
             boxes[name] = stored[source]
     return boxes[np.argsort(boxes["t"], kind="stable")]
 

@@ -85,7 +85,7 @@ def read_recordings(
             raise ValueError(f"{root / folder}: no recordings in it; expected NAME{EVENTS_END} and NAME{BOXES_END}")
         for path in paths:
             try:
-                size, boxes = _open(path, settings, verify)
+                recording, size, boxes = _open(path, settings, verify)
             except (OSError, ValueError) as error:
                 dropped.append(f"{error}; recording left out")
                 continue
@@ -95,6 +95,9 @@ def read_recordings(
             few = filter_boxes(boxes, settings.skip, settings.min_diagonal, settings.min_side)
             others["too early or too small (data.events.skip, min_diagonal, min_side)"] += len(boxes) - len(few)
             for end, group in label_times(few, round(1e6 * settings.tolerance)):
+                if end <= recording.start or end - round(1e6 * settings.window) > recording.end:
+                    others["before or behind all events"] += len(group)
+                    continue
                 objects = list(_objects(group, size, names, kept, others))
                 if objects:
                     records.append(_record(path, f"{stem}_{end}", end, size, objects, settings, dropped))
@@ -120,19 +123,20 @@ def _class_names(root: Path) -> tuple[str, ...]:
     return names
 
 
-def _open(path: Path, settings: Events, verify: Verify) -> tuple[Size, np.ndarray]:
-    """The sensor's height and width, and all boxes."""
+def _open(path: Path, settings: Events, verify: Verify) -> tuple[Recording, Size, np.ndarray]:
+    """The events, the sensor's height and width, and all boxes."""
     recording = Recording(path)
     size = settings.sensor or (recording.height, recording.width)
     if None in size:
         raise ValueError(f"{path}: its header has no size of the sensor; say it by data.events.sensor")
+    recording.height, recording.width = size  # beyond which no event may lie
     beside = path.with_name(path.name.removesuffix(EVENTS_END) + BOXES_END)
     if not beside.is_file():
         raise ValueError(f"{path}: no {beside.name} beside it")
     if verify == "full":
         for _ in recording.chunks():
             pass
-    return size, read_boxes(beside)
+    return recording, size, read_boxes(beside)
 
 
 def _objects(
@@ -147,9 +151,9 @@ def _objects(
             others[f"of {name}, not among the classes,"] += 1
             continue
         x1, y1, w, h = (float(box[key]) for key in "xywh")
-        x2, y2 = min(x1 + w, width), min(y1 + h, height)
-        x1, y1 = max(x1, 0.0), max(y1, 0.0)
-        yield RawObject(f"a {name}", [x1, y1, x2 - x1, y2 - y1], kept.index(name) + 1, False)
+        left, top, right, bottom = max(x1, 0.0), max(y1, 0.0), min(x1 + w, width), min(y1 + h, height)
+        inside = [left, top, right - left, bottom - top] if left < right and top < bottom else [x1, y1, w, h]
+        yield RawObject(f"a {name}", inside, kept.index(name) + 1, False)
 
 
 def _record(
