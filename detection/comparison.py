@@ -130,7 +130,8 @@ def compare_runs(
 
 def runs_of(out: Path, variant: str) -> list[Run]:
     """Return the runs of a variant, folders VARIANT_seedN, in the order of their seeds."""
-    seeds = {folder: folder.name.rpartition("_seed")[2] for folder in out.glob(f"{variant}_seed*/")}
+    found = (path.parent for path in out.glob(f"{variant}_seed*/config.yaml"))  # else a killed one has just begun
+    seeds = {folder: folder.name.rpartition("_seed")[2] for folder in found}
     folders = sorted((folder for folder, seed in seeds.items() if seed.isdecimal()), key=lambda each: int(seeds[each]))
     return [Run.open(folder) for folder in folders]
 
@@ -144,7 +145,7 @@ def require_same_data(out: Path, recipes: Mapping[str, Recipe]) -> None:
     for name, recipe in recipes.items():
         places = {"train": name, "val": json.dumps(evaluation_data(recipe))}
         for run in runs_of(out, name):
-            for split, now in run.info().data.items():
+            for split, now in run.info().data.items() if (run.folder / "run.json").is_file() else ():
                 folder, before = first.setdefault((split, places[split]), (run.folder, now))
                 if now != before:
                     what = f"{plural(now.images, 'image')}, there {before.images}, or other boxes, pixels or classes"

@@ -171,6 +171,22 @@ def test_csv_and_tensorboard_have_each_epoch_once(whole, tmp_path):
     assert run.config.train.loggers == loggers
 
 
+def test_an_epoch_is_logged_where_another_callback_failed_at_its_end(whole, tmp_path):
+    loggers = ["csv", "tensorboard"]
+    with pytest.raises(detection.CallbackError):
+        detection.train(
+            recipe(whole, loggers=loggers, epochs=3), tmp_path / "run", callbacks=[Recorder("on_epoch_end", 2)]
+        )
+    detection.train(resume=tmp_path / "run")
+    with (tmp_path / "run" / "log.csv").open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [each.step for each in events.Scalars("loss")] == [1, 2, 3]
+
+
 class FakeMLflow(types.ModuleType):
     """As much of MLflow as accelerate's tracker asks for; runs are kept as numbers by step."""
 
@@ -208,7 +224,7 @@ class FakeWandB(types.ModuleType):
 
     def init(self, **options):
         self.started.append(options)
-        log = lambda values, step: self.rows.append(step)  # noqa: E731
+        log = lambda values, step: self.rows.extend({step} - {*self.rows})  # noqa: E731, a step once, as W&B itself
         return types.SimpleNamespace(id=options.get("id", "abc"), log=log, finish=lambda: None)
 
 

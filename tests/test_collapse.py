@@ -99,6 +99,8 @@ def test_accuracy_at_chance_is_told_after_the_warm_up_only():
 def test_chance_of_a_task():
     task = task_of(ClassificationRecipe(data={"format": "synthetic", "classes": list("abcdefghij")}))
     assert task.is_at_chance({"top1": 0.149}) and not task.is_at_chance({"top1": 0.151})
+    two = task.with_classes(["a", "b"])
+    assert two.is_at_chance({"top1": 0.59}) and not two.is_at_chance({"top1": 0.61})
 
 
 # In a training

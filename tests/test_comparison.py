@@ -15,6 +15,7 @@ from detection import comparison
 from detection.analysis import analyze_run
 from detection.cli import compare
 from detection.cli import train as train_verb
+from detection.config import flatten, require_same
 from detection.files import write_csv
 from detection.runs import Run
 from detection.tasks import task_of
@@ -214,6 +215,27 @@ def test_runs_of_other_data_are_not_mixed_in(compared, tmp_path, split, name):
     ):
         compare.main(arguments_of(out, "hoyer", "steps2"))
     assert not (out / "README.md").exists()
+
+
+def test_a_run_that_was_killed_at_its_beginning_stops_nothing(compared, tmp_path):
+    out = shutil.copytree(compared, tmp_path / "runs")
+    (out / "steps2_seed0" / "run.json").unlink()
+    (out / "hoyer_seed5").mkdir()
+    (out / "hoyer_seed5" / ".lock").touch()
+    (recipe,) = {run.config.model_dump_json(): run.config for run in comparison.runs_of(out, "steps2")}.values()
+    assert len(comparison.runs_of(out, "hoyer")) == 2
+    comparison.require_same_data(out, {"steps2": recipe})
+
+
+@pytest.mark.parametrize("added", [{"backbone": 0.5, "head": 0.1}, {"head": 0.1}, {}])
+def test_entries_that_a_recipe_has_more_or_less_are_seen(compared, added):
+    config = Run.open(compared / "hoyer_seed0").config
+    config.optimizer.lr_factors = {"backbone": 0.5}
+    known, wanted = flatten(config), config.model_copy(deep=True)
+    wanted.optimizer.lr_factors = added
+    with pytest.raises(ValueError, match=r"here: trained with optimizer\.lr_factors"):
+        require_same(known, wanted, "here")
+    require_same({key: value for key, value in known.items() if "seed" not in key}, config, "here")  # an older run
 
 
 def test_each_variant_is_measured_where_its_own_data_lie(compared, monkeypatch, tmp_path):

@@ -11,10 +11,11 @@ from helpers import log_lines, run_tool
 from safetensors.torch import load_file
 
 from detection.runs import Run
+from detection.tasks import task_of
 from detection.tasks.classification import ClassificationTask
 from detection.tasks.recipes import DetectionRecipe
 from detection.tasks.run import load_model
-from detection.training.distillation import detection_distance, feature_distance, softened_distance
+from detection.training.distillation import detection_distance, feature_distance, softened_distance, watch
 
 SMALL = {"hoyer": {"weight": 0.01}, "optimizer": {"lr": 0.003, "warmup_steps": 1, "clip_norm": 1.0}}
 CLASSIFIER = SMALL | {
@@ -116,6 +117,30 @@ def test_a_student_learns_from_its_twin(teachers, monkeypatch, tmp_path, task):
     plain = train(monkeypatch, tmp_path, recipe, "plain")
     state = load_file(run.folder / "last.safetensors")
     assert state.keys() == load_file(plain.folder / "last.safetensors").keys()
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "fcos"])
+@pytest.mark.parametrize("change", [{}, {"thresholds": 2}, {"time_steps": 2}])
+def test_a_teacher_with_a_spiking_head_teaches_what_it_says(kind, change):
+    """Not what its last layer says of the pyramid."""
+    model = DETECTOR["model"] | {"detector": kind, "backbone": DETECTOR["model"]["backbone"] | change}
+    model |= {"neck": model["neck"] | {"spiking": True}, "head": model["head"] | {"spiking": True}}
+    data = {"format": "synthetic", "classes": ["a", "b"]}
+    task = task_of(DetectionRecipe.model_validate({"model": model, "data": data}))
+    student, teacher, images = task.build_model().eval(), task.build_model().eval(), [torch.rand(3, 64, 64)]
+    known, said, pyramid = watch(task, teacher), [], []
+    ask = task.teacher_pass(student)
+    with torch.no_grad():
+        student(images)
+        ask(teacher, images)
+        logits, features = known["logits"], known["features"]
+        teacher.head.register_forward_hook(lambda module, inputs, output: said.append(output["cls_logits"]))
+        teacher.backbone.register_forward_hook(lambda module, inputs, output: pyramid.extend(output.values()))
+        teacher(images)
+    torch.testing.assert_close(logits, said[0])
+    steps = change.get("time_steps", 1)
+    assert [each.shape for each in features] == [each[: len(each) // steps].shape for each in pyramid]
+    torch.testing.assert_close(features, [each.unflatten(0, (steps, -1)).mean(0) for each in pyramid])
 
 
 def test_a_student_comes_closer_to_its_teacher(teachers, monkeypatch, tmp_path):

@@ -343,9 +343,24 @@ def test_a_run_goes_on_behind_its_end(monkeypatch, capsys, tmp_path):
     expect_equal(other, whole)
 
 
+@pytest.mark.parametrize("part", ["head", "rpn", "roi_heads"])
+def test_a_frozen_head_has_its_losses(part):
+    config = detector(kind="fasterrcnn")
+    task = task_of(config)
+    model = task.build_model().train()
+    for module in freeze(model, [part], task.parts):
+        module.eval()
+    target = {"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}
+    assert len(model([torch.rand(3, 64, 64)], [target])) == 4
+
+
 def test_a_run_ends_when_its_patience_does(monkeypatch, capsys, tmp_path):
     found = iter([0.2, 0.3, 0.25, 0.3, 0.9])
-    evaluate = staticmethod(lambda *_, **__: Evaluation(metrics={"top1": next(found), "top5": 1.0, "val_loss": 1.0}))
+    evaluate = staticmethod(
+        lambda *_, **__: Evaluation(
+            metrics={"top1": next(found), "top5": 1.0, "val_loss": 1.0}, potentials={"spike": [0.5, 0.5]}
+        )
+    )
     monkeypatch.setattr(ClassificationTask, "evaluate", evaluate)
     recipe = recipe_file(tmp_path, classifier(()), train={"epochs": 9, "patience": 2, "ema_decay": 0.0})
     with monkeypatch.context() as patch:
@@ -356,6 +371,7 @@ def test_a_run_ends_when_its_patience_does(monkeypatch, capsys, tmp_path):
     train(monkeypatch, "--resume", tmp_path / "run")
     run = Run.open(tmp_path / "run")
     assert [line.epoch for line in run.history()] == [1, 2, 3, 4] and run.finished
+    assert [bool(line.evaluation.potentials) for line in run.history()] == [True, False, False, True]
     assert "ended early: 2 evaluations without more than top1 0.3000 (train.patience 2)" in capsys.readouterr().out
     train(monkeypatch, "--resume", tmp_path / "run")
     assert "finished already" in capsys.readouterr().out

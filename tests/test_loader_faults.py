@@ -104,6 +104,20 @@ def test_a_batch_that_batch_norm_cannot_learn_of(monkeypatch, capsys, tmp_path, 
         assert "a larger train.batch_size" in error and error.endswith("; image ids train0.png")
 
 
+def test_a_batch_that_is_left_out_makes_no_step_smaller(monkeypatch, capsys, tmp_path):
+    train = {"epochs": 1, "batch_size": 1, "seed": 0, "ema_decay": 0.0}
+    wide, square = (64, 32), (32, 32)
+    losses = {}
+    for accumulate in (1, 2):
+        recipe = small_recipe(tmp_path / str(accumulate), [wide, wide, square, wide], [wide], **train)
+        override = ["optimizer.lr=1e-12", "optimizer.name=sgd", f"train.accumulate={accumulate}", "hoyer.weight=0"]
+        override.append("data.augment.hflip=0")  # so that all images but one are the same
+        run_tool(monkeypatch, "train_det", recipe, *override, "--out", tmp_path / str(accumulate) / "run")
+        assert "left out" in capsys.readouterr().err
+        losses[accumulate] = log_lines(tmp_path / str(accumulate) / "run")[0]["loss"]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+
+
 # Thin images
 
 

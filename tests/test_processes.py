@@ -18,7 +18,7 @@ from backbones.weights import read_tensors
 from detection.data.batches import TrainingBatches, evaluation_batches, take_share
 from detection.files import require_writable
 from detection.runs import Run
-from detection.training.distributed import SyncBatchNorm, synchronise
+from detection.training.distributed import SyncBatchNorm, SyncBatchNorm1d, synchronise
 
 MODEL = {"backbone": {"name": "resnet18", "width": 0.125}}
 
@@ -68,11 +68,12 @@ def layers_over_two_processes(folder: Path) -> None:
         set_seed(1)
         layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
         layers.append(HoyerSpike(4, per_channel=per_channel))
+        layers.extend([torch.nn.Flatten(), torch.nn.BatchNorm1d(80)])
         layers = synchronise(layers, spikes=sync, batch_norm=sync).train()
-        assert isinstance(layers[1], SyncBatchNorm) == sync
+        assert isinstance(layers[1], SyncBatchNorm) == isinstance(layers[4], SyncBatchNorm1d) == sync
         out = layers(x)
         # Scaled as the mean over two processes that DistributedDataParallel takes.
-        (out.sum() * (2 if sync else 1) + layers[2]._penalty).backward()
+        (out.sin().sum() * (2 if sync else 1) + layers[2]._penalty).backward()
         gradients = [parameter.grad for parameter in layers.parameters()]
         if sync:
             for gradient in gradients:

@@ -150,6 +150,7 @@ def stop_after(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
         ("train_cls", CLASSIFICATION, ["train.precision=fp16", "train.accumulate=3", "hoyer.reduction=sum"], 4),
         ("train_cls", CLASSIFICATION, ["train.precision=bf16", "train.channels_last=True", "optimizer.name=adam"], 3),
         ("train_cls", CLASSIFICATION, ["optimizer.name=sgd", "optimizer.schedule=step", "train.deterministic=True"], 8),
+        ("train_cls", CLASSIFICATION, ["optimizer.schedule=step", "optimizer.warmup_steps=6"], 2),
         ("train_cls", CLASSIFICATION, ["model.backbone.time_steps=2", "train.low_memory=True"], 4),
         ("train_det", DETECTION, ["model.detector=fasterrcnn", "train.epochs=2", "data.workers=0"], 4),
         ("train_det", DETECTION, ["data.augment.crop=1", "train.epochs=2"], 7),

@@ -40,6 +40,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     columns = ("metric", "now", f"logged in epoch {logged.epoch}")
     shown = [(name, show(now), show(then)) for name, now, then in pairs]
     show_table(f"{options.run}, {options.weights} weights", columns, shown)
+    last = Run.open(options.run).history()[-1].epoch
+    if options.weights != "best" and last > logged.epoch:
+        print(f"not compared with the log: these weights are of epoch {last}, which was not evaluated")
+        return
     different = ", ".join(name for name, now, then in pairs if then not in (None, now))
     print(f"not equal to the log: {different}" if different else "equal to the log in every digit")
 

@@ -300,11 +300,11 @@ def require_same(found: Mapping[str, Any], wanted: Recipe, source: str, *, free:
         source: what `found` belongs to, for the message.
         free: keys that may differ.
     """
-    now = flatten(wanted)
+    now, declared = flatten(wanted), key_kinds(type(wanted))
     for key in sorted((found.keys() | now.keys()) - set(free)):
-        if key in found and found[key] != now.get(key):
+        if (key in found or key not in declared) and found.get(key) != now.get(key):  # older runs lack newer keys
             raise ValueError(
-                f"{source}: trained with {key} {found[key]!r}, wanted is {now.get(key)!r}; name another folder"
+                f"{source}: trained with {key} {found.get(key)!r}, wanted is {now.get(key)!r}; name another folder"
                 + (", or --resume it with --extend for epochs behind its end" if key == "train.epochs" else "")
             )
 

@@ -21,20 +21,8 @@ from detection.files import write_list
 
 Backend = Literal["pycocotools", "faster-coco-eval"]
 
-METRICS = (
-    "AP",
-    "AP50",
-    "AP75",
-    "AP_small",
-    "AP_medium",
-    "AP_large",
-    "AR1",
-    "AR10",
-    "AR100",
-    "AR_small",
-    "AR_medium",
-    "AR_large",
-)
+METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+METRICS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 """Names of pycocotools' `stats`, in its order: average precision and recall in [0, 1], -1 where nothing is defined."""
 
 

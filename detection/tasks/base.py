@@ -239,8 +239,12 @@ class Task(ABC):
         raise self.refusal("learns from no teacher (distillation.teacher)")
 
     def head_of(self, model: nn.Module) -> nn.Module:
-        """Return the module whose input are the features and whose output are the class predictions."""
+        """Return the module whose output are the class predictions."""
         raise self.refusal("learns from no teacher (distillation.teacher)")
+
+    def receiver_of(self, model: nn.Module) -> nn.Module:
+        """Return the module whose input are the features."""
+        return self.head_of(model)
 
     def teacher_pass(self, student: nn.Module) -> Callable[[nn.Module, Any], None]:
         """Return (teacher, batch), which runs the teacher on what the student has just seen of the batch."""

@@ -119,8 +119,9 @@ class ClassificationTask(Task):
         return tuple(map(str, folders)) * len(val) if one else ()
 
     def is_at_chance(self, metrics: Mapping[str, float]) -> bool:
-        """Up to half as much again as the share of one class."""
-        return metrics["top1"] < 1.5 / len(self.config.data.classes)
+        """Up to half as much again as the share of one class, and at most 0.1 more."""
+        share = 1 / len(self.config.data.classes)
+        return metrics["top1"] < min(1.5 * share, share + 0.1)
 
     def learn_from(self, teacher: Task) -> None:
         """Any classifier of these classes and images will do: each normalises them by itself."""

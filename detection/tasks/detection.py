@@ -169,14 +169,13 @@ class DetectionTask(Task):
     def head_of(self, model: nn.Module) -> nn.Module:
         return model.head.classification_head
 
+    def receiver_of(self, model: nn.Module) -> nn.Module:
+        return model.head
+
     def teacher_pass(self, student: nn.Module) -> Callable[[nn.Module, Any], None]:
         seen: dict[str, Tensor] = {}
         student.transform.register_forward_hook(lambda module, inputs, output: seen.update(images=output[0].tensors))
-
-        def ask(teacher: nn.Module, batch: Any) -> None:
-            teacher.head.classification_head(list(teacher.backbone(seen["images"]).values()))
-
-        return ask
+        return lambda teacher, batch: teacher.head(list(teacher.backbone(seen["images"]).values()))
 
     def distance(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         return detection_distance(student, teacher, temperature)

@@ -36,7 +36,7 @@ def evaluate_run(
     save: str | Path | None = None,
     precision: Precision | None = None,
 ) -> tuple[Evaluation, EpochLog]:
-    """Return the metrics of a saved run, computed anew, and the log line of the epoch that the weights come from.
+    """Return the metrics of a saved run, computed anew, and the log line of its last or best evaluation.
 
     Args:
         folder: the run, as `Run.open` takes it.

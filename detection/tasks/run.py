@@ -151,7 +151,7 @@ def describe_run(
     splits = {"train": train, "val": val}
     data = {name: DataFingerprint(images=len(each), fingerprint=each.fingerprint()) for name, each in splits.items()}
     facts = {"precision": choose_precision(task.config.train.precision), "data": data, "start": start}
-    return describe_environment(command).model_copy(update=facts | task.facts(train))
+    return describe_environment(command).model_copy(update=facts | task.facts(val))
 
 
 def check_run(config: Recipe, folder: str | Path, *, resume: bool = False) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,6 +214,9 @@ def _take_over(trainer: Trainer, state: Checkpoint, own: dict[str, Any]) -> None
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 values[name] = torch.empty_like(parameter).copy_(value)
     trainer.schedule.load_state_dict(state.schedule)
+    for each in (trainer.schedule, *getattr(trainer.schedule, "_schedulers", ())):
+        if hasattr(each, "milestones"):
+            each.milestones = Counter(each.milestones)  # which was saved as a dict
     if trainer.accelerator.scaler:
         trainer.accelerator.scaler.load_state_dict(state.scaler)
     sums = {name: value.to(trainer.accelerator.device) for name, value in own["sums"].items()}

@@ -35,8 +35,8 @@ def require_same_input(ours: Recipe, theirs: Recipe, *sizes: str) -> None:
 def learn_from(teacher: nn.Module, student: nn.Module, task: Task, accelerator: Accelerator) -> Losses:
     """Return the task's losses with "distillation" and, if wanted, "features" beside them, weighted.
 
-    "distillation" compares the class predictions, "features" what the classification head sees: the last map of a
-    classifier's backbone, the pyramid of a detector.
+    "distillation" compares the class predictions, "features" what the head sees: the last map of a classifier's
+    backbone, the pyramid of a detector.
 
     Args:
         teacher: trained network, in evaluation mode; it is moved to the device of the training.
@@ -47,7 +47,7 @@ def learn_from(teacher: nn.Module, student: nn.Module, task: Task, accelerator: 
     settings = task.config.distillation
     teacher = teacher.to(accelerator.device).requires_grad_(False)
     ask = task.teacher_pass(student)
-    seen, known = (watch(task.head_of(model), time_steps(model)) for model in (student, teacher))
+    seen, known = (watch(task, model) for model in (student, teacher))
 
     def compute(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         found = task.losses(model, batch)
@@ -63,18 +63,22 @@ def learn_from(teacher: nn.Module, student: nn.Module, task: Task, accelerator: 
     return compute
 
 
-def watch(head: nn.Module, steps: int) -> dict[str, Any]:
-    """Return a dict that always has what `head` saw and said in its last pass: "features", maps; "logits".
+def watch(task: Task, model: nn.Module) -> dict[str, Any]:
+    """Return a dict that always has what a network's head saw and said in its last pass: "features", maps; "logits".
 
     Of several time steps it has the means.
     """
-    seen: dict[str, Any] = {}
+    seen, steps = {}, time_steps(model)
 
-    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def keep_features(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         maps = [inputs[0]] if isinstance(inputs[0], Tensor) else inputs[0]
-        seen.update(features=[average_steps(x, steps) for x in maps], logits=average_steps(output, steps))
+        seen["features"] = [average_steps(x, steps) for x in maps]
 
-    head.register_forward_hook(keep)
+    def keep_logits(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        seen["logits"] = average_steps(output, steps)
+
+    task.receiver_of(model).register_forward_pre_hook(keep_features)
+    task.head_of(model).register_forward_hook(keep_logits)
     return seen
 
 

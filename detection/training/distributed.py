@@ -40,9 +40,9 @@ def synchronise(model: nn.Module, *, spikes: bool, batch_norm: bool) -> nn.Modul
         return model
     if torch.cuda.is_available():
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    kinds = {nn.BatchNorm2d: SyncBatchNorm, nn.BatchNorm1d: SyncBatchNorm1d}
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm
+        module.__class__ = kinds.get(type(module), type(module))
     return model
 
 
@@ -54,13 +54,13 @@ def is_broken_connection(error: BaseException) -> bool:
     )
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
+class _Synchronised(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the images of all processes, on any device.
 
     y = (x - mean) / sqrt(var + eps) * weight + bias with mean and (biased) variance over all processes in training; the
     running variance is the unbiased one, as in torch.
 
-    Shape: (N, C, H, W) -> (N, C, H, W).
+    Shape: (N, C, *) -> (N, C, *).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            dims, shape = (0, 2, 3), (1, -1, 1, 1)
+            dims, shape = (0, *range(2, x.dim())), (1, -1, *[1] * (x.dim() - 2))
             count = _Sum.apply(wide.new_tensor(x.numel() / x.shape[1]))
             mean = _Sum.apply(wide.sum(dims)) / count
             centred = wide - mean.view(shape)
@@ -80,6 +80,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
                 self.running_var.lerp_(var * count / (count - 1), weight)
             y = centred * (torch.rsqrt(var + self.eps) * self.weight).view(shape) + self.bias.view(shape)
         return y.to(x.dtype)
+
+
+class SyncBatchNorm(_Synchronised, nn.BatchNorm2d):
+    """That of maps."""
+
+
+class SyncBatchNorm1d(_Synchronised, nn.BatchNorm1d):
+    """That of vectors."""
 
 
 class _Sum(torch.autograd.Function):

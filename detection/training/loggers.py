@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, WandBTracker, on_main_process
+from torch import nn
 
 from detection.config import Recipe, flatten
 from detection.files import write_csv
@@ -72,6 +73,11 @@ class Loggers(Callback):
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
+    def on_train_begin(self, run: Run, network: nn.Module) -> None:
+        """Log the last epoch of a run that goes on once more: something may have failed in front of it."""
+        for line in run.history()[-1:] if run.has_log else ():
+            self.on_epoch_end(run, line)
+
     def on_epoch_end(self, run: Run, line: EpochLog) -> None:
         scalars = {key: value for key, value in line.to_json().items() if isinstance(value, float)}
         self.accelerator.log(scalars, step=line.epoch)
@@ -104,8 +110,8 @@ def start(accelerator: Accelerator, run: Run, epoch: int) -> None:
     trackers: dict[str, GeneralTracker] = {}
     for name in names:
         match name:
-            case "tensorboard":  # what it has of this epoch and later ones is forgotten
-                trackers[name] = TensorBoardTracker("tensorboard", str(run.folder), purge_step=epoch)
+            case "tensorboard":  # what it has of the epoch before and later ones is forgotten
+                trackers[name] = TensorBoardTracker("tensorboard", str(run.folder), purge_step=epoch - 1)
             case "csv":
                 trackers[name] = CsvTracker(run.folder / "log.csv")
             case "wandb":

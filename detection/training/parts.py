@@ -62,7 +62,7 @@ def _count(parameters: Collection[nn.Parameter]) -> str:
 
 
 def freeze(model: nn.Module, names: Iterable[str], aliases: Aliases) -> list[nn.Module]:
-    """Take parts out of the training, and return their modules: they belong into evaluation mode at all times.
+    """Take parts out of the training, and return their layers: they belong into evaluation mode at all times.
 
     Their parameters get no gradient, and their spike layers, whose extremum is then the running average, have no term
     in the loss.
@@ -81,7 +81,8 @@ def freeze(model: nn.Module, names: Iterable[str], aliases: Aliases) -> list[nn.
     for name, layer in spike_layers(model).items():
         if is_within(name, parts):
             layer.has_penalty = False
-    return [module for name, module in model.named_modules() if is_within(name, parts)]
+    # A detector's containers tell by their mode whether losses are wanted.
+    return [each for name, each in model.named_modules() if is_within(name, parts) and not next(each.children(), None)]
 
 
 def factors_of(model: nn.Module, factors: Mapping[str, float], aliases: Aliases) -> dict[str, float]:

@@ -228,10 +228,13 @@ class Trainer:
             self.optimizer.zero_grad()
             self.schedule.step()
             return torch.zeros(())
-        losses = {name: torch.stack([losses[name] for _, losses in parts]).sum() for name in parts[0][1]}
+        whole = num_parts / len(parts)  # where batches were left out, the mean is that of the others
+        losses = {name: whole * torch.stack([losses[name] for _, losses in parts]).sum() for name in parts[0][1]}
         loss = torch.stack(list(losses.values())).sum()
         self.accelerator.unscale_gradients(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if whole > 1:
+            torch._foreach_mul_([each.grad for each in parameters if each.grad is not None], whole)
         norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
         images = ", ".join(filter(None, (self.goal.describe_batch(batch) for batch, _ in parts)))
         require_finite(loss, norm, losses, self.accelerator.scaler, where, images)
@@ -328,7 +331,8 @@ class Trainer:
             save(self, randoms)
             raise self.interruption() from None
         line.eval_seconds = round(time.perf_counter() - started, 3)
-        if self.progress.evaluated and line.epoch < self.config.train.epochs:
+        may_end = 0 < self.config.train.patience <= self.progress.waited + 1
+        if self.progress.evaluated and line.epoch < self.config.train.epochs and not may_end:
             line.evaluation.potentials = {}  # histograms: the first and the last say how they moved
         self.progress.evaluated = True
 
@@ -346,6 +350,7 @@ class Trainer:
                 self.run.save(self.network, "best")
             history = self.run.history() if self.run.has_log else []
             warmup = max(self.config.hoyer.warmup_epochs, self.config.optimizer.warmup_steps / self.num_steps)
+            warmup = min(warmup, self.config.train.epochs / 2)  # as the schedule's
             line.warnings = warnings_of([*history, line], self.goal.is_at_chance, warmup)
             self.run.log(line)
             if line.silent:
