@@ -126,14 +126,12 @@ def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Te
             f"distillation.features: the student's head sees {len(student)} maps, the teacher's {len(teacher)}; give "
             "both the same pyramid, or set the weight to 0"
         )
+    distances = []
     for index, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
         if ours.shape != theirs.shape:
             raise ValueError(
                 f"distillation.features: map {index} of the student is {tuple(ours.shape)}, of the teacher "
                 f"{tuple(theirs.shape)}; give both the same backbone and width, or set the weight to 0"
             )
-    distances = [
-        1 - F.cosine_similarity(ours.float(), theirs.float(), dim=1).mean()
-        for ours, theirs in zip(student, teacher, strict=True)
-    ]
+        distances.append(1 - F.cosine_similarity(ours.float(), theirs.float(), dim=1).mean())
     return torch.stack(distances).mean()

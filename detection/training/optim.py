@@ -84,11 +84,6 @@ def hidden_convolutions(model: nn.Module, predictions: Collection[str] = ()) -> 
     }
 
 
-def shrink(config: schema.Optimizer, factor: float) -> schema.Optimizer:
-    """Return the settings with both learning rates multiplied by a factor."""
-    return config.model_copy(update={"lr": config.lr * factor, "muon_lr": config.muon_lr * factor})
-
-
 def build_schedule(optimizer: Optimizer, config: schema.Optimizer, num_steps: int) -> LRScheduler:
     """Learning rate by optimiser step: linear warm-up, then cosine to zero or steps."""
     warmup = min(config.warmup_steps, num_steps // 2)

@@ -27,7 +27,7 @@ from detection.training.collapse import silent_layers, warnings_of
 from detection.training.display import LineClock, progress_bar, resume_command, summary
 from detection.training.distributed import any_process, share_buffers
 from detection.training.memory import forget_peak_memory, peak_memory
-from detection.training.optim import average_weights, build_optimizer, build_schedule, shrink
+from detection.training.optim import average_weights, build_optimizer, build_schedule
 from detection.training.parts import describe_parts, factors_of, freeze
 from detection.training.precision import require_finite
 from detection.training.signals import CallbackError, Interrupted, SaveClock, Screen, StopSignals
@@ -87,7 +87,8 @@ class Trainer:
         self.num_steps = math.ceil(len(batches) / config.train.accumulate)
         settings, epochs = config.optimizer, config.train.epochs
         if extension is not None:
-            settings, epochs = shrink(settings, extension.lr_factor), epochs - extension.after
+            rates = {name: getattr(settings, name) * extension.lr_factor for name in ("lr", "muon_lr")}
+            settings, epochs = settings.model_copy(update=rates), epochs - extension.after
         self.frozen = freeze(model, config.train.freeze, goal.parts)
         self.factors = factors_of(model, settings.lr_factors, goal.parts)
         optimizer = build_optimizer(model, settings, goal.prediction_layers, self.factors)
