@@ -35,7 +35,7 @@ def make_hoyer(
 ) -> HoyerSpike | SeveralThresholds:
     """Return the method's neuron: the Hoyer extremum, of the layer or of each channel, lowers the threshold."""
     options = _arguments(extremum, momentum, threshold, window) | {"fixed": False}
-    return _with_thresholds(channels, thresholds, lambda channels: _in_steps(channels, time_steps, reset, options))
+    return _in_steps(channels, time_steps, reset, options, thresholds=thresholds)
 
 
 @register_neuron("relu", spiking=False, words="analogue twin")
@@ -57,7 +57,7 @@ def make_fixed(
 ) -> HoyerSpike | SeveralThresholds:
     """Return the ablation: a plain trainable threshold v_th, the extremum left out."""
     options = _arguments(extremum, momentum, threshold, window) | {"fixed": True}
-    return _with_thresholds(channels, thresholds, lambda channels: _in_steps(channels, time_steps, reset, options))
+    return _in_steps(channels, time_steps, reset, options, thresholds=thresholds)
 
 
 class RepeatChannels(nn.Module):
@@ -166,13 +166,6 @@ def make_graded(
     return _in_steps(channels, time_steps, reset, options, GradedSpike, MultiStepGraded)
 
 
-def _with_thresholds(
-    channels: int, thresholds: int, make: Callable[[int], HoyerSpike]
-) -> HoyerSpike | SeveralThresholds:
-    check_count("thresholds", thresholds)
-    return make(channels) if thresholds == 1 else SeveralThresholds(channels, thresholds, make)
-
-
 def _in_steps(
     channels: int,
     time_steps: int,
@@ -180,8 +173,12 @@ def _in_steps(
     options: dict[str, Any],
     single: type[HoyerSpike] = HoyerSpike,
     several: type[MultiStepSpike] = MultiStepSpike,
-) -> HoyerSpike:
+    thresholds: int = 1,
+) -> HoyerSpike | SeveralThresholds:
+    check_count("thresholds", thresholds)
     check_steps(time_steps, reset)
+    if thresholds > 1:
+        return SeveralThresholds(channels, thresholds, lambda all: _in_steps(all, time_steps, reset, options))
     if time_steps == 1:
         return single(channels, **options)
     return several(channels, time_steps=time_steps, reset=reset, **options)

@@ -364,11 +364,11 @@ def hoyer_penalties(model: nn.Module, reduction: Reduction = "sum") -> dict[str,
     found = {name: layer.take_penalty() for name, layer in layers.items()}
     if reduction == "sum":
         return {name: penalty for name, (penalty, _) in found.items()}
-    total = sum(neurons for _, neurons in found.values())
+    total = sum(neurons for _, neurons in found.values()) or 1  # of an empty batch every H is 0
     if reduction == "network" and found:  # at once: on a GPU the number of kernels counts
         shares = torch.stack([penalty for penalty, _ in found.values()]) / total
         return dict(zip(found, shares.unbind(), strict=True))
-    return {name: penalty / neurons for name, (penalty, neurons) in found.items()}
+    return {name: penalty / (neurons or 1) for name, (penalty, neurons) in found.items()}
 
 
 def hoyer_penalty(model: nn.Module, reduction: Reduction = "sum") -> Tensor:

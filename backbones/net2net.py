@@ -14,8 +14,8 @@ def add_thresholds(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, T
     """Return weights with which a network of several thresholds begins as the one of one threshold.
 
     As in Net2Net (Chen et al., arXiv:1511.05641), a wider network starts from the function of a narrower one. Of the
-    neurons of a potential the middle one takes over the threshold, the others fire half a standard deviation (by the
-    norm in front of them) earlier and later for each place, and the weights behind these are 0 until they are trained.
+    neurons of a potential the middle one takes over the threshold, the others fire earlier and later, at equal
+    distances over one standard deviation (by the norm in front), and the weights behind these are 0 until trained.
     The function is the old one but for the extremum, which is now taken over all neurons.
 
     Args:

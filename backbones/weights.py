@@ -49,6 +49,9 @@ def load_weights(backbone: Backbone, weights: str | Path | Mapping[str, Tensor])
         state, _ = read_tensors(file / "last.safetensors" if file.is_dir() else file)
     for part in ("backbone.body.", "backbone."):
         if any(part in key for key in state):
+            several = sorted({key.split(part, 1)[0] for key in state if part in key})
+            if len(several) > 1:
+                raise ValueError(f"{source} has several backbones: {', '.join(several)}; give the state dict of one")
             state = {key.split(part, 1)[1]: value for key, value in state.items() if part in key}
             break
     state = {WRAPPERS.sub("", key): value for key, value in state.items()}

@@ -409,3 +409,18 @@ def test_one_comparison_has_all_of_them(monkeypatch, tmp_path):
 def test_adder_networks_run_in_other_types(dtype):
     model = backbones.create("resnet18", width=0.125, stem="cifar", arithmetic="adder").to(dtype).eval()
     assert model(torch.rand(1, 3, 16, 16, dtype=dtype))["c5"].dtype == dtype
+
+
+def test_a_sign_that_two_layers_take_is_one_comparison():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sign, self.one, self.two = Sign(), BinaryConv2d(3, 4, 1), BinaryConv2d(3, 5, 1)
+
+        def forward(self, x):
+            x = self.sign(x)
+            return self.one(x), self.two(x)
+
+    measured = measure_activity(Two().eval(), [torch.randn(2, 3, 4, 4)])
+    assert energy(measured).networks["binary"].comparisons == 3 * 4 * 4
+    assert sum(map(measured.comparisons, measured.layers.values())) == 2 * 3 * 4 * 4

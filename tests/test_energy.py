@@ -567,3 +567,17 @@ def test_a_cost_file_that_is_not_there_or_no_text(tmp_path):
 def test_the_published_costs():
     assert (HOROWITZ_45NM.mac_pj, HOROWITZ_45NM.ac_pj) == (4.6, 0.9)
     assert (HOROWITZ_45NM.sram_pj, HOROWITZ_45NM.dram_pj) == (5.0, 640.0)
+
+
+def test_frames_of_zeros_and_ones_cost_a_twin_what_they_cost_itself():
+    """Its stem has weights for all of them, and a binary network's adds up each."""
+    options = {"width": 0.125, "stem": "cifar", "in_channels": 6, "frames": 3, "time_steps": 3}
+    found = {}
+    for activation in ("hoyer", "relu"):
+        model = backbones.Classifier(backbones.create("vgg9", activation=activation, **options), 4).eval()
+        measured = measure_activity(model, [torch.randint(0, 2, (2, 6, 32, 32), generator=torch.Generator()).float()])
+        found[activation] = energy(measured)
+    own, twin = found["hoyer"].networks["twin"], found["relu"].networks["twin"]
+    assert (own.macs, own.weight_bits) == (twin.macs, twin.weight_bits)
+    stem = found["hoyer"].layers[measured.stem]
+    assert stem["binary"].acs == stem["twin"].macs > 0

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from backbones.deploy.events import Bits, Engine, Program, available, using
+from backbones import HoyerSpike, fold, to_integers
+from backbones.deploy.events import Bits, Engine, Program, available, to_program, using
 from backbones.deploy.events import engine as engine_module
 from backbones.deploy.events.plan import _Calls, _Memory
 
@@ -168,3 +170,23 @@ def test_images_that_a_program_does_not_take_are_refused_before_a_kernel_sees_th
                 ours(torch.rand((1, 5, 7, 9), dtype=torch.float64), **options)
         with pytest.raises(ValueError, match="images on meta: the event-driven engine computes on the CPU"):
             ours(torch.rand(1, 5, 7, 9, device="meta"))
+
+
+def test_a_map_that_is_enlarged_added_and_returned():
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spike, self.fine, self.coarse = HoyerSpike(8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, stride=2)
+            self.stem = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x):
+            spikes = self.spike(self.stem(x))
+            fine = self.fine(spikes)
+            up = F.interpolate(self.coarse(spikes), size=fine.shape[-2:], mode="nearest")
+            return fine + up, up
+
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 8, 8)
+    network = to_integers(fold(Pyramid().eval()), images, exact=True)
+    for ours, theirs in zip(Engine(to_program(network))(images), network(images), strict=True):
+        assert torch.equal(ours, theirs)

@@ -291,7 +291,7 @@ def test_analogue_convolutions_round_to_8_bits_if_asked():
     assert all(layer.weight.abs().max() <= 64 for layer in layers)
     with torch.no_grad():
         for ours, expected in zip(everything(images).values(), without(images).values(), strict=True):
-            assert 0 < (ours - expected).norm() < 0.25 * expected.norm()
+            assert 0 < (ours - expected).norm() < 0.3 * expected.norm()
 
 
 def test_what_cannot_become_integers_is_refused():
@@ -336,3 +336,21 @@ def test_integers_leave_the_folded_network_as_it_was():
     integers = to_integers(folded, images, keep="head")
     assert torch.equal(folded(images), before)
     assert not any("head" in name for name, layer in integers.named_modules() if isinstance(layer, IntegerReal))
+
+
+@pytest.mark.parametrize("analogue", [False, True])
+@pytest.mark.parametrize("gamma", [1e-3, 1e-7, 1e-10, 0.0])
+def test_a_channel_whose_weights_fade_keeps_its_bias(gamma, analogue):
+    """In the unit of weights that small it would not fit into 32 bits."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), HoyerSpike(8), nn.Conv2d(8, 4, 3, bias=False)]
+    network = nn.Sequential(*layers, nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).train()
+    images = torch.rand(16, 3, 8, 8)
+    network(images)
+    with torch.no_grad():
+        network[4].weight[0], network[4].bias[0] = gamma, 0.5
+        network[5].weight.copy_(torch.eye(4)[:2].view(2, 4, 1, 1))
+        network[5].bias.zero_()
+    folded = fold(network.eval())
+    found = to_integers(folded, images, analogue=analogue)(images)[:, 0]
+    torch.testing.assert_close(found, folded(images)[:, 0], rtol=0, atol=0.02)

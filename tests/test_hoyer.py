@@ -547,3 +547,10 @@ def test_compiled_half_precision_equals_the_eager_one(threshold_per_channel):
     torch.testing.assert_close(compiled_penalty, penalty)
     torch.testing.assert_close(compiled_du, du)
     torch.testing.assert_close(compiled_dv, dv, rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "network"])
+def test_an_empty_batch_has_no_penalty(reduction):
+    layer = HoyerSpike(4).train()
+    layer(torch.randn(0, 4, 3, 3, requires_grad=True))
+    assert hoyer_penalty(layer, reduction) == 0

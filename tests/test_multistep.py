@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -425,15 +426,16 @@ def test_a_run_of_two_steps_is_refused_by_name(run, tmp_path):
     for options in ({}, {"int8": True}, {"file_format": "nir"}, {"file_format": "torch"}):
         with pytest.raises(ValueError, match=r"two: cannot be exported, spike layer .*: 2 time steps: fold, integers"):
             export_run(run, out=tmp_path / "net", **options)
-    with pytest.raises(ValueError, match="two: no single time step, which --kinds membrane needs"):
+    with pytest.raises(ValueError, match="two: no single time step: --kinds membrane cannot be asked"):
         study([run], tmp_path / "noise", ["test"], kinds=["membrane"])
     assert list(tmp_path.iterdir()) == []
     found = study([run], tmp_path / "noise", ["test"], kinds=["membrane", "brightness"], num_images=4)
     assert found["left_out"][0]["kinds"] == ["membrane"] and not found["flips"]
 
 
-def test_a_student_in_steps_is_compared_by_its_means():
+def test_a_student_in_steps_is_compared_by_its_means(monkeypatch):
     head = nn.Identity()
-    seen = watch(head, 2)
+    monkeypatch.setattr("detection.training.distillation.time_steps", lambda model: 2)
+    seen = watch(SimpleNamespace(head_of=lambda model: model, receiver_of=lambda model: model), head)
     head(torch.tensor([[1.0], [2.0], [5.0], [8.0]]))
     assert seen["logits"].tolist() == seen["features"][0].tolist() == [[3], [5]]

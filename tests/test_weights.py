@@ -152,3 +152,10 @@ def test_files_of_torch_save_are_refused_with_the_way_to_convert_them(tmp_path, 
             exec(command[2], {})
             load_weights(backbone, (tmp_path / name).with_suffix(".safetensors"))
             assert_equal_state(backbone.state_dict(), expected)
+
+
+def test_a_state_with_two_backbones_is_refused():
+    state = create("vgg9", width=0.125).state_dict()
+    both = {f"{name}.backbone.{key}": value for name in ("student", "teacher") for key, value in state.items()}
+    with pytest.raises(ValueError, match=r"state dict has several backbones: student\., teacher\.; give the state"):
+        load_weights(create("vgg9", width=0.125), both)

@@ -183,13 +183,16 @@ class IntegerReal(IntegerLayer):
 
     def calibrate(self, x: Tensor, mean: Tensor, largest: Tensor) -> None:
         """Set bias and range so that on the spikes `x` each channel has its `mean` and reaches its `largest` (C,)."""
+        step = torch.where(largest > 0, largest / LIMIT, 1.0)
+        if not self.exact:  # weights that move nothing, in whose unit the bias would not fit into 32 bits
+            still = (self.weight_scale * EXACT < step) | ~self.weight.flatten(1).any(1)
+            self.weight[still], self.weight_scale[still] = 0, step[still]
         acc = self.accumulate(x)
         dims = all_but_channels(acc)
         shift = mean - acc.mean(dims).float() * self.weight_scale
         self.bias.copy_(shift)
         if not self.exact:
             self.offset.copy_((shift / self.weight_scale).round().to(torch.int32))
-            step = torch.where(largest > 0, largest / LIMIT, 1.0)
             self.gain.copy_(self.weight_scale / step)
             self.scale.copy_(step)
 

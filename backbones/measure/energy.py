@@ -250,7 +250,7 @@ def energy(measured: Measurement, costs: CostTable = HOROWITZ_45NM) -> EnergyRep
     }
     taken = {name for layer in measured.layers.values() for name in layer.spikes_from}
     others = [name for name in measured.spikes if name not in taken]  # whose spikes enter no layer
-    signs = sum(layer.num_inputs for layer in measured.layers.values() if layer.is_sign)
+    signs = sum(layer.num_inputs for layer in measured.layers.values() if layer.is_sign and not layer.shares_signs)
     networks = {}
     for name in names:
         counts = dict.fromkeys(("macs", "acs", "weight_bits", "read_bits", "write_bits"), 0.0)
@@ -291,12 +291,13 @@ def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, cos
         share = 1 if network in SKIPPING else layer.time_steps / measured.time_steps
         several = max((measured.spikes[name].thresholds for name in layer.spikes_to), default=1)
         leaving = min(layer.output_bits * share / (several if network == "binary" else 1), real_bits)
+    weights = layer.num_weights * steps / taken / fewer  # a twin's stem has weights for all frames
     counts = {
         "macs": 0 if adds else layer.num_exact_macs / taken / fewer,
         "acs": 0,
-        "comparisons": layer.num_inputs if own and layer.is_sign else 0,
+        "comparisons": layer.num_inputs if own and layer.is_sign and not layer.shares_signs else 0,
         # Once per image in which the layer ran, however many levels of a pyramid share it.
-        "weight_bits": (layer.num_weights / fewer * weight_bits + layer.num_biases * BIAS_BITS) * layer.num_images,
+        "weight_bits": (weights * weight_bits + layer.num_biases * BIAS_BITS) * layer.num_images,
         "read_bits": layer.num_inputs / taken / fewer * ((own and measured.input_bits(layer)) or real_bits),
         "write_bits": layer.num_outputs / steps * leaving,
     }
@@ -306,7 +307,7 @@ def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, cos
         counts["acs"] = layer.num_synops
     elif adds:
         each = 1 if one_bit and network != layer.arithmetic else layer.accumulates
-        counts["acs"] = layer.num_exact_macs / steps / fewer * each
+        counts["acs"] = layer.num_exact_macs / taken / fewer * each
     return _price(network, costs, {key: count / measured.num_images for key, count in counts.items()})
 
 

@@ -78,6 +78,7 @@ class WeightedLayer:
     accumulates: int = 0
     weight_bits: int = 32
     num_signs: int = 0
+    shares_signs: bool = False
     active_in_steps: list[int] = field(default_factory=list)
     synops_in_steps: list[int] = field(default_factory=list)
 
@@ -150,8 +151,8 @@ class Measurement:
     def stopped(self, steps: int) -> Measurement:
         """Return what a network that is stopped after its first `steps` time steps would have been measured to do.
 
-        The kinds of inputs (0/1 or not) and the connections are those of all steps. What ran in front of the steps is
-        whole from the first on.
+        The kinds of inputs (0/1 or not) and the connections are those of all steps, and several thresholds are counted
+        as in several steps. What ran in front of the steps is whole from the first on.
 
         Raises:
             ValueError: it has not so many steps.
@@ -179,7 +180,7 @@ class Measurement:
 
     def comparisons(self, layer: WeightedLayer) -> int:
         """Return the comparisons that make a layer's inputs: one per neuron of its spike layers, or per sign."""
-        signs = layer.num_inputs if layer.is_sign else 0
+        signs = layer.num_inputs if layer.is_sign and not layer.shares_signs else 0
         return signs + sum(self.spikes[name].num_neurons for name in layer.spikes_from)
 
 
@@ -313,6 +314,8 @@ class _Recorder:
             for spikes, layer in self.flow.feeds.items():
                 if spikes not in self.signs:
                     layers[layer].spikes_from.append(spikes)
+            for name, sign in self.flow.takes.items():
+                layers[name].shares_signs = sign in self.signs and self.flow.feeds[sign] != name
             self.stop_following()
             self.followed = True
 

@@ -88,7 +88,9 @@ def create(
         backbone.run_in_steps(spike.time_steps, frames=frames > 1)
     if weights is not None:
         wanted = {"name": name, "width": width, "stem": stem, "activation": activation, "arithmetic": arithmetic}
-        _load(backbone, weights, {"extremum": "layer", "thresholds": 1} | others | wanted | options)
+        if isinstance(weights, (str, Path)):
+            zoo.require_same(weights, {"extremum": "layer", "thresholds": 1} | others | wanted | options)
+        load_weights(backbone, weights)
     return backbone
 
 
@@ -105,12 +107,6 @@ def _check_options(
     if unknown := sorted(options.keys() - known):
         taken = [key for key in inspect.signature(create).parameters if key != "options"]
         raise ValueError(f"create has no option {unknown[0]!r} (allowed: {', '.join([*taken, *sorted(known)])})")
-
-
-def _load(backbone: Backbone, weights: str | Path | Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    if isinstance(weights, (str, Path)):
-        zoo.require_same(weights, settings)
-    load_weights(backbone, weights)
 
 
 def _channels_of_a_step(in_channels: int, frames: int, time_steps: int) -> int:

@@ -128,7 +128,7 @@ class Maker:
         self.fixed: dict[str, Value] = {}
         self.kept: list[Tensor] = []  # to which calls point
         self.sources: dict[int, tuple[Any, int, tuple[int, ...]]] = {}  # of real maps: call, neurons beside, shape
-        self.steps = steps
+        self.steps, self.last_use = steps, last_use
         for self.index, step in enumerate(steps):
             self.names = step.inputs
             entering = [self.values[each] if isinstance(each, str) else each for each in step.inputs]
@@ -229,7 +229,8 @@ class Maker:
         """Return a map that is to have the size of another one, if a sum alone sees it; None: torch enlarges it."""
         (name,) = self.steps[self.index].outputs
         users = [step for step in self.steps if name in step.inputs]
-        if len(users) != 1 or users[0].plan is not Maker.sum or not self._is_ours(x) or not isinstance(like, Tensor):
+        alone = len(users) == 1 and users[0].plan is Maker.sum and self.last_use[name] != FOREVER
+        if not alone or not self._is_ours(x) or not isinstance(like, Tensor):
             return None
         others = [self.values.get(each) for each in users[0].inputs if each != name]
         fits = [self._is_ours(each) and each.shape == (*x.shape[:2], *like.shape[2:]) for each in others]
