@@ -133,7 +133,8 @@ class ClassificationTask(Task):
     def teacher_pass(self, student: nn.Module) -> Callable[[nn.Module, Any], None]:
         return lambda teacher, batch: teacher(batch[0])
 
-    distance = staticmethod(softened_distance)
+    def distance(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        return softened_distance(student, teacher, temperature)
 
     # Evaluation
 

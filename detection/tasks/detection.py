@@ -177,7 +177,8 @@ class DetectionTask(Task):
         student.transform.register_forward_hook(lambda module, inputs, output: seen.update(images=output[0].tensors))
         return lambda teacher, batch: teacher.head(list(teacher.backbone(seen["images"]).values()))
 
-    distance = staticmethod(detection_distance)
+    def distance(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        return detection_distance(student, teacher, temperature)
 
     def finish(self, model: nn.Module, dataset: DetectionDataset, run: Run) -> None:
         """Leave predictions.png, a contact sheet of the first images with predicted and true boxes."""
