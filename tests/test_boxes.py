@@ -64,9 +64,16 @@ def run_file(path: Path, image: torch.Tensor) -> list[np.ndarray]:
 
 
 def expect_same(boxes, scores, labels, expected, number: int) -> None:
-    """The same boxes as sets, to a thousandth of a pixel, and in the order of the scores."""
+    """The same boxes as sets, to a thousandth of a pixel, and in the order of the scores.
+
+    Of several that are equally good as the last one, as where the network sees the same, any may be left.
+    """
     assert len(scores) == len(expected["scores"]) == number and (np.diff(scores) <= 0).all()
+    np.testing.assert_allclose(scores, expected["scores"].numpy(), rtol=0, atol=1e-5)
+    last = scores[-1] if np.isclose(scores, scores[-1], rtol=0, atol=1e-6).sum() > 1 else -1
     for box, score, label in zip(*(expected[key].numpy() for key in ("boxes", "scores", "labels")), strict=True):
+        if abs(score - last) < 1e-6:
+            continue
         near = (np.abs(boxes - box).max(1) < 1e-3) & (np.abs(scores - score) < 1e-5) & (labels == label)
         assert near.sum() == 1, (box, score, label)
 

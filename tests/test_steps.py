@@ -312,7 +312,9 @@ def test_noise_on_images_is_measured_in_several_steps(runs, tmp_path):
 
 @pytest.mark.parametrize("kind", ["membrane", "threshold"])
 def test_noise_on_potentials_and_thresholds_is_refused_by_name(runs, tmp_path, kind):
-    with pytest.raises(ValueError, match=f"two: no single time step: --kinds {kind} cannot be asked of it; .* gaussian_noise"):
+    with pytest.raises(
+        ValueError, match=f"two: no single time step: --kinds {kind} cannot be asked of it; .* gaussian_noise"
+    ):
         study([runs[2]], tmp_path / "noise", ["test"], kinds=[kind])
     assert not (tmp_path / "noise").exists()
 
