@@ -178,7 +178,7 @@ def _in_steps(
     check_count("thresholds", thresholds)
     check_steps(time_steps, reset)
     if thresholds > 1:
-        return SeveralThresholds(channels, thresholds, lambda all: _in_steps(all, time_steps, reset, options))
+        return SeveralThresholds(channels, thresholds, lambda number: _in_steps(number, time_steps, reset, options))
     if time_steps == 1:
         return single(channels, **options)
     return several(channels, time_steps=time_steps, reset=reset, **options)

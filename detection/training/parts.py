@@ -78,11 +78,12 @@ def freeze(model: nn.Module, names: Iterable[str], aliases: Aliases) -> list[nn.
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"train.freeze: {', '.join(names)} leaves no parameter to train")
-    for name, layer in spike_layers(model).items():
+    for name, layer in (spikes := spike_layers(model)).items():
         if is_within(name, parts):
             layer.has_penalty = False
-    # A detector's containers tell by their mode whether losses are wanted.
-    return [each for name, each in model.named_modules() if is_within(name, parts) and not next(each.children(), None)]
+    found = [(name, module) for name, module in model.named_modules() if is_within(name, parts)]
+    # Not containers: a detector's tell by their mode whether losses are wanted.
+    return [module for name, module in found if name in spikes or not next(module.children(), None)]
 
 
 def factors_of(model: nn.Module, factors: Mapping[str, float], aliases: Aliases) -> dict[str, float]:
