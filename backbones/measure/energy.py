@@ -250,7 +250,7 @@ def energy(measured: Measurement, costs: CostTable = HOROWITZ_45NM) -> EnergyRep
     }
     taken = {name for layer in measured.layers.values() for name in layer.spikes_from}
     others = [name for name in measured.spikes if name not in taken]  # whose spikes enter no layer
-    signs = sum(layer.num_inputs for layer in measured.layers.values() if layer.is_sign and not layer.shares_signs)
+    signs = sum(layer.own_signs for layer in measured.layers.values())
     networks = {}
     for name in names:
         counts = dict.fromkeys(("macs", "acs", "weight_bits", "read_bits", "write_bits"), 0.0)
@@ -295,7 +295,7 @@ def _layer_energy(network: str, layer: WeightedLayer, measured: Measurement, cos
     counts = {
         "macs": 0 if adds else layer.num_exact_macs / taken / fewer,
         "acs": 0,
-        "comparisons": layer.num_inputs if own and layer.is_sign and not layer.shares_signs else 0,
+        "comparisons": layer.own_signs if own else 0,
         # Once per image in which the layer ran, however many levels of a pyramid share it.
         "weight_bits": (weights * weight_bits + layer.num_biases * BIAS_BITS) * layer.num_images,
         "read_bits": layer.num_inputs / taken / fewer * ((own and measured.input_bits(layer)) or real_bits),

@@ -93,6 +93,11 @@ class WeightedLayer:
         return self.num_calls == self.num_signs > 0 and self.example is not None
 
     @property
+    def own_signs(self) -> int:
+        """Its inputs, if they were signs that no other layer counts."""
+        return self.num_inputs if self.is_sign and not self.shares_signs else 0
+
+    @property
     def input_rate(self) -> float:
         """Share of its inputs that were not zero, in [0, 1]; 0 before the first pass."""
         return self.num_active / self.num_inputs if self.num_inputs else 0.0
@@ -180,8 +185,7 @@ class Measurement:
 
     def comparisons(self, layer: WeightedLayer) -> int:
         """Return the comparisons that make a layer's inputs: one per neuron of its spike layers, or per sign."""
-        signs = layer.num_inputs if layer.is_sign and not layer.shares_signs else 0
-        return signs + sum(self.spikes[name].num_neurons for name in layer.spikes_from)
+        return layer.own_signs + sum(self.spikes[name].num_neurons for name in layer.spikes_from)
 
 
 @torch.no_grad()
@@ -309,13 +313,12 @@ class _Recorder:
                 layers[name].spikes_to = [taker for taker in takers if taker not in self.signs]
                 layers[name].output_bits = bits and bits * self.time_steps / layers[name].time_steps
             for name, layer in layers.items():
-                source = self.measured.spikes.get(self.flow.takes.get(name, ""), self.measured)
-                layer.thresholds = source.thresholds
+                taken = self.flow.takes.get(name, "")
+                layer.thresholds = self.measured.spikes.get(taken, self.measured).thresholds
+                layer.shares_signs = taken in self.signs and self.flow.feeds[taken] != name
             for spikes, layer in self.flow.feeds.items():
                 if spikes not in self.signs:
                     layers[layer].spikes_from.append(spikes)
-            for name, sign in self.flow.takes.items():
-                layers[name].shares_signs = sign in self.signs and self.flow.feeds[sign] != name
             self.stop_following()
             self.followed = True
 

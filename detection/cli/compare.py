@@ -85,7 +85,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
             folder = options.out / f"{name}_seed{seed}"
             train(options.config, folder, [*common, *overrides], seed, recipes[name].data.root)
             require_same_data(options.out, recipes)
-    compare_runs(options.out, variants, command_line(), options.images, recipes)
+    roots = {name: each.data.root for name, each in recipes.items()}
+    compare_runs(options.out, variants, command_line(), options.images, roots)
     say(f"{options.out}: {', '.join(FILES)}")
 
 

@@ -33,14 +33,15 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     found = evaluate(options.run, options.weights, **where, precision=options.precision)
     if not PartialState().is_main_process:  # of several, one tells
         return
-    task, logged = task_of(Run.open(options.run).config), found.logged
+    run = Run.open(options.run)
+    task, logged = task_of(run.config), found.logged
     pairs = [(key, value, logged.metrics.get(key)) for key, value in found.metrics.items()]
     before = dict(rows(task, logged.evaluation)) if logged.evaluation else {}
     pairs += [(name, value, before.get(name)) for name, value in rows(task, found.evaluation)]
     columns = ("metric", "now", f"logged in epoch {logged.epoch}")
     shown = [(name, show(now), show(then)) for name, now, then in pairs]
     show_table(f"{options.run}, {options.weights} weights", columns, shown)
-    last = Run.open(options.run).history()[-1].epoch
+    last = run.history()[-1].epoch
     if options.weights != "best" and last > logged.epoch:
         print(f"not compared with the log: these weights are of epoch {last}, which was not evaluated")
         return

@@ -91,11 +91,13 @@ def _coco(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
 @register_format("yolo")
 def _yolo(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
     found = read_yolo(data.root, split, getattr(data, split), classes, verify=data.verify)
+    if not data.val_fraction:
+        return found
     named = find_set(data.root, [])
-    if data.val_fraction and named.splits.get("val", named.splits.get("train")) != named.splits.get("train"):
-        why = f"{named.source}: its val is not read, since data.val_fraction is {data.val_fraction:g}"
-        return replace(found, dropped=(*found.dropped, why))
-    return found
+    if named.splits.get("val") in (None, named.splits.get("train")):
+        return found
+    why = f"{named.source}: its val is not read, since data.val_fraction is {data.val_fraction:g}"
+    return replace(found, dropped=(*found.dropped, why))
 
 
 @register_format("csv")

@@ -39,11 +39,11 @@ def read_image(image: ImageLike, channels: Channels = "rgb", number: int = 3) ->
         raise ValueError(f"channels: expected {' or '.join(get_args(Channels))}, got {channels!r}")
     if number != 3:
         if not isinstance(image, Tensor) or image.dim() != 3 or len(image) != number:
-            given = f", got {f'a tensor {tuple(image.shape)}' if isinstance(image, Tensor) else type(image).__name__}"
-            place, given = (image, "") if isinstance(image, str | Path) else ("image", given)
+            given = f"a tensor {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            place, got = (image, "") if isinstance(image, str | Path) else ("image", f", got {given}")
             raise ValueError(
                 f"{place}: the network takes events in {number} channels, a recording ({' '.join(EVENT_SUFFIXES)}) or "
-                f"a tensor ({number}, H, W){given}"
+                f"a tensor ({number}, H, W){got}"
             )
         return _check_values(image.detach())
     picture = _read(image)

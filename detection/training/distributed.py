@@ -54,7 +54,7 @@ def is_broken_connection(error: BaseException) -> bool:
     )
 
 
-class _Synchronised(nn.modules.batchnorm._BatchNorm):
+class _Synchronised(nn.Module):
     """BatchNorm over the images of all processes, on any device.
 
     y = (x - mean) / sqrt(var + eps) * weight + bias with mean and (biased) variance over all processes in training; the

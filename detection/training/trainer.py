@@ -234,9 +234,10 @@ class Trainer:
         loss = torch.stack(list(losses.values())).sum()
         self.accelerator.unscale_gradients(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        gradients = [each.grad for each in parameters if each.grad is not None]
         if whole > 1:
-            torch._foreach_mul_([each.grad for each in parameters if each.grad is not None], whole)
-        norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+            torch._foreach_mul_(gradients, whole)
+        norm = nn.utils.get_total_norm(gradients)
         images = ", ".join(filter(None, (self.goal.describe_batch(batch) for batch, _ in parts)))
         require_finite(loss, norm, losses, self.accelerator.scaler, where, images)
         if self.config.optimizer.clip_norm:
@@ -350,8 +351,8 @@ class Trainer:
             if better:
                 self.run.save(self.network, "best")
             history = self.run.history() if self.run.has_log else []
-            warmup = max(self.config.hoyer.warmup_epochs, self.config.optimizer.warmup_steps / self.num_steps)
-            warmup = min(warmup, self.config.train.epochs / 2)  # as the schedule's
+            rising = min(self.config.optimizer.warmup_steps / self.num_steps, self.config.train.epochs / 2)
+            warmup = max(self.config.hoyer.warmup_epochs, rising)
             line.warnings = warnings_of([*history, line], self.goal.is_at_chance, warmup)
             self.run.log(line)
             if line.silent:
