@@ -170,9 +170,10 @@ def decode(outputs: dict[str, np.ndarray], rules: dict, size: tuple[int, int], p
         ]
     kept = []
     for score, a, k in sorted(candidates, reverse=True):
-        if all(k != other or iou(boxes[a], boxes[b]) <= rules["nms_threshold"] for _, b, other in kept):
+        if len(kept) < rules["max_detections"] and all(
+            k != other or iou(boxes[a], boxes[b]) <= rules["nms_threshold"] for _, b, other in kept
+        ):
             kept.append((score, a, k))
-    kept = kept[: rules["max_detections"]]
     return [boxes[[a for _, a, _ in kept]], np.array([s for s, _, _ in kept]), np.array([k + 1 for _, _, k in kept])]
 
 

@@ -38,3 +38,17 @@ def test_every_command_on_a_page_has_a_verb_and_a_recipe_that_exist():
     recipes = [command for command in commands if command[1] in ("train", "check-data", "compare", "summary")]
     names = {*recipe_names(), "RECIPE", "NAME", ""}
     assert [each for each in recipes if each[2] not in names and not re.search("[./:]", each[2])] == []
+
+
+def test_the_tree_names_what_is_there():
+    (tree,) = re.findall(r"```text\n(backbones/.*?)```", README, flags=re.DOTALL)
+    for package in ("backbones", "detection"):
+        (lines,) = re.findall(rf"^{package}/.*\n((?:  .*\n)+)", tree, flags=re.MULTILINE)
+        named = set(
+            re.findall(
+                r"[a-z]\w*(?:\.py|/)", "\n".join(re.split("   +", line.strip())[0] for line in lines.splitlines())
+            )
+        )
+        there = {path.name for path in (ROOT / package).glob("[a-z]*.py")}
+        there |= {f"{path.name}/" for path in (ROOT / package).iterdir() if path.is_dir() and path.name[0] not in "_."}
+        assert named == there, package

@@ -37,6 +37,7 @@ def wheel(tmp_path_factory) -> Path:
     for name in ("backbones", "detection", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "_kernels*"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    command.append("--config-settings=--build-option=--compression=stored")  # weights hardly become smaller
     subprocess.run([*command, "--wheel-dir", str(folder / "out"), str(folder)], check=True, capture_output=True)
     (built,) = (folder / "out").iterdir()
     return built
