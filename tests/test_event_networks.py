@@ -31,9 +31,9 @@ from backbones import (
 )
 from detection.config import load_config, read_recipe
 from detection.config.schema import Augment, Events
-from detection.data import build_transform
 from detection.data.events import Recording, events_to_frames, read_windows
 from detection.data.pictures import as_rgb
+from detection.data.transforms import build_transform
 from detection.predict import predict_images
 from detection.robustness.studies import study
 from detection.runs import Run

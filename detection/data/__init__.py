@@ -8,7 +8,6 @@ from detection.data.image_files import load_image
 from detection.data.loaders import Loader, LoaderError, TrainingLoader, build_loader, loader_options, start_worker
 from detection.data.records import Annotations, RawObject, Record, build_annotations, build_record
 from detection.data.synthetic import draw_scene, draw_scenes
-from detection.data.transforms import build_mixture, build_transform
 from detection.data.voc import read_voc
 
 __all__ = [
@@ -25,9 +24,7 @@ __all__ = [
     "build_annotations",
     "build_datasets",
     "build_loader",
-    "build_mixture",
     "build_record",
-    "build_transform",
     "draw_scene",
     "draw_scenes",
     "evaluation_batches",

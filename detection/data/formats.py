@@ -17,7 +17,6 @@ from detection.data.events.recordings import read_recordings
 from detection.data.records import Annotations
 from detection.data.splitting import take_part
 from detection.data.synthetic import draw_scenes
-from detection.data.transforms import build_transform
 from detection.data.voc import read_voc
 from detection.data.yolo import find_set, read_yolo
 
@@ -66,6 +65,8 @@ def build_datasets(data: Data) -> tuple[DetectionDataset, DetectionDataset]:
 
     See `read_split` for the errors.
     """
+    from detection.data.transforms import build_transform  # half a second that training alone needs
+
     train = read_split(data, "train")
     val = read_split(data, "val", train.annotations.categories)
     return DetectionDataset(train.annotations, build_transform(data.augment)), val

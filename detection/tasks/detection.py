@@ -16,7 +16,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from backbones import Backbone
-from detection.data import DetectionDataset, build_loader, build_mixture, build_transform, formats, read_split
+from detection.data import DetectionDataset, build_loader, formats, read_split
 from detection.data.download import download
 from detection.data.pictures import pixels_of, unit
 from detection.data.report import DataReport, report, shared_images
@@ -89,6 +89,8 @@ class DetectionTask(Task):
         return read_split(self.config.data, split)
 
     def training_batches(self, dataset: DetectionDataset, accelerator: Accelerator) -> Any:
+        from detection.data.transforms import build_mixture, build_transform  # see `build_datasets`
+
         data, train = self.config.data, self.config.train
         mixture = build_mixture(data.augment)
         plain_epochs = math.ceil(round(data.augment.plain_share * train.epochs, 6))
