@@ -14,6 +14,8 @@ VOC = {
     "analogue": "relu",
     "spikes in the backbone,\npotentials into the pyramid": "membrane",
     "spikes in the backbone": "spikes",
+    "the same, pretrained for longer": "spikes_imagenette",
+    "with three thresholds besides": "thresholds3_imagenette",
     "spikes to the last layer,\nwith a teacher": "spiking_taught",
 }
 FIRST = 60  # epoch: averages are far behind before
