@@ -24,7 +24,6 @@ from detection.data import (
     DetectionDataset,
     build_datasets,
     build_loader,
-    build_transform,
     draw_scene,
     draw_scenes,
     load_image,
@@ -33,6 +32,7 @@ from detection.data import (
 )
 from detection.data.records import Annotations
 from detection.data.synthetic import BACKGROUND_CONTRAST, CATEGORIES, MIN_VISIBLE, SCALE, SHAPE_CONTRAST, TEXTURE_RANGE
+from detection.data.transforms import build_transform
 
 # --- images and dataset ---------------------------------------------------------------------------------------------
 
