@@ -44,11 +44,8 @@ def test_the_tree_names_what_is_there():
     (tree,) = re.findall(r"```text\n(backbones/.*?)```", README, flags=re.DOTALL)
     for package in ("backbones", "detection"):
         (lines,) = re.findall(rf"^{package}/.*\n((?:  .*\n)+)", tree, flags=re.MULTILINE)
-        named = set(
-            re.findall(
-                r"[a-z]\w*(?:\.py|/)", "\n".join(re.split("   +", line.strip())[0] for line in lines.splitlines())
-            )
-        )
+        names = [line.strip().partition("   ")[0] for line in lines.splitlines()]
+        named = set(re.findall(r"[a-z]\w*(?:\.py|/)", " ".join(names)))
         there = {path.name for path in (ROOT / package).glob("[a-z]*.py")}
         there |= {f"{path.name}/" for path in (ROOT / package).iterdir() if path.is_dir() and path.name[0] not in "_."}
         assert named == there, package
