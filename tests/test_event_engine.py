@@ -45,7 +45,7 @@ from backbones.deploy.fold import ChannelThreshold, fold, module_of
 from backbones.deploy.integer import IntegerSpikes, to_integers
 from detection.cli import main
 from detection.evaluation import METRICS
-from detection.exporters import export_run
+from detection.exporters import evaluate_file, export_run
 from detection.exporters.inference import EventsFile
 from detection.models.dense import DensePredictions
 from detection.runs import Run
@@ -329,6 +329,21 @@ def test_a_file_says_what_it_is_and_how_accurate(runs):
         assert measured["file"] == file.evaluate(run.parent / "data")
         if name == "classifier":
             assert measured["file"]["top5"] == 1 and abs(measured["file"]["top1"] - logged["top1"]) <= 0.3
+
+
+@pytest.mark.parametrize("file_format", ["events", "torch"])
+def test_a_file_computes_in_its_own_precision_whatever_the_run_has(file_format, tmp_path):
+    recipe = json.loads(json.dumps(DETECTOR)) | {"train": {"precision": "bf16"}}  # its pyramid and head are analogue
+    recipe["data"] |= {"scenes": {"num_train": 2, "num_val": 5, "size": 64}}
+    run = with_log(make_run(tmp_path / "run", recipe), dict.fromkeys(METRICS, 0.0))
+    path, _ = export_run(run, file_format)
+    file, images = detection.load(path), [torch.rand(3, 64, 96)]
+    (expected,) = file(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = file(images)
+    assert all(torch.equal(found[key], expected[key]) for key in ("boxes", "scores", "labels"))
+    assert len(found["scores"]) > 0 and len(expected["scores"].bfloat16().unique()) > 1
+    assert evaluate_file(path, run)["file"] == file.evaluate(tmp_path / "data")
 
 
 def test_what_every_level_of_a_pyramid_meets_lies_in_the_file_once(runs):

@@ -85,7 +85,8 @@ def test_entry_is_whole_and_says_where_it_comes_from(name):
     if files >= EVENTS:
         said, whole = json.loads((folder / "model.events.json").read_text()), (folder / "model.events").read_bytes()
         assert said["sha256"] == hashlib.sha256(whole).hexdigest()
-        assert detection.load(f"zoo:{name}/model.events").description["classes"] == said["classes"]
+        described = detection.load(f"zoo:{name}/model.events").description
+        assert described["classes"] == said["classes"] and described["batch_size"] == run.config.train.batch_size
     info = run.info()
     assert info.sha256 == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
     assert info.versions and info.machine.cpu != "unknown CPU" and info.command != "unknown"
@@ -174,9 +175,7 @@ def test_the_detector_of_voc_gives_its_numbers_again(real_data):
     """hoyer-det benchmark backbones/zoo/voc_retinanet_resnet18_spiking/model.events --data.root VOCDEVKIT."""
     path = zoo.find("voc_retinanet_resnet18_spiking") / "model.events"
     logged = json.loads(path.with_name("model.events.json").read_text())["evaluation"]["file"]
-    file = detection.load(path)
-    file.task.config.train.batch_size = 16  # as its run's; files say it themselves now
-    found = file.evaluate(real_data("voc") / "VOCdevkit")
+    found = detection.load(path).evaluate(real_data("voc") / "VOCdevkit")
     assert found == {key: pytest.approx(logged[key], abs=1e-6) for key in found}
 
 

@@ -84,7 +84,7 @@ class OnnxFile:
         return {name: torch.from_numpy(value) for name, value in zip(names, results, strict=True)}
 
     def run(self, batch: Tensor) -> dict[str, Tensor]:
-        """Return the file's outputs by name for images (N, 3, H, W), RGB in [0, 1].
+        """Return the file's outputs by name for images (N, 3, H, W), RGB in [0, 1], in the file's own precision.
 
         Raises:
             ValueError: the file is for images of one size, and these have another.
@@ -95,7 +95,8 @@ class OnnxFile:
                 f"{self.path}: for batches of {wanted[0]}x{wanted[1]} pixels, these images reach it, perhaps resized "
                 f"and padded, as {found[0]}x{found[1]}; export without --height and --width"
             )
-        return self._compute(batch)
+        with torch.autocast("cpu", enabled=False):  # an evaluation has the precision of its run
+            return self._compute(batch)
 
     def __call__(self, images: Any) -> Any:
         """Return what the network gives in evaluation for tensors in [0, 1] on the CPU; ValueError as in `run`."""
