@@ -43,6 +43,8 @@ QUANTITIES = {
     "v_th": ("Threshold v_th", "v_th, membrane potential"),
     "extremum": ("Hoyer extremum E", "E, 0 to 1"),
     "hoyer_per_layer": ("Hoyer regulariser H", "H, mean over the epoch"),
+    "hoyer_share_of_potential": ("Regulariser's share of du", "share of the gradient, last step"),
+    "hoyer_share_of_threshold": ("Regulariser's share of dv_th", "share of the gradient, last step"),
 }
 
 # A run over its epochs
@@ -179,8 +181,9 @@ def draw_overlay(
     lines: list[Line] = []
     for name, points in runs.items():
         colours = ANALOGUE if name in analogue else SPIKING
-        index = sum(line.style["color"] in colours for line in lines) % len(colours)
-        lines.append(Line(name, points, {"color": colours[index], "linestyle": DASHES[index]}))
+        laps, index = divmod(sum(line.style["color"] in colours for line in lines), len(colours))
+        dashes = DASHES[(index + laps) % len(DASHES)]
+        lines.append(Line(name, points, {"color": colours[index], "linestyle": dashes}))
     return draw_panel(title, lines, label, **options)
 
 
@@ -302,7 +305,7 @@ def draw_trade_off(values: Mapping[str, Points], title: str, label: str, x_label
     axes, (x, y) = figure.axes[0], np.array([point for line in lines for point in line.points]).T
     axes.set_xscale("log")
     axes.set_xlim(x.min() / 1.6, x.max() * 1.6)  # room for whole marks, and for a number on the axis at least
-    subs = (1, 2, 5) if x.max() < 100 * x.min() else (1,)
+    subs = (1, 1.5, 2, 3, 5, 7) if x.max() < 4 * x.min() else (1, 2, 5) if x.max() < 100 * x.min() else (1,)
     axes.xaxis.set(major_locator=LogLocator(subs=subs, numticks=8), minor_locator=NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: short_number(value)))
     margin = 0.12 * (y.max() - y.min()) or 0.05
@@ -342,7 +345,7 @@ def draw_robustness(
         figure = draw_panel(kind.replace("_", " "), lines, label, units[kind])
         axes = figure.axes[0]
         axes.set_ylim(0, 1.06 * highest or 1)  # of all panels, so that heights compare
-        axes.set_xlim(-0.03 * axes.dataLim.x1)  # room for the whole mark at 0
+        axes.set_xlim(-0.03 * axes.dataLim.x1, 1.03 * axes.dataLim.x1 or 1)  # room for whole marks
         for name, points in means.items():
             at, mean = np.array(points).T
             seeds = [runs[name][severity] for severity in at]

@@ -231,7 +231,7 @@ def draw_spike_maps(
         axes.text(0.5, 0.5, f"step {step}", ha="center", va="center", fontsize=11, transform=axes.transAxes)
     places = [axes for index, axes in enumerate(grid) if index and (index % columns or not steps)]
     grid[0].imshow(image, aspect="auto")
-    grid[0].set_title(f"image\n{width}\N{MULTIPLICATION SIGN}{height} pixels", fontsize=9)
+    grid[0].set_title("image", fontsize=9)  # which may be drawn larger than it is
     pictures = [_draw_map(axes, entry, vmax) for axes, entry in zip(places, shown, strict=False)]
     bar = figure.colorbar(pictures[0], ax=list(grid), aspect=30, pad=0.01, extend="max" if vmax < 1 else "neither")
     bar.set_label("share of channels that fire", fontsize=9)

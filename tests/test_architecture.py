@@ -52,7 +52,7 @@ DYNAMIC = {
 }
 MOST_LINES = {"backbones": 400, "detection": 400, "tools": 400, "tests": 600}
 MOST_LINES_OF_A_FUNCTION = 60
-MOST_LINES_IN_ALL = 30_174  # what is there: more is a sign that something should become simpler first
+MOST_LINES_IN_ALL = 30_204  # what is there: more is a sign that something should become simpler first
 LONG_FUNCTIONS: dict[str, str] = {}  # "module.function": why
 LONG_FILES: dict[str, str] = {}  # "folder/file.py": why
 # Who knows the neuron of the paper and what a spike layer is, beside `backbones.spike_layers`.

@@ -149,6 +149,31 @@ def test_layers_that_never_ran_or_are_not_measured_are_named():
     assert report.layers["unused"]["twin"].total_dram_pj == 0
 
 
+@pytest.mark.parametrize(
+    ("multiply", "name"),
+    [
+        (lambda y, weight: y.flatten(2) @ y.flatten(2).transpose(1, 2), "matmul"),
+        (lambda y, weight: nn.functional.conv2d(y, weight), "conv2d"),
+        (lambda y, weight: torch.einsum("nchw,oc->nohw", y, weight[:, :, 0, 0]), "einsum"),
+    ],
+)
+def test_products_outside_of_the_layers_are_named(multiply, name):
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.spike, self.conv = nn.Conv2d(1, 2, 1), HoyerSpike(2), nn.Conv2d(2, 2, 1)
+            self.register_buffer("weight", torch.randn(2, 2, 1, 1))
+
+        def forward(self, x):
+            return multiply(self.conv(self.spike(self.stem(x))), self.weight)
+
+    measured = measure_activity(Odd(), [torch.rand(1, 1, 4, 4)])
+    assert measured.unhandled == {name: "product outside of the layers"}
+    for strict in (False, True):
+        (found,) = certify(measured, strict=strict).violations
+        assert found == (name, "a product outside of the layers, which is not measured")
+
+
 def test_a_parametrised_layer_counts_once_under_its_own_name():
     model = nn.Sequential(nn.Conv2d(1, 2, 1), HoyerSpike(2), nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 3)))
     measured = measure_activity(model, [torch.rand(1, 1, 4, 4)])

@@ -165,7 +165,7 @@ def test_mistyped_verbs_name_the_nearest(capsys):
         (["compare", "none.yaml", "--out", "x"], "none.yaml: no such config file"),
         (["compare", "cifar10_vgg11", "--out", "x", "--variants", "rleu"], "--variants rleu: unknown (allowed: hoyer"),
         (["compare", "cifar10_vgg11", "--out", "x", "--variants", "a='--x"], "--variants a='--x: no closing quotation"),
-        (["summary", "none"], "none: no such recipe"),
+        (["summary", "none"], "none: no such recipe, file or folder (keys stand behind it)"),
         (["summary", "zoo:none"], "zoo:none: no such entry of the zoo (allowed: bccd"),
         (["summary", "configs"], "configs is not a run folder"),
         (["summary", "cifar10_vgg11", "--classes", "0"], "--classes 0: at least one class is needed"),

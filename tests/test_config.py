@@ -232,12 +232,15 @@ def test_the_recipe_of_an_old_run_keeps_the_weight_that_it_was_trained_with(path
     assert found.warmup_epochs == given.get("warmup_epochs", 0)
 
 
-def test_recipes_are_found_by_name_or_path(tmp_path):
+def test_recipes_are_found_by_name_or_path(tmp_path, monkeypatch):
     assert recipe_names() == [path.stem for path in CONFIGS]
     for path in CONFIGS:
         assert find_recipe(path.stem).resolve() == path and find_recipe(path) == path
-    with pytest.raises(FileNotFoundError, match=rf"no such recipe; did you mean '{CONFIGS[0].stem}'\? \(allowed: "):
+    with pytest.raises(FileNotFoundError, match=rf"no such recipe, .*; did you mean '{CONFIGS[0].stem}'\? \(allowed: "):
         find_recipe(CONFIGS[0].stem + "x")
+    (tmp_path / CONFIGS[0].stem).mkdir()  # such as the folder of its runs
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe(CONFIGS[0].stem).resolve() == CONFIGS[0]
     with pytest.raises(FileNotFoundError, match=r"nothing\.yaml: no such config file"):
         find_recipe(tmp_path / "nothing.yaml")
 

@@ -317,6 +317,21 @@ def test_what_the_kernels_do_not_take_is_refused():
         EventLayer(torch.full_like(weight, -128), Window((1, 1)))
     with pytest.raises(ValueError, match=r"9 maps of spikes of one layer \(allowed: up to 8\)"):
         EventLayer(weight, Window((1, 1)), spikes=[Comparison(level)] * 9)
+    ones = torch.ones(4)
+    for options in (
+        {"spikes": [Comparison(level[:2])]},
+        {"spikes": [Comparison(level.float())]},
+        {"spikes": [Comparison(level)], "scale": ones, "bias": ones},  # of sums that are real values then
+        {"scale": ones[:2], "bias": ones},
+        {"scale": ones, "bias": ones.double()},
+    ):
+        with pytest.raises(ValueError, match="levels, scale or bias of other numbers than 4 outputs have"):
+            EventLayer(weight, Window((1, 1)), **options)
+    with pytest.raises(ValueError, match="of other numbers than 4 outputs have"):
+        EventLayer(weight.int(), Window((1, 1)))
+    real = EventLayer(weight, Window((1, 1)), scale=ones, bias=ones, keeps_real=True)
+    with pytest.raises(ValueError, match=r"a residual of .* for a map of 1x1, torch\.float64 for float32"):
+        real(Bits.pack(torch.ones(1, 2, 1, 1)), torch.ones(1, 4, 1, 1).double())
     eight = EventLayer(weight, Window((1, 1)), spikes=[Comparison(level + number) for number in range(8)])
     for _, found in run_all(eight, Bits.pack(torch.ones(1, 2, 1, 1))):  # sums of 2
         assert [each.unpack().mean().item() for each in found] == [1.0] * 3 + [0.0] * 5

@@ -176,6 +176,8 @@ def test_several_runs_have_cold_and_warm_colours() -> None:
     assert colours == [curves.SPIKING[0], curves.ANALOGUE[0], curves.SPIKING[1]]
     assert drawn.get_label() == "AP50. spiking: 0.5 \N{RIGHTWARDS ARROW} 0.6; twin: 0.7; other: 0.1"
     assert draw_overlay("AP50", "unit", {"a": []}) is None
+    many = draw_overlay("AP50", "unit", {str(number): [(1, 0.5), (2, 0.6)] for number in range(16)})
+    assert len({(each.get_color(), each.get_linestyle(), str(each._dash_pattern)) for each in many.axes[0].lines}) == 16
 
 
 # Precision over recall
@@ -442,6 +444,7 @@ def test_robustness_has_a_panel_per_kind_on_one_scale() -> None:
     panels = draw_robustness(found, {"blur": "pixels", "gaussian_noise": "of 1"}, "top1, in [0, 1]")
     assert [title_of(panel) for panel in panels] == ["blur", "gaussian noise"]
     assert {panel.axes[0].get_ylim() for panel in panels} == {(0, 1.06 * 0.8)}
+    assert panels[0].axes[0].get_xlim() == pytest.approx((-0.03, 1.03))
     assert np.allclose(panels[0].axes[0].lines[0].get_xydata(), [(0, 0.8), (1, 0.5)])
     band = panels[0].axes[0].collections[0].get_paths()[0].vertices[:, 1]
     assert band.max() == 0.8 and band.min() == pytest.approx(0.5 - 0.02**0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -471,3 +472,103 @@ def test_csv_file_in_capitals(tmp_path):
     (tmp_path / "all.CSV").write_text("filename,class,x,y,w,h\na.png,cat,1,2,3,4\n")
     (layout,) = recognise(tmp_path)
     assert layout.format == "csv" and layout.values["train"] == ["all.CSV"]
+
+
+# Names of splits, and the folders of their images
+
+
+def write_set(root, format, name, number, first=0):
+    """A set of one file, its images in a folder of that name."""
+    files = [f"{index}.jpg" for index in range(first, first + number)]
+    for file in files:
+        write_image(root / name / file, WIDTH, HEIGHT)
+    if format == "csv":
+        rows = "".join(f"{file},cat,1,2,11,12\n" for file in files)
+        (root / f"{name}.csv").write_text(f"filename,class,xmin,ymin,xmax,ymax\n{rows}")
+        return
+    content = coco_content()
+    content["images"] = [
+        {"id": at, "file_name": file, "width": WIDTH, "height": HEIGHT} for at, file in enumerate(files)
+    ]
+    box = {"category_id": content["categories"][0]["id"], "bbox": [1, 2, 10, 10], "area": 100, "iscrowd": 0}
+    content["annotations"] = [{"id": at + 1, "image_id": at} | box for at in range(number)]
+    (root / f"coco_{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("format", ["csv", "coco"])
+@pytest.mark.parametrize(
+    ("names", "train", "val"),
+    [
+        (("trainval", "test"), "trainval", "test"),
+        (("train_val", "test"), "train_val", "test"),
+        (("trainval", "val"), "trainval", None),
+        (("train", "trainval", "val"), "train", "val"),
+        (("train", "val"), "train", "val"),
+    ],
+)
+def test_a_set_of_training_and_validation_is_that_of_training(tmp_path, format, names, train, val):
+    for name in names:
+        write_set(tmp_path, format, name, 4)  # which number their images alike
+    (layout,) = recognise(tmp_path)
+    file = "{}.csv" if format == "csv" else "coco_{}.json"
+    assert layout.values["train"] == [file.format(train)] and layout.values["train_images"] == train
+    assert layout.values.get("val") == (None if val is None else [file.format(val)])
+    assert layout.values.get("val_images") == val and ("val_fraction" in layout.values) == (val is None)
+
+
+def test_the_folder_of_a_coco_files_images_is_that_of_most_of_them(tmp_path):
+    write_set(tmp_path, "coco", "pictures", 3)
+    path = tmp_path / "coco_pictures.json"
+    content = json.loads(path.read_text())
+    content["images"].insert(0, content["images"][0] | {"id": 9, "file_name": "gone.jpg"})
+    content["info"] = {"a": "x" * 2**21}  # in front of the images, since it comes first by the alphabet
+    path.write_text(json.dumps(content, sort_keys=True))
+    (layout,) = recognise(tmp_path)
+    assert layout.values["train_images"] == "pictures"
+
+
+def test_rows_of_another_spelling_leave_no_image_as_background(tmp_path):
+    write_set(tmp_path, "csv", "all", 4)
+    path = tmp_path / "all.csv"
+    path.write_text(path.read_text().replace("3.jpg", "3.JPG"))
+    (layout,) = recognise(tmp_path)
+    found = read_split(Data(**layout.values | {"val_fraction": 0}), "train").annotations
+    assert sorted(record.path.name for record in found.records) == ["0.jpg", "1.jpg", "2.jpg"]
+    sentence(found, "1 image of")
+    sentence(found, "not used")
+
+
+def test_rows_with_paths_of_another_computer(tmp_path):
+    write_set(tmp_path, "csv", "images", 3)
+    path = (tmp_path / "images.csv").rename(tmp_path / "all.csv")
+    path.write_text(path.read_text().replace("\n", "\nC:\\data\\", 3))
+    (layout,) = recognise(tmp_path)
+    assert layout.values["train_images"] == "images"
+    assert [
+        len(each.boxes) for each in read_split(Data(**layout.values | {"val_fraction": 0}), "train").annotations.records
+    ] == [1, 1, 1]
+
+
+def test_an_object_of_two_descriptions_of_an_image_is_there_once(tmp_path):
+    write_set(tmp_path, "coco", "all", 1)
+    path = tmp_path / "coco_all.json"
+    content = json.loads(path.read_text())
+    content["images"].append(content["images"][0] | {"id": 7})
+    (box,) = content["annotations"]
+    content["annotations"] += [box | {"id": 2, "image_id": 7}, box | {"id": 3, "image_id": 7, "bbox": [5, 6, 7, 8]}]
+    path.write_text(json.dumps(content))
+    (record,) = read_coco(path, tmp_path / "all").records
+    assert record.boxes.tolist() == [[1, 2, 11, 12], [5, 6, 12, 14]] and len(record.labels) == len(record.ignore) == 2
+
+
+def test_labels_beside_images_of_a_relative_folder(tmp_path, monkeypatch):
+    for part, index in (("sub/images/train", 0), ("images/extra", 1)):
+        write_image(tmp_path / "set" / part / f"{index}.jpg", WIDTH, HEIGHT)
+        label = tmp_path / "set" / part.replace("images", "labels") / f"{index}.txt"
+        label.parent.mkdir(parents=True)
+        label.write_text("0 0.5 0.5 0.25 0.25\n")
+    (tmp_path / "set" / "data.yaml").write_text("path: sub\ntrain: [images/train, images/extra]\nnames: [cat]\n")
+    monkeypatch.chdir(tmp_path)
+    for root in ("set", tmp_path / "set"):
+        data = Data(format="yolo", root=root, train=["images/train", "images/extra"])
+        assert [len(record.boxes) for record in read_split(data, "train").annotations.records] == [1, 1]

@@ -14,6 +14,7 @@ from helpers import run_tool
 from report_pages import BOXES, C1, C1_TWIN, CIFAR, SECTIONS, Page, copy_run, last_line
 from test_training import tiny_recipe
 
+from backbones import zoo
 from detection.analysis import analyze_run
 from detection.report import write_report
 from detection.runs import Run
@@ -133,6 +134,10 @@ def test_stored_analysis_is_taken_if_it_is_newer_than_the_weights_and_of_the_sam
     assert "energy" not in Page(write_report([run], weights="best")).values()
     shutil.copy(finished / "last.safetensors", run)
     os.utime(run / "last.safetensors", (path.stat().st_mtime + 10,) * 2)
+    assert Page(write_report([run])).values()["energy"] != 0.123456
+    stored.pop("ratios")  # as of another version
+    path.write_text(json.dumps(stored))
+    os.utime(path, (path.stat().st_mtime + 20,) * 2)
     assert Page(write_report([run])).values()["energy"] != 0.123456
     path.write_text("{")
     os.utime(run / "last.safetensors", (path.stat().st_mtime - 10,) * 2)
@@ -424,6 +429,8 @@ def test_bad_runs_are_refused_by_name(monkeypatch, capsys, tmp_path):
     (run / "run.json").unlink()
     assert f"{run / 'run.json'}: no such file" in refused(monkeypatch, capsys, run)
     assert f"{C1}: given twice" in refused(monkeypatch, capsys, C1, C1)
+    entry = zoo.find("scenes_retinanet_resnet18")  # by its place and by its name
+    assert f"{entry}: given twice" in refused(monkeypatch, capsys, f"zoo:{entry.name}", entry)
     assert "detection and of classification" in refused(
         monkeypatch, capsys, C1, CIFAR / "hoyer_seed0", "--out", tmp_path / "page.html"
     )

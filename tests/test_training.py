@@ -107,13 +107,19 @@ def test_evaluate_gives_the_logged_numbers_again(finished, monkeypatch, capsys, 
 
 
 def test_evaluation_saves_predictions_numbers_and_curves(finished, monkeypatch, capsys, tmp_path):
+    early = {"AP after 1 of 2 steps": 0.25}  # of a network of several time steps
+
+    def add(found, *rest):
+        return found.model_copy(update={"tables": found.tables | {"anytime": early}})
+
+    monkeypatch.setattr("detection.tasks.evaluate.with_early_metrics", add)
     run_tool(monkeypatch, "evaluate", finished[1], "--save", tmp_path / "saved")
     folder = tmp_path / "saved"
     assert {path.name for path in folder.iterdir()} == {"predictions.json", "metrics.json", "precision_recall.png"}
     metrics = json.loads((folder / "metrics.json").read_text())
     line = log_lines(finished[1])[-1]
     assert {key: metrics[key] for key in METRICS} == {key: line[key] for key in METRICS}
-    assert metrics["voc"] == line["voc"]
+    assert metrics["voc"] == line["voc"] and metrics["activity"] == line["activity"] and metrics["anytime"] == early
     with pytest.raises(SystemExit) as stop:
         run_tool(monkeypatch, "evaluate", finished[1], "--save", folder)
     assert stop.value.code == 2

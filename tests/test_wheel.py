@@ -122,7 +122,8 @@ def test_recipes_and_zoo_without_the_sources(run):
     text = (ROOT / "configs" / "cifar10_vgg11.yaml").read_text()
     assert run("recipes", "show", "cifar10_vgg11").stdout == text
     error = run("train", "scenes_retinanet_resnet", status=2).stderr
-    assert "scenes_retinanet_resnet: no such recipe; did you mean 'scenes_retinanet_resnet18'?" in error
+    said = "scenes_retinanet_resnet: no such recipe, file or folder (keys stand behind it); did you mean"
+    assert f"{said} 'scenes_retinanet_resnet18'?" in error
 
 
 def test_trains_and_reports_without_the_sources(run, tmp_path):

@@ -53,8 +53,8 @@ class FixedPointConv(nn.Module):
         return plain and layer.groups == 1 and layer.dilation == (1, 1) and layer.weight[0].numel() <= 2**13
 
     def calibrate(self, x: Tensor, mean: Tensor, largest: Tensor) -> None:
-        """Set the range of the input, a little beyond that of `x`, and keep each channel's `mean` (C,)."""
-        largest = 1.05 * x.abs().max()
+        """Set the range of the input, 4 times that of `x` as others may be brighter, and keep channels' `mean` (C,)."""
+        largest = 4 * x.abs().max()
         self.step.copy_(torch.where(largest > 0, largest, 1.0) / FIXED_POINT)
         self.scale.copy_(self.weight_scale * self.step.double())
         self.bias.add_(mean - self(x).mean(all_but_channels(x)))

@@ -31,6 +31,8 @@ TRANSPARENT = (
     nn.Identity,
     RepeatSteps,
 )
+PRODUCTS = {"conv1d", "conv2d", "conv3d", "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm"}
+PRODUCTS |= {"baddbmm", "einsum", "scaled_dot_product_attention"}
 
 
 class Destination(NamedTuple):
@@ -69,6 +71,7 @@ class Flow(TorchFunctionMode):
     Attributes:
         feeds: {spike layer: the first layer with weights that takes its output}.
         takes: {layer with weights: the spike layer whose output it takes first}.
+        products: names of functions that multiply outside of the layers, nobody knows what.
     """
 
     def __init__(self, layers: Collection[str], spike_layers: Mapping[str, int]) -> None:
@@ -81,11 +84,13 @@ class Flow(TorchFunctionMode):
         self.spikes = WeakTensorKeyDictionary()  # tensor -> name of the spike layer
         self.feeds: dict[str, str] = {}
         self.takes: dict[str, str] = {}
+        self.products: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not self.inside and next(_tensors(result), None) is not None:  # x.shape and the like give no tensor
             self.use_elsewhere((args, kwargs))
+            self.products |= {getattr(func, "__name__", "")} & PRODUCTS
         return result
 
     def use_elsewhere(self, values: Any) -> None:

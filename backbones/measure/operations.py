@@ -126,7 +126,7 @@ class Measurement:
         layers: every `nn.Conv2d` and `nn.Linear` by module name, in the order of definition.
         spikes: every `SpikeLayer` by module name; its neurons are its comparisons.
         unhandled: class by name of every other module with weights (a parameter of two dimensions or more): a
-            transposed convolution, say. Nothing is counted for those.
+            transposed convolution, say, and products outside of all layers. Nothing is counted for those.
         num_images: images that the model was given.
         ran: names of the layers and spike layers that ran, in the order of their first call.
     """
@@ -292,10 +292,8 @@ class _Recorder:
 
     def start_pass(self, name: str, model: nn.Module, images: Any) -> None:
         if not isinstance(images, (Tensor, list, tuple)):
-            raise ValueError(
-                f"{type(model).__name__} was given {type(images).__name__}; images are counted in a tensor (N, ...) "
-                "or a list of N images, its first argument"
-            )
+            what = f"{type(model).__name__} was given {type(images).__name__}"
+            raise ValueError(f"{what}; images are counted in a tensor (N, ...) or a list of N, its first argument")
         self.images_in_pass, self.time_steps = len(images), 1
         self.measured.num_images += len(images)
         self.seen_in_pass.clear()
@@ -319,6 +317,7 @@ class _Recorder:
             for spikes, layer in self.flow.feeds.items():
                 if spikes not in self.signs:
                     layers[layer].spikes_from.append(spikes)
+            self.measured.unhandled |= dict.fromkeys(sorted(self.flow.products), "product outside of the layers")
             self.stop_following()
             self.followed = True
 

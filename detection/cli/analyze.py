@@ -18,9 +18,8 @@ from detection.text import say
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Analyse the run of a command line, print the tables and write the files."""
     parser = saved_run_parser(__doc__, prog)
-    parser.add_argument(
-        "--images", type=int, metavar="N", help="N of the evaluation images, evenly spread over them (default: all)"
-    )
+    help = "N of the evaluation images, evenly spread, or all if there are fewer (default: all)"
+    parser.add_argument("--images", type=int, metavar="N", help=help)
     parser.add_argument("--costs", metavar="FILE", help="YAML or JSON, picojoules by operation (default: 45 nm)")
     parser.add_argument("--strict", action="store_true", help="no layer but the first may see real values")
     help = (

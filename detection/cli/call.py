@@ -114,5 +114,6 @@ class Call:
 
         maps = self.predictor.spike_maps(picture)
         path = self.output.free_name(stem, "_spikes.png")
+        title += ", {}\N{MULTIPLICATION SIGN}{} pixels".format(*prediction.size)
         save_png(draw_spike_maps(np.asarray(prediction.draw()), maps, title=title), path)
         return path.name

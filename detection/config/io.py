@@ -262,14 +262,15 @@ def find_recipe(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
+    named = path.name == str(source) and path.suffix not in (".yaml", ".yml")
+    if named and (packaged := recipes_folder() / f"{source}.yaml").is_file():  # also beside a run folder of its name
+        return packaged
     if path.is_dir():
         verb = "train --resume" if (path / "config.yaml").is_file() else "init"
         raise FileNotFoundError(f"{path}: a folder, no recipe; hoyer-det {verb} {shlex.quote(str(path))}")
-    if path.name == str(source) and path.suffix not in (".yaml", ".yml"):
-        packaged = recipes_folder() / f"{source}.yaml"
-        if packaged.is_file():
-            return packaged
-        raise FileNotFoundError(f"{source}: no such recipe{nearest(str(source), recipe_names())}")
+    if named:
+        near = nearest(str(source), recipe_names())
+        raise FileNotFoundError(f"{source}: no such recipe, file or folder (keys stand behind it){near}")
     raise FileNotFoundError(f"{path}: no such config file")
 
 

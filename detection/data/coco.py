@@ -102,7 +102,8 @@ def _categories(content: dict[str, Any], classes: Sequence[str], source: Path, d
     listed = Counter(item["name"] for item in _entries(content["categories"], CATEGORY))
     for position, item in enumerate(content["categories"]):
         problem = _problem(item, CATEGORY)
-        if problem is None and listed[item["name"]] > 1 and _is_root(item) and 0 not in used and not names:
+        root = problem is None and item["id"] == 0 and item.get("supercategory") == "none"
+        if root and listed[item["name"]] > 1 and 0 not in used and not names:
             # Roboflow calls its root as the project, which may be called as its one class.
             dropped.append(f"{source}: category 0, {item['name']!r}, is the root of others and has no objects")
             continue
@@ -123,10 +124,6 @@ def _categories(content: dict[str, Any], classes: Sequence[str], source: Path, d
             name = names.pop(category_id)
             dropped.append(f"{source}: category {name!r} is the parent of others and has no objects; it is no class")
     return names
-
-
-def _is_root(item: dict[str, Any]) -> bool:
-    return item["id"] == 0 and item.get("supercategory") == "none"
 
 
 def _objects(

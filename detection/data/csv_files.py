@@ -240,7 +240,7 @@ def _files(table: Table, folder: Path, source: Path, dropped: list[str]) -> dict
     near = place.resolve() in (folder.resolve(), folder.resolve().parent)
     others = [path for each in {place, folder} for path in each.glob("*.csv") if path.name != source.name]
     if more:
-        own = near and not others and not table.split_values
+        own = near and not others and not table.split_values and all(map(os.path.exists, images))
         images |= {path: [] for path in more if own}
         what = f"{plural(len(more), 'image')} of {folder} without a row in it, the first: {min(more)}"
         dropped.append(f"{source}: {what}; {'taken for images without objects' if own else 'not used'}")

@@ -6,9 +6,10 @@ import contextlib
 import itertools
 import json
 import mmap
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from detection.data.csv_files import SPLITS, Table, read_header, read_table, rows_of
@@ -81,13 +82,17 @@ def recognise(root: Path, format: str | None = None) -> list[Layout]:
 
 
 def _splits(names: Mapping[str, Any], *, instead: bool = True) -> dict[str, Any]:
-    """What belongs to train, val and test by names such as train2017, trainset; `instead`: test is val if none is."""
-    found: dict[str, Any] = {}
+    """What belongs to train, val and test by names such as train2017, trainset; `instead`: test is val if none is.
+
+    A set of both, trainval, is that of training where no other is, and then no part of it is val.
+    """
+    sets: dict[tuple[str, ...], Any] = {}
     for name, value in sorted(names.items()):
-        words = [word.removesuffix("set") for word in re.findall("[a-z]+", name.lower())]
-        for split, synonyms in SPLITS.items():
-            if any(word in synonyms for word in words):
-                found.setdefault(split, value)
+        words = [word.removesuffix("set") for word in re.findall("train(?=val)|[a-z]+", name.lower())]
+        sets.setdefault(tuple(split for split in SPLITS if not set(words).isdisjoint(SPLITS[split])), value)
+    found = {split: sets[split,] for split in SPLITS if (split,) in sets}
+    if "train" not in found and ("train", "val") in sets:
+        found = {"train": sets["train", "val"]} | {split: found[split] for split in found if split == "test"}
     if instead and "train" in found and "val" not in found and "test" in found:
         found["val"] = found.pop("test")
     return found
@@ -204,20 +209,32 @@ def _is_coco(path: Path) -> bool:
 
 
 def _image_folder(root: Path, source: Path) -> str:
-    """The folder, from the root, in which the first image of a COCO file lies."""
-    with source.open("rb") as file:
-        head = file.read(2**20).decode(errors="replace")
-    said = re.search(r'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', head)
+    """The folder, from the root, in which the first images of a COCO file lie."""
+    with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        said = re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', content)
+        texts = [each[1] for each in itertools.islice(said, SAMPLE)]
+        del said  # which holds the map
     try:
-        name = json.loads(said[1]).replace("\\", "/") if said else ""
+        names = [json.loads(text).replace("\\", "/") for text in texts]
     except ValueError as error:
         raise ValueError(f"{source}: not a JSON file: {error}") from None
     split = re.sub("^(instances|annotations)_?|_?(annotations|instances|coco)$", "", source.stem)
     places = [source.parent, root, root / split, root / "images" / split, root / "images", source.parent / "images"]
-    places += sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir())
-    fitting = next((place for place in places if name and (place / name).is_file()), source.parent)
-    folder = fitting.relative_to(root).as_posix()
+    folder = _place(root, source, places, names)
     return "" if folder == "." else folder
+
+
+def _place(root: Path, source: Path, places: Sequence[Path], names: Sequence[str], *, bare: bool = False) -> str:
+    """The folder, from the root, with most of these images (by their `bare` names, too); of several its split."""
+    own = _splits({source.relative_to(root).as_posix(): 0}, instead=False)
+    places = [*places, *sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir())]
+
+    def fit(place: Path) -> tuple[int, bool]:
+        tries = ((name, PurePosixPath(name).name if bare else name) for name in names)
+        number = sum(any(os.path.isfile(place / name) for name in each) for each in tries)
+        return number, _splits({place.name: 0}, instead=False) == own
+
+    return max(places, key=fit).relative_to(root).as_posix()
 
 
 # VOC
@@ -332,18 +349,15 @@ def _csv(root: Path, unfit: list[str]) -> Layout | None:
     folders = {split: places[path] for split, path in splits.items() if path in places}
     if "val" in values:
         values["val_images"] = folders.get("val", values["train_images"])
-    saw = tuple(f"{name} has a header with columns for image, class and box" for name in fitting)
+    saw = tuple(f"{name} has a header with columns for image, class and box" for name in relative.values())
     return Layout("csv", saw, 1.0, values, test, folders.get("test", values["train_images"]))
 
 
 def _csv_images(root: Path, source: Path, table: Table) -> str:
     """The folder, from the root, in which the first images of a CSV file lie."""
     names = [name.replace("\\", "/") for name in itertools.islice(table.images, SAMPLE)]
-    parent = source.parent
-    places = [parent, *sorted(path for path in parent.iterdir() if path.is_dir()), root]
-    places += sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir())
-    place = max(places, key=lambda place: sum((place / name).is_file() for name in names))
-    return place.relative_to(root).as_posix()
+    inner = sorted(path for path in source.parent.iterdir() if path.is_dir())
+    return _place(root, source, [source.parent, *inner, root], names, bare=True)
 
 
 LOOKS: dict[str, Callable[[Path, list[str]], Layout | None]] = {"yolo": _yolo, "coco": _coco, "voc": _voc, "csv": _csv}

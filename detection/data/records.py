@@ -200,14 +200,16 @@ def _join(records: Sequence[Record], told: list[str]) -> list[Record]:
     """The records with those of one image joined, and a sentence for each such image."""
     same: dict[tuple[str, int, int], list[Record]] = defaultdict(list)
     for record in records:
-        same[os.path.normpath(record.path), record.width, record.height].append(record)
+        same[os.path.abspath(record.path), record.width, record.height].append(record)
     joined = []
     for first, *others in same.values():
         if others:
             told.append(f"{first.path}: described {1 + len(others)} times; joined into image {first.image_id}")
             columns = ("boxes", "labels", "ignore", "area", "xywh")
             parts = {key: [getattr(record, key) for record in (first, *others)] for key in columns}
-            first = replace(first, **{key: np.concatenate(values) for key, values in parts.items()})
+            whole = {key: np.concatenate(values) for key, values in parts.items()}
+            once = np.unique(np.column_stack([whole["labels"], whole["xywh"]]), axis=0, return_index=True)[1]
+            first = replace(first, **{key: values[np.sort(once)] for key, values in whole.items()})
         joined.append(first)
     return joined
 
@@ -219,7 +221,7 @@ def _why(records: Sequence[Record], told: Sequence[str]) -> str:
     if not told:
         return why or "; nothing was left out"
     # Of usable images it is the objects that are missing.
-    sought = r"\bobjects?\b.* left out" if records else "image left out"
+    sought = r"\bobjects?\b.* left out|left out with" if records else "image left out"
     first = next((sentence for sentence in told if re.search(sought, sentence)), told[0])
     return f"{why}; {len(told)} left out or mended, the first: {first}"
 

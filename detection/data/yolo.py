@@ -231,7 +231,7 @@ def _listed(place: Path, found: YoloSet, dropped: list[str]) -> list[Path]:
 def label_file(image: Path, base: Path) -> Path:
     """Return where the label file of an image is, or would be; `base` is the folder that holds all of them."""
     own = beside = image.with_suffix(".txt")
-    inner = image.relative_to(base).parts if image.is_relative_to(base) else image.parts
+    inner = image.relative_to(base).parts if image.is_relative_to(base) else image.absolute().parts
     places = [index for index, part in enumerate(inner[:-1]) if part == "images"]
     if places:
         own = base.joinpath(*inner[: places[-1]], "labels", *inner[places[-1] + 1 :]).with_suffix(".txt")

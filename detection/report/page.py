@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from backbones import zoo
 from detection.figures import to_svg
 from detection.files import require_writable, write_whole
 from detection.report.source import Source, complete, read_source
@@ -60,7 +62,7 @@ def write_report(
         raise ValueError("no run folder given; a report needs at least one")
     if num_images < 0:
         raise ValueError(f"num_images: expected 0 or more, got {num_images}")
-    places = [Path(folder).resolve() for folder in folders]
+    places = [zoo.locate(folder).resolve() for folder in folders]
     for index, folder in enumerate(folders):
         if places[index] in places[:index]:
             raise ValueError(f"{folder}: given twice; a run is compared with other runs")
@@ -108,7 +110,7 @@ def render(sources: Sequence[Source], command: Sequence[str] = ()) -> str:
             runs=runs,
             comparison=compare(sources, runs) if len(runs) > 1 else None,
             unknown=UNKNOWN,
-            command=" ".join(command),
+            command=shlex.join(command),
         )
     )
 

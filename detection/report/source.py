@@ -106,7 +106,8 @@ def read_analysis(run: Run, weights: Weights) -> dict[str, Any] | None:
         return None
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return stored if stored["weights"] == weights else None
+        whole = stored.keys() >= {"networks", "ratios", "layers", "certificate", "costs", "num_images"}
+        return stored if whole and stored["weights"] == weights else None  # else an earlier version's
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error!r}); remove it, and it is computed again") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,6 @@ from detection.data.download import download
 from detection.data.pictures import pixels_of, unit
 from detection.data.report import DataReport, report, shared_images
 from detection.evaluation import CocoEvaluator, Detections, import_backend, mean_average_precision, precision_recall
-from detection.files import write_whole
 from detection.models import build_detector, colours_of, describe_backbone
 from detection.models.decoding import describe_decoding
 from detection.models.dense import DensePredictions, DetectorOf, DetectorOfBoxes, EnteringSpikes, resize_and_pad
@@ -203,13 +201,12 @@ class DetectionTask(Task):
         """Return COCO's 12 numbers, "per_class" AP, and VOC's AP50 under "voc".
 
         "voc" has the mean over the classes of VOC's average precision at IoU 0.5, "AP50_11point" and "AP50_area".
-        `save` gets predictions.json (COCO results), metrics.json (what is returned) and precision_recall.png.
+        `save` gets predictions.json (COCO results) and precision_recall.png.
         """
         evaluation, evaluator, curves = self._evaluate(model, batches, dataset, accelerator)
         if save is not None and accelerator.is_main_process:
             save.mkdir(parents=True, exist_ok=True)
             evaluator.save_results(save / "predictions.json")
-            write_whole(save / "metrics.json", (json.dumps(evaluation.to_json(), indent=2) + "\n").encode())
             from detection.curves import draw_precision_recall
             from detection.figures import save_png
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from backbones import stop_after, time_steps
 from detection.config import Recipe, set_values
 from detection.config.training_sections import Precision
-from detection.files import require_path, require_writable
+from detection.files import require_path, require_writable, write_whole
 from detection.records import EpochLog, Evaluation, Weights
 from detection.runs import Run
 from detection.tasks import task_of
@@ -42,7 +43,7 @@ def evaluate_run(
         folder: the run, as `Run.open` takes it.
         weights: which of its weights.
         data_root: where its data lie now; None: where they lay when it was trained.
-        save: folder for files about the predictions, see `Task.evaluate`; must not exist, or be empty.
+        save: folder for metrics.json (the evaluation) and what `Task.evaluate` adds; must not exist, or be empty.
         precision: of the passes; None: that of the training.
 
     Raises:
@@ -66,7 +67,10 @@ def evaluate_run(
         tell_dropped(val=dataset)
     batches = task.evaluation_batches(dataset, accelerator)
     evaluation = task.evaluate(model, batches, dataset, accelerator, save=save)
-    return with_early_metrics(evaluation, task, model, dataset, accelerator), logged
+    evaluation = with_early_metrics(evaluation, task, model, dataset, accelerator)
+    if save is not None and accelerator.is_main_process:
+        write_whole(save / "metrics.json", (json.dumps(evaluation.to_json(), indent=2) + "\n").encode())
+    return evaluation, logged
 
 
 def with_early_metrics(

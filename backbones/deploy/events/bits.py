@@ -219,6 +219,11 @@ class EventLayer:
         if bool((self.weight == -128).any()):
             raise ValueError("a weight of -128 (allowed: -127 to 127)")
         self.weight = self.weight.contiguous()
+        levels = torch.int32 if self.scale is None else torch.float32
+        given = [(self.weight[:, 0, 0, 0], torch.int8), *((each.level, levels) for each in self.spikes)]
+        given += [(each, torch.float32) for each in (self.scale, self.bias) if each is not None]
+        if any((each.shape, each.dtype) != (self.weight.shape[:1], kind) for each, kind in given):
+            raise ValueError(f"weights, levels, scale or bias of other numbers than {len(self.weight)} outputs have")
 
     def __call__(self, x: Bits, residual: Tensor | None = None) -> tuple[Tensor | None, list[Bits]]:
         """Return the real values, float32 (N, C', H', W') in the order N, H, W, C, and the maps of spikes.
@@ -252,8 +257,10 @@ class EventLayer:
         if x.words.shape[3] != words_of(channels):
             raise ValueError(f"spikes of {x.channels} channels for a layer of {channels}: images of another size?")
         size = self.window.out_size(x.words.shape[1:3])
-        if residual is not None and residual.shape != (len(x.words), len(self.weight), *size):
-            raise ValueError(f"a residual of shape {tuple(residual.shape)} for a map of {size[0]}x{size[1]}")
+        wanted = (len(x.words), len(self.weight), *size)
+        if residual is not None and (residual.shape, residual.dtype) != (wanted, torch.float32):
+            what = f"a residual of shape {tuple(residual.shape)} for a map of {size[0]}x{size[1]}"
+            raise ValueError(f"{what}, {residual.dtype} for float32")
 
     def call_for(self, x: Bits) -> tuple[library.EventConv, tuple[int, ...], tuple[int, ...], int]:
         """Return a call for inputs of this shape, the shape of its spikes, that of its real values, and `beside`."""

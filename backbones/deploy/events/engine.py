@@ -192,10 +192,6 @@ def _with_weights(
     return prepare
 
 
-def _resize_as(x: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(x, size=like.shape[-2:], mode="nearest")
-
-
 PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Run | ByKernels]] = {
     "layer": _layer,
     "stem": _stem,
@@ -211,7 +207,7 @@ PREPARE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Run | ByKernels
     "div": _with_weights(torch.true_divide),
     "relu": _with_weights(torch.relu),
     "cat": _with_weights(lambda *parts, dim: torch.cat(parts, dim)),
-    "resize_as": lambda attributes, tensors: (_analogue(_resize_as), Maker.enlarge),
+    "resize_as": lambda attributes, tensors: (_analogue(lambda x, y: F.interpolate(x, y.shape[-2:])), Maker.enlarge),
     "conv2d": _with_weights(F.conv2d, "weight", "bias"),
     "linear": _with_weights(F.linear, "weight", "bias"),
     "batch_norm": _with_weights(F.batch_norm, "running_mean", "running_var", "weight", "bias"),

@@ -232,9 +232,11 @@ class Pool {
         }
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            while ((int64_t)workers_.size() < threads - 1) {
+            while ((int64_t)workers_.size() < threads - 1) try {
                 const int64_t number = (int64_t)workers_.size() + 1;
                 workers_.emplace_back([this, number, seen = generation_.load()] { serve(number, seen); });
+            } catch (const std::exception &) {  // the system has no more of them
+                threads = (int64_t)workers_.size() + 1;
             }
             work_ = &work;
             call_ = [](const void *w, int64_t i, int64_t thread) { (*static_cast<const Work *>(w))(i, thread); };

@@ -113,7 +113,7 @@ class EventStem:
         spikes = [Bits.pack(each.of_real(y)) for each in self.spikes]
         if self.more is not None:
             y = y * self.more.scale.view(-1, 1, 1) + self.more.shift.view(-1, 1, 1)
-        return y if self.keeps_real else None, spikes
+        return y.contiguous(memory_format=torch.channels_last) if self.keeps_real else None, spikes
 
     def _prepare(self) -> tuple[library.EventStem, list[Tensor]]:
         out_channels, channels = self.weight.shape[:2]
