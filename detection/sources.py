@@ -17,22 +17,21 @@ def find_sources(sources: Sequence[str], failures: list[str]) -> tuple[list[str]
 
     `failures` gets a sentence for each source that gives none, and for each file that is none, such as a FIFO.
     """
-    images: list[str] = []
-    films: list[str] = []
+    images: dict[str, str] = {}  # by their places: a file that two sources name, ./a.png and a.png, is one
+    films: dict[str, str] = {}
     for source in sources:
         if is_camera(source):
-            films.append(source)
+            films.setdefault(source, source)
             continue
         for file in files_of(source, failures):
             kind = kind_of(file)
             if kind != "a file":  # to open others might wait for ever
                 failures.append(f"{file}: {kind}, not opened")
             elif Path(file).suffix.lower() in VIDEO_EXTENSIONS:
-                films.append(file)
+                films.setdefault(os.path.abspath(file), file)
             else:
-                images.append(file)
-    # A file that two sources name is one image.
-    return list(dict.fromkeys(images)), list(dict.fromkeys(films))
+                images.setdefault(os.path.abspath(file), file)
+    return [*images.values()], [*films.values()]
 
 
 def is_camera(source: str) -> bool:

@@ -163,6 +163,15 @@ def test_bad_items_stop_no_other(run, capsys, tmp_path, attempt):
             assert len(boxes) == 5
 
 
+def test_a_file_by_several_names_is_one_image(monkeypatch, tmp_path):
+    for name in ("b.png", "a.png", "film.mp4"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    given = ["b.png", "./a.png", "a.png", f"{tmp_path}/b.png", "sub/../a.png", "film.mp4", "./film.mp4", "."]
+    (tmp_path / "sub").mkdir()
+    assert predict.find_sources(given, failures := []) == (["b.png", "./a.png"], ["film.mp4"]) and failures == []
+
+
 def test_globs_go_through_links_once(monkeypatch, tmp_path, attempt):
     paths = ["a/1.png", "a/b/2.png", "a/b/c/3.png", "elsewhere/4.png", "a/.hidden/5.png"]
     for path in paths:
