@@ -182,8 +182,7 @@ def draw_overlay(
     for name, points in runs.items():
         colours = ANALOGUE if name in analogue else SPIKING
         laps, index = divmod(sum(line.style["color"] in colours for line in lines), len(colours))
-        dashes = DASHES[(index + laps) % len(DASHES)]
-        lines.append(Line(name, points, {"color": colours[index], "linestyle": dashes}))
+        lines.append(Line(name, points, {"color": colours[index], "linestyle": DASHES[(index + laps) % len(DASHES)]}))
     return draw_panel(title, lines, label, **options)
 
 

@@ -57,7 +57,10 @@ COUNTERPARTS = {
 }
 for name in ("hoyer", "widened/thresholds3", "widened/continued"):
     COUNTERPARTS[f"c7_imagenette_resnet18/{name}"] = "c7_imagenette_resnet18/relu"
-for thresholds in (2, 3):  # its precision by its name, not "auto"
+# These have their precision by its name, not "auto".
+COUNTERPARTS |= dict.fromkeys(("c4_fast/bccd_norm", "c4_fast/bccd_norm_teacher"), "c4_fast/bccd_norm_relu")
+COUNTERPARTS |= dict.fromkeys(("c4_fast/bccd_hoyer_again", "c4_fast/bccd_hoyer_teacher"), "c4_fast/bccd_relu")
+for thresholds in (2, 3):
     COUNTERPARTS[f"bccd_thresholds/thresholds{thresholds}"] = "c4_fast/bccd_relu"
 COUNTERPARTS |= {f"seeds/bccd/thresholds3_seed{seed}": f"seeds/bccd/relu_seed{seed}" for seed in (1, 2)}
 COMPARED = "compare_cifar10"  # the comparison that README.md shows

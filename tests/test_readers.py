@@ -477,14 +477,19 @@ def test_csv_file_in_capitals(tmp_path):
 # Names of splits, and the folders of their images
 
 
-def write_set(root, format, name, number, first=0):
+def set_file(format, name):
+    folder, slash, split = name.rpartition("/")
+    return f"{folder}{slash}" + (f"{split}.csv" if format == "csv" else f"coco_{split}.json")
+
+
+def write_set(root, format, name, number):
     """A set of one file, its images in a folder of that name."""
-    files = [f"{index}.jpg" for index in range(first, first + number)]
+    files = [f"{index}.jpg" for index in range(number)]
     for file in files:
         write_image(root / name / file, WIDTH, HEIGHT)
     if format == "csv":
         rows = "".join(f"{file},cat,1,2,11,12\n" for file in files)
-        (root / f"{name}.csv").write_text(f"filename,class,xmin,ymin,xmax,ymax\n{rows}")
+        (root / set_file(format, name)).write_text(f"filename,class,xmin,ymin,xmax,ymax\n{rows}")
         return
     content = coco_content()
     content["images"] = [
@@ -492,7 +497,7 @@ def write_set(root, format, name, number, first=0):
     ]
     box = {"category_id": content["categories"][0]["id"], "bbox": [1, 2, 10, 10], "area": 100, "iscrowd": 0}
     content["annotations"] = [{"id": at + 1, "image_id": at} | box for at in range(number)]
-    (root / f"coco_{name}.json").write_text(json.dumps(content))
+    (root / set_file(format, name)).write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("format", ["csv", "coco"])
@@ -504,15 +509,15 @@ def write_set(root, format, name, number, first=0):
         (("trainval", "val"), "trainval", None),
         (("train", "trainval", "val"), "train", "val"),
         (("train", "val"), "train", "val"),
+        (("trainval_2012/train", "trainval_2012/val"), "trainval_2012/train", "trainval_2012/val"),
     ],
 )
 def test_a_set_of_training_and_validation_is_that_of_training(tmp_path, format, names, train, val):
     for name in names:
         write_set(tmp_path, format, name, 4)  # which number their images alike
     (layout,) = recognise(tmp_path)
-    file = "{}.csv" if format == "csv" else "coco_{}.json"
-    assert layout.values["train"] == [file.format(train)] and layout.values["train_images"] == train
-    assert layout.values.get("val") == (None if val is None else [file.format(val)])
+    assert layout.values["train"] == [set_file(format, train)] and layout.values["train_images"] == train
+    assert layout.values.get("val") == (None if val is None else [set_file(format, val)])
     assert layout.values.get("val_images") == val and ("val_fraction" in layout.values) == (val is None)
 
 

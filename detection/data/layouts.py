@@ -84,12 +84,16 @@ def recognise(root: Path, format: str | None = None) -> list[Layout]:
 def _splits(names: Mapping[str, Any], *, instead: bool = True) -> dict[str, Any]:
     """What belongs to train, val and test by names such as train2017, trainset; `instead`: test is val if none is.
 
-    A set of both, trainval, is that of training where no other is, and then no part of it is val.
+    The name of a file counts before those of its folders. A set of both, trainval, is that of training where no other
+    is, and then no part of it is val.
     """
     sets: dict[tuple[str, ...], Any] = {}
     for name, value in sorted(names.items()):
-        words = [word.removesuffix("set") for word in re.findall("train(?=val)|[a-z]+", name.lower())]
-        sets.setdefault(tuple(split for split in SPLITS if not set(words).isdisjoint(SPLITS[split])), value)
+        for text in (PurePosixPath(name).name, name):
+            words = {word.removesuffix("set") for word in re.findall("train(?=val)|[a-z]+", text.lower())}
+            if said := tuple(split for split in SPLITS if not words.isdisjoint(SPLITS[split])):
+                sets.setdefault(said, value)
+                break
     found = {split: sets[split,] for split in SPLITS if (split,) in sets}
     if "train" not in found and ("train", "val") in sets:
         found = {"train": sets["train", "val"]} | {split: found[split] for split in found if split == "test"}
@@ -219,15 +223,15 @@ def _image_folder(root: Path, source: Path) -> str:
     except ValueError as error:
         raise ValueError(f"{source}: not a JSON file: {error}") from None
     split = re.sub("^(instances|annotations)_?|_?(annotations|instances|coco)$", "", source.stem)
-    places = [source.parent, root, root / split, root / "images" / split, root / "images", source.parent / "images"]
+    places = [root, root / split, root / "images" / split, root / "images", source.parent / "images"]
     folder = _place(root, source, places, names)
     return "" if folder == "." else folder
 
 
 def _place(root: Path, source: Path, places: Sequence[Path], names: Sequence[str], *, bare: bool = False) -> str:
-    """The folder, from the root, with most of these images (by their `bare` names, too); of several its split."""
+    """The folder, from the root, with most of these images (by their `bare` names, too); of equals, its split's."""
     own = _splits({source.relative_to(root).as_posix(): 0}, instead=False)
-    places = [*places, *sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir())]
+    places = [source.parent, *places, *sorted(path for path in (*root.glob("*"), *root.glob("*/*")) if path.is_dir())]
 
     def fit(place: Path) -> tuple[int, bool]:
         tries = ((name, PurePosixPath(name).name if bare else name) for name in names)
@@ -356,8 +360,7 @@ def _csv(root: Path, unfit: list[str]) -> Layout | None:
 def _csv_images(root: Path, source: Path, table: Table) -> str:
     """The folder, from the root, in which the first images of a CSV file lie."""
     names = [name.replace("\\", "/") for name in itertools.islice(table.images, SAMPLE)]
-    inner = sorted(path for path in source.parent.iterdir() if path.is_dir())
-    return _place(root, source, [source.parent, *inner, root], names, bare=True)
+    return _place(root, source, [*sorted(filter(Path.is_dir, source.parent.iterdir())), root], names, bare=True)
 
 
 LOOKS: dict[str, Callable[[Path, list[str]], Layout | None]] = {"yolo": _yolo, "coco": _coco, "voc": _voc, "csv": _csv}
