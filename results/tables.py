@@ -55,8 +55,10 @@ COUNTERPARTS = {
     f"c6_voc_retinanet_resnet18/{name}": "c6_voc_retinanet_resnet18/relu"
     for name in ("spikes", "membrane", "membrane_taught", "spiking_taught")
 }
-for name in ("hoyer", "widened/thresholds3", "widened/continued"):
-    COUNTERPARTS[f"c7_imagenette_resnet18/{name}"] = "c7_imagenette_resnet18/relu"
+COUNTERPARTS["c7_imagenette_resnet18/hoyer"] = "c7_imagenette_resnet18/relu"
+for name in ("thresholds3", "continued"):
+    COUNTERPARTS[f"c6_tinyimagenet_resnet18/widened/{name}"] = "c6_tinyimagenet_resnet18/widened/relu"
+    COUNTERPARTS[f"c7_imagenette_resnet18/widened/{name}"] = "c7_imagenette_resnet18/widened/relu"
 # These have their precision by its name, not "auto".
 COUNTERPARTS |= dict.fromkeys(("c4_fast/bccd_norm", "c4_fast/bccd_norm_teacher"), "c4_fast/bccd_norm_relu")
 COUNTERPARTS |= dict.fromkeys(("c4_fast/bccd_hoyer_again", "c4_fast/bccd_hoyer_teacher"), "c4_fast/bccd_relu")
