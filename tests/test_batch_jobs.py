@@ -22,6 +22,7 @@ from PIL import Image, features
 from test_fold import scramble
 
 import detection
+from detection import draw
 from detection.cli import main, predict
 from detection.cli.film import FilmOutput
 from detection.cli.output import JOURNAL, Output
@@ -161,6 +162,14 @@ def test_bad_items_stop_no_other(run, capsys, tmp_path, attempt):
             boxes = [row["bbox"] for row in rows if row["image_id"] == index]
             assert np.allclose(boxes, [row["bbox"] for row in prediction.to_results(index)], atol=1e-2), path
             assert len(boxes) == 5
+
+
+def test_a_panel_has_the_size_of_its_image_and_not_of_its_drawing(run, capsys, monkeypatch, tmp_path):
+    Image.new("RGB", (96, 64)).save(tmp_path / "small.png")  # is drawn larger
+    drawn, titles = draw.draw_spike_maps, []
+    monkeypatch.setattr(draw, "draw_spike_maps", lambda *rest, title: titles.append(title) or drawn(*rest, title=title))
+    assert call(capsys, run, tmp_path / "small.png", "--spikes", "--out", tmp_path / "out")[0] == 0
+    assert titles == ["small.png, 96\N{MULTIPLICATION SIGN}64 pixels"]
 
 
 def test_a_file_by_several_names_is_one_image(monkeypatch, tmp_path):

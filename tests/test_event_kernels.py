@@ -451,6 +451,8 @@ def test_a_comparison_of_real_values(channels, height, width, number, seed):
         for memory_format in (torch.contiguous_format, torch.channels_last):
             with using(name), threads(number):
                 assert equal(threshold(x.contiguous(memory_format=memory_format), comparison), expected)
+    with pytest.raises(ValueError, match=r"a map in torch\.float32 for comparisons in torch\.int32: both"):
+        threshold(x, Comparison(torch.zeros(channels, dtype=torch.int32)))
 
 
 @settings(FIXED, max_examples=60)

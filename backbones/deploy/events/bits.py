@@ -88,8 +88,8 @@ class Comparison:
         """Raise ValueError for a map of another number of channels, or of other numbers than the kernels read."""
         if channels != len(self.level):
             raise ValueError(f"a map of {channels} channels for comparisons of {len(self.level)}")
-        if dtype != torch.float32:
-            raise ValueError(f"a map in {dtype} for comparisons, which are of torch.float32")
+        if {dtype, self.level.dtype} != {torch.float32}:
+            raise ValueError(f"a map in {dtype} for comparisons in {self.level.dtype}: both are torch.float32 here")
 
     def of_sums(self, sums: Tensor) -> Tensor:
         """Return the spikes of sums (N, C, H, W), bool: the reference."""
