@@ -284,7 +284,8 @@ class HoyerSpike(SpikeLayer):
             threshold: Tensor | float = 1.0
             if not self.fixed:
                 batch_extremum = extremum(sum_c, sum_c2)
-                track_(self.extremum, self.num_batches_tracked, batch_extremum, self.momentum)
+                if self.sync or z.numel():  # an empty batch has none
+                    track_(self.extremum, self.num_batches_tracked, batch_extremum, self.momentum)
                 threshold = self.broadcast(batch_extremum.to(z.dtype), z)
         if not torch.is_grad_enabled():
             return self.fire(z, threshold)
@@ -298,7 +299,7 @@ class HoyerSpike(SpikeLayer):
 
     def can_fuse(self, u: Tensor) -> bool:
         """Return whether `fused_layer` computes a pass: in training, of a layer with one threshold and extremum."""
-        if not (self.training and torch.is_grad_enabled() and type(self).fire is HoyerSpike.fire):
+        if not (self.training and torch.is_grad_enabled() and u.numel() and type(self).fire is HoyerSpike.fire):
             return False
         from . import fused  # made of the functions above
 

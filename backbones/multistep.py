@@ -205,7 +205,8 @@ class MultiStepSpike(HoyerSpike):
         first = F.hardtanh(u.chunk(self.time_steps)[0] / v, 0.0, 1.0)
         start = extremum(*moments(first, per_channel=self.per_channel))
         found = extremum(*self._run(u, v, self._spread(start, u))[1:])
-        track_(self.extremum, self.num_batches_tracked, found, self.momentum)
+        if u.numel():
+            track_(self.extremum, self.num_batches_tracked, found, self.momentum)
         return found
 
     def _run(self, u: Tensor, v: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:

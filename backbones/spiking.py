@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +77,7 @@ class SpikeLayer(nn.Module):
         if self._over:
             self.drop_penalty()
         if not torch.compiler.is_compiling() and penalty.grad_fn is not None:
-            penalty.grad_fn.register_hook(partial(_end, self._over))
+            penalty.grad_fn.register_hook(lambda *gradients, over=self._over: over.append(True))
         self._penalty = penalty if self._penalty is None else self._penalty + penalty
         self._neurons = self._neurons + neurons
 
@@ -108,10 +107,6 @@ class SpikeLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A pending penalty hangs on the graph of its pass, which cannot be copied: copies and pickles start without.
         return super().__getstate__() | {"_penalty": None, "_neurons": 0, "_over": []}
-
-
-def _end(over: list[bool], *gradients: Any) -> None:
-    over.append(True)
 
 
 def is_recomputed() -> bool:

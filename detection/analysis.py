@@ -11,18 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from backbones import (
-    HOROWITZ_45NM,
-    Certificate,
-    CostTable,
-    EnergyReport,
-    Measurement,
-    WeightedLayer,
-    certify,
-    energy,
-    energy_after_steps,
-    record_layers,
-)
+import backbones
 from backbones.measure.energy import SKIPPING
 from detection.files import write_csv, write_whole
 from detection.records import Evaluation
@@ -85,9 +74,9 @@ class Analysis:
     num_parameters: int
     metrics: dict[str, Any]
     headline: tuple[str, ...]
-    measured: Measurement
-    report: EnergyReport
-    certificate: Certificate
+    measured: backbones.Measurement
+    report: backbones.EnergyReport
+    certificate: backbones.Certificate
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON; counts, bits and picojoules are per image, layers in the order of their calls."""
@@ -123,7 +112,7 @@ class Analysis:
 
     def _steps(self) -> list[dict[str, Any]]:
         """Return activity, operations and energy of each time step, and of the network stopped after it ("so_far")."""
-        number, reports = self.measured.num_images, energy_after_steps(self.measured, self.report.costs)
+        number, reports = self.measured.num_images, backbones.energy_after_steps(self.measured, self.report.costs)
         names = [name for name in SKIPPING if name in self.report.networks] or [next(iter(self.report.networks))]
         logged = Evaluation.parse(self.metrics, self.run)
         scores = {key: logged.after_steps(key) for key in self.headline if key in logged.metrics}
@@ -150,7 +139,7 @@ class Analysis:
             )
         return rows
 
-    def _layer(self, layer: WeightedLayer) -> dict[str, Any]:
+    def _layer(self, layer: backbones.WeightedLayer) -> dict[str, Any]:
         number, energies = self.measured.num_images, self.report.layers[layer.name]
         output = [self.measured.spikes[name] for name in layer.spikes_to]
         neurons = sum(spikes.num_neurons for spikes in output)
@@ -184,7 +173,7 @@ class Analysis:
             "memory_dram_pj": {name: network.memory_dram_pj for name, network in energies.items()},
         }
 
-    def _in_steps(self, layer: WeightedLayer) -> dict[str, float]:
+    def _in_steps(self, layer: backbones.WeightedLayer) -> dict[str, float]:
         """Return the synaptic operations of each of several time steps; none for one step."""
         steps, number = self.measured.time_steps, self.measured.num_images
         counts = [*layer.synops_in_steps, *[0] * steps][:steps] if steps > 1 else []
@@ -278,7 +267,7 @@ def analyze_run(
     *,
     data_root: str | Path | None = None,
     num_images: int | None = None,
-    costs: CostTable = HOROWITZ_45NM,
+    costs: backbones.CostTable = backbones.HOROWITZ_45NM,
     strict: bool = False,
 ) -> Analysis:
     """Return metrics, activity, energy and binarity of a saved run, from one pass over its evaluation images.
@@ -302,7 +291,7 @@ def analyze_run(
     model, accelerator = load_for_evaluation(run, weights)
     dataset = read_evaluation_data(run, num_images)
     batches = task.evaluation_batches(dataset, accelerator)
-    with record_layers(model) as measured:
+    with backbones.record_layers(model) as measured:
         evaluation = task.evaluate(model, batches, dataset, accelerator)
     evaluation = with_early_metrics(evaluation, task, model, dataset, accelerator)
     # The histograms of the potentials are in the log already.
@@ -314,10 +303,10 @@ def analysis_of(
     run: Run,
     weights: Weights,
     model: nn.Module,
-    measured: Measurement,
+    measured: backbones.Measurement,
     metrics: Mapping[str, Any],
     *,
-    costs: CostTable = HOROWITZ_45NM,
+    costs: backbones.CostTable = backbones.HOROWITZ_45NM,
     strict: bool = False,
 ) -> Analysis:
     """Return the analysis of what was measured on a run's network; `metrics` are those of the same images, if any."""
@@ -330,8 +319,8 @@ def analysis_of(
         dict(metrics),
         task.headline,
         measured,
-        energy(measured, costs),
-        certify(measured, task.analogue_parts(model), strict=strict),
+        backbones.energy(measured, costs),
+        backbones.certify(measured, task.analogue_parts(model), strict=strict),
     )
 
 

@@ -127,8 +127,7 @@ class EvaluatedRun:
     @property
     def metrics(self) -> dict[str, float]:
         """The numbers of the evaluation, "activity" among them."""
-        found = self.evaluation
-        return found.metrics | ({} if found.activity is None else {"activity": found.activity})
+        return self.evaluation.numbers
 
     @property
     def different(self) -> list[str]:

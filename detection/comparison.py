@@ -239,7 +239,7 @@ def energy_cells(variant: Variant) -> list[str]:
     """Return the energies of a variant, or in the first cell why there are none."""
     reasons = list(dict.fromkeys(row["unpriced"] for row in variant.rows if row["unpriced"]))
     if reasons:
-        return [f"not priced: {'; '.join(reasons)}".replace("|", "\\|"), *[""] * (len(ENERGIES) - 1)]
+        return [f"not priced: {'; '.join(reasons)}", *[""] * (len(ENERGIES) - 1)]
     cells = [cell(variant.mean(key), 1, 3) for key in ENERGIES]
     row = variant.rows[0]
     names = {"energy_int8_uj": f"no 8-bit prices of a network with {row['network']} arithmetic"}
@@ -256,5 +256,5 @@ def cell(value: float | None, unit: float, digits: int) -> str:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown."""
-    first, *others = (f"| {' | '.join(line)} |" for line in (header, *rows))
+    first, *others = ("| " + " | ".join(each.replace("|", "\\|") for each in line) + " |" for line in (header, *rows))
     return "\n".join([first, f"|{'---|' * len(header)}", *others])

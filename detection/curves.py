@@ -14,29 +14,13 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from detection import figures
 from detection.evaluation import PrecisionRecall, average_precision
-from detection.figures import (
-    COLOURS,
-    DASHES,
-    DPI,
-    GREY,
-    INK,
-    LIGHT,
-    TEXT_SIZE,
-    Line,
-    Points,
-    clean,
-    draw_panel,
-    set_title,
-    short_number,
-    shorten,
-    style_of,
-)
 from detection.records import EpochLog, Evaluation, Values
 
 ANALOGUE, SPIKING = ("#b45309", "#a83a6b", "#8a6100", "#b3261e"), ("#0b66c3", "#00756c", "#5b4bc4", "#32718f")
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#8a1fa8", "#0b66c3", "#00856f"])  # first layer to last
-WHOLE = {"color": INK, "linewidth": 2.2, "zorder": 3}  # of lines for all of what the others are parts of
+WHOLE = {"color": figures.INK, "linewidth": 2.2, "zorder": 3}  # of lines for all of what the others are parts of
 MARKS = "osD^vPX*"  # of variants and runs
 # Titles and units of what spike layers log; anything else has its own name.
 QUANTITIES = {
@@ -105,18 +89,20 @@ def draw_curves(history: Sequence[EpochLog], metrics: Sequence[str] = (), title:
     activity = _lines_of_layers(
         history, lambda line: line.evaluation.activity_per_layer if line.evaluation else {}, 100
     )
-    activity.append(Line("whole network", points_of(history, activity_of), WHOLE))
+    activity.append(figures.Line("whole network", points_of(history, activity_of), WHOLE))
     thresholds = _lines_of_layers(history, effective_thresholds)
-    total = Line("total", points_of(history, lambda line: line.loss), WHOLE)
-    rate = Line("learning rate", points_of(history, lambda line: line.lr), style_of(0), named=False)
+    total = figures.Line("total", points_of(history, lambda line: line.loss), WHOLE)
+    rate = figures.Line("learning rate", points_of(history, lambda line: line.lr), figures.style_of(0), named=False)
     speed = points_of(history, lambda line: line.images_per_second)
     panels = [
-        draw_panel("Training loss", [total, *_styled(terms)], "mean over the epoch", may_be_logarithmic=True),
-        draw_panel(title, _styled(scores), "on the evaluation images"),
-        draw_panel("Spike activity", activity, "neurons that fire, %"),
-        draw_panel("Effective threshold", thresholds, "|v_th| \N{MULTIPLICATION SIGN} E"),
-        draw_panel("Learning rate", [rate], "at the beginning of the epoch"),
-        draw_panel("Training speed", [Line("speed", speed, style_of(0), named=False)], "images per second"),
+        figures.draw_panel("Training loss", [total, *_styled(terms)], "mean over the epoch", may_be_logarithmic=True),
+        figures.draw_panel(title, _styled(scores), "on the evaluation images"),
+        figures.draw_panel("Spike activity", activity, "neurons that fire, %"),
+        figures.draw_panel("Effective threshold", thresholds, "|v_th| \N{MULTIPLICATION SIGN} E"),
+        figures.draw_panel("Learning rate", [rate], "at the beginning of the epoch"),
+        figures.draw_panel(
+            "Training speed", [figures.Line("speed", speed, figures.style_of(0), named=False)], "images per second"
+        ),
     ]
     return [panel for panel in panels if panel is not None]
 
@@ -128,7 +114,7 @@ def draw_dynamics(history: Sequence[EpochLog]) -> list[Figure]:
     for name in sorted(logged, key=[*QUANTITIES, *logged].index):
         lines = _lines_of_layers(history, lambda line, name=name: line.layers.get(name, {}))
         title, unit = QUANTITIES.get(name, (name, name))
-        panels.append(draw_panel(title, lines, unit))
+        panels.append(figures.draw_panel(title, lines, unit))
     return [panel for panel in panels if panel is not None]
 
 
@@ -148,26 +134,31 @@ def draw_potentials(history: Sequence[EpochLog]) -> list[Figure]:
 
 def _draw_histogram(name: str, found: Sequence[tuple[int, Sequence[float]]]) -> Figure:
     found = found if len(found) == 1 else [found[0], found[-1]]
-    figure = Figure(figsize=(2.4, 1.75), dpi=DPI)
+    figure = Figure(figsize=(2.4, 1.75), dpi=figures.DPI)
     axes = figure.add_axes((0.05, 0.38, 0.9, 0.46))
-    styles: list[dict[str, Any]] = [{"fill": True, "color": LIGHT}, {"color": COLOURS[0], "linewidth": 1.4}]
-    text = {"fontsize": TEXT_SIZE + 2, "va": "top"}
-    set_title(figure.text(0.05, 0.96, shorten(name, 23), color=INK, **text), name)
+    styles: list[dict[str, Any]] = [
+        {"fill": True, "color": figures.LIGHT},
+        {"color": figures.COLOURS[0], "linewidth": 1.4},
+    ]
+    text = {"fontsize": figures.TEXT_SIZE + 2, "va": "top"}
+    figures.set_title(figure.text(0.05, 0.96, figures.shorten(name, 23), color=figures.INK, **text), name)
     notes = []
     for row, (epoch, shares) in enumerate(found):
         line = axes.stairs(100 * np.array(shares), np.linspace(-1, 3, len(shares) + 1), **styles[row - len(found)])
         notes.append(f"epoch {epoch}: {100 * sum(shares[len(shares) // 2 :]):.1f} % fire")
-        set_title(line, notes[-1])
-        figure.text(0.05, 0.24 - 0.11 * row, notes[-1], color=(GREY, COLOURS[0])[row - len(found)], **text)
-    axes.axvline(1, color=COLOURS[1], linewidth=1.3, linestyle=(0, (3, 1.5)))
+        figures.set_title(line, notes[-1])
+        figure.text(
+            0.05, 0.24 - 0.11 * row, notes[-1], color=(figures.GREY, figures.COLOURS[0])[row - len(found)], **text
+        )
+    axes.axvline(1, color=figures.COLOURS[1], linewidth=1.3, linestyle=(0, (3, 1.5)))
     axes.set(xlim=(-1, 3), xticks=[0, 1, 2], yticks=[])
-    clean(axes, TEXT_SIZE + 2)
+    figures.clean(axes, figures.TEXT_SIZE + 2)
     figure.set_label(f"Membrane potentials of {name}, around the threshold; {', '.join(notes)}")
     return figure
 
 
 def draw_overlay(
-    title: str, label: str, runs: Mapping[str, Points], analogue: Collection[str] = (), **options: bool
+    title: str, label: str, runs: Mapping[str, figures.Points], analogue: Collection[str] = (), **options: bool
 ) -> Figure | None:
     """Return a quantity of several runs over the epochs, in cold colours for spiking networks and warm ones for others.
 
@@ -178,21 +169,27 @@ def draw_overlay(
         analogue: names of the analogue runs.
         options: of `draw_panel`.
     """
-    lines: list[Line] = []
+    lines: list[figures.Line] = []
     for name, points in runs.items():
         colours = ANALOGUE if name in analogue else SPIKING
         laps, index = divmod(sum(line.style["color"] in colours for line in lines), len(colours))
-        lines.append(Line(name, points, {"color": colours[index], "linestyle": DASHES[(index + laps) % len(DASHES)]}))
-    return draw_panel(title, lines, label, **options)
+        lines.append(
+            figures.Line(
+                name,
+                points,
+                {"color": colours[index], "linestyle": figures.DASHES[(index + laps) % len(figures.DASHES)]},
+            )
+        )
+    return figures.draw_panel(title, lines, label, **options)
 
 
-def _styled(curves: Sequence[tuple[str, Points]]) -> list[Line]:
-    return [Line(name, points, style_of(index)) for index, (name, points) in enumerate(curves)]
+def _styled(curves: Sequence[tuple[str, figures.Points]]) -> list[figures.Line]:
+    return [figures.Line(name, points, figures.style_of(index)) for index, (name, points) in enumerate(curves)]
 
 
 def _lines_of_layers(
     history: Sequence[EpochLog], values: Callable[[EpochLog], Values], scale: float = 1.0
-) -> list[Line]:
+) -> list[figures.Line]:
     """Return a line per layer, in the order of the network and coloured by depth; the legend has the first and last."""
     found: dict[str, list[tuple[float, float]]] = {}
     for line in history:
@@ -200,7 +197,9 @@ def _lines_of_layers(
             found.setdefault(layer, []).append((line.epoch, scale * value))
     last = len(found) - 1
     return [
-        Line(name, found[layer], {"color": DEPTH(index / max(1, last)), "linewidth": 1.1}, named=index in (0, last))
+        figures.Line(
+            name, found[layer], {"color": DEPTH(index / max(1, last)), "linewidth": 1.1}, named=index in (0, last)
+        )
         for index, (layer, name) in enumerate(short_names(list(found)).items())
     ]
 
@@ -216,7 +215,7 @@ def draw_anytime(scores: Mapping[str, Sequence[float]]) -> list[Figure]:
     """
     known = {name: [point for point in enumerate(values, start=1) if point[1] != -1] for name, values in scores.items()}
     lines = _styled([(name, points) for name, points in known.items() if len(scores[name]) > 1 and points])
-    panel = draw_panel("Stopped early", lines, "on the evaluation images", "time steps")
+    panel = figures.draw_panel("Stopped early", lines, "on the evaluation images", "time steps")
     return [] if panel is None else [panel]
 
 
@@ -234,14 +233,14 @@ def draw_precision_recall(curves: Mapping[str, PrecisionRecall]) -> Figure:
     if not values:
         raise ValueError(f"curves: nothing to draw, none of {len(curves)} classes has boxes")
     order = sorted(values, key=lambda name: -values[name])
-    lines = {name: Line(f"{name} {values[name]:.3f}", outline(curves[name]), {}) for name in order}
-    coloured = order if len(order) <= len(COLOURS) else order[:4] + order[-4:]
+    lines = {name: figures.Line(f"{name} {values[name]:.3f}", outline(curves[name]), {}) for name in order}
+    coloured = order if len(order) <= len(figures.COLOURS) else order[:4] + order[-4:]
     grey = {"color": "#8b95a1", "linewidth": 0.8}
     others = [lines[name]._replace(style=grey, named=False) for name in order if name not in coloured]
     legend = [others[0]._replace(name=f"{len(others)} more", named=True)] if others else []
-    drawn = [lines[name]._replace(style=style_of(index)) for index, name in enumerate(coloured)]
+    drawn = [lines[name]._replace(style=figures.style_of(index)) for index, name in enumerate(coloured)]
     title = f"Precision over recall, mean {sum(values.values()) / len(values):.3f}"
-    figure = draw_panel(title, legend + others + drawn, "precision, highest at this recall or above", "recall")
+    figure = figures.draw_panel(title, legend + others + drawn, "precision, highest at this recall or above", "recall")
     figure.axes[0].set(xlim=(0, 1), ylim=(0, 1.02))
     return figure
 
@@ -270,7 +269,7 @@ def draw_comparison(values: Mapping[str, Sequence[float]], label: str) -> Figure
     axes.barh(range(len(values)), list(means.values()), color="0.8", height=0.6, tick_label=list(values))
     place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
     for position, (name, found) in enumerate(values.items()):
-        axes.plot(found, [position] * len(found), "o", color=COLOURS[0], markersize=5)
+        axes.plot(found, [position] * len(found), "o", color=figures.COLOURS[0], markersize=5)
         axes.annotate(f"{means[name]:.4f}", (max(found), position), fontsize=9, **place)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max(max(found) for found in values.values()) or 1)
@@ -280,7 +279,7 @@ def draw_comparison(values: Mapping[str, Sequence[float]], label: str) -> Figure
     return figure
 
 
-def draw_trade_off(values: Mapping[str, Points], title: str, label: str, x_label: str) -> list[Figure]:
+def draw_trade_off(values: Mapping[str, figures.Points], title: str, label: str, x_label: str) -> list[Figure]:
     """Return a metric over a cost on a logarithmic axis: a mark per run, of one kind per variant; none without points.
 
     Args:
@@ -290,15 +289,15 @@ def draw_trade_off(values: Mapping[str, Points], title: str, label: str, x_label
         x_label: unit of the cost.
     """
     lines = [
-        Line(
+        figures.Line(
             name,
             points,
-            style_of(index) | {"marker": MARKS[(index + index // 8) % 8], "markersize": 6, "linestyle": "none"},
+            figures.style_of(index) | {"marker": MARKS[(index + index // 8) % 8], "markersize": 6, "linestyle": "none"},
         )
         for index, (name, points) in enumerate(values.items())
         if points
     ]
-    figure = draw_panel(title, lines, label, f"{x_label}, logarithmic")
+    figure = figures.draw_panel(title, lines, label, f"{x_label}, logarithmic")
     if figure is None:
         return []
     axes, (x, y) = figure.axes[0], np.array([point for line in lines for point in line.points]).T
@@ -306,7 +305,7 @@ def draw_trade_off(values: Mapping[str, Points], title: str, label: str, x_label
     axes.set_xlim(x.min() / 1.6, x.max() * 1.6)  # room for whole marks, and for a number on the axis at least
     subs = (1, 1.5, 2, 3, 5, 7) if x.max() < 4 * x.min() else (1, 2, 5) if x.max() < 100 * x.min() else (1,)
     axes.xaxis.set(major_locator=LogLocator(subs=subs, numticks=8), minor_locator=NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: short_number(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: figures.short_number(value)))
     margin = 0.12 * (y.max() - y.min()) or 0.05
     axes.set_ylim(y.min() - margin, y.max() + margin)
     words = (
@@ -335,13 +334,13 @@ def draw_robustness(
         raise ValueError(f"curves: nothing to draw in {len(curves)} kinds of noise; expected at least one with a run")
     names = list(dict.fromkeys(name for runs in curves.values() for name in runs))
     # A run has one colour and one mark in all panels, and is told from the others without colour too.
-    styles = {name: style_of(index) | {"marker": MARKS[index % len(MARKS)]} for index, name in enumerate(names)}
+    styles = {name: figures.style_of(index) | {"marker": MARKS[index % len(MARKS)]} for index, name in enumerate(names)}
     highest = max(max(found) for runs in curves.values() for values in runs.values() for found in values.values())
     panels = []
     for kind, runs in curves.items():
         means = {name: [(at, float(np.mean(found))) for at, found in sorted(runs[name].items())] for name in runs}
-        lines = [Line(name, points, styles[name] | {"markersize": 4}) for name, points in means.items()]
-        figure = draw_panel(kind.replace("_", " "), lines, label, units[kind])
+        lines = [figures.Line(name, points, styles[name] | {"markersize": 4}) for name, points in means.items()]
+        figure = figures.draw_panel(kind.replace("_", " "), lines, label, units[kind])
         axes = figure.axes[0]
         axes.set_ylim(0, 1.06 * highest or 1)  # of all panels, so that heights compare
         axes.set_xlim(-0.03 * axes.dataLim.x1, 1.03 * axes.dataLim.x1 or 1)  # room for whole marks

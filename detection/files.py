@@ -90,22 +90,18 @@ def remove_parts(folder: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file in UTF-8 or UTF-16, with or without a byte order mark, or else in Latin-1."""
-    content = path.read_bytes()
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
+    """Return the text of a file in UTF-8 or UTF-16, with or without a byte order mark, or else in Latin-1.
 
-
-def require_text(path: Path) -> str:
-    """Return what `read_text` does; ValueError that names the file for one that is no text."""
+    Raises:
+        ValueError: it ends within a character of UTF-16.
+    """
+    content, wide = path.read_bytes(), (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
-        return read_text(path)
+        return content.decode("utf-16" if content.startswith(wide) else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file: {error}") from None
+        if content.startswith(wide):
+            raise ValueError(f"{path}: not a text file: {error}") from None
+        return content.decode("latin-1")
 
 
 def require_size(path: Path, limit: int) -> None:

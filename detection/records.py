@@ -54,6 +54,11 @@ class Evaluation(Record):
     activity_per_layer: Values = {}
     potentials: dict[str, list[float]] = {}
 
+    @property
+    def numbers(self) -> Values:
+        """The metrics, and "activity" where there are spike layers."""
+        return self.metrics | ({} if self.activity is None else {"activity": self.activity})
+
     def after_steps(self, metric: str) -> list[float]:
         """Return a metric of the network stopped after 1, 2, ... time steps, as far as known; the last is its own."""
         early = self.tables.get("anytime", {})
@@ -134,10 +139,7 @@ class EpochLog(Record):
     @property
     def metrics(self) -> Values:
         """The numbers of the evaluation, "activity" among them; none where the epoch was not evaluated."""
-        if self.evaluation is None:
-            return {}
-        found = self.evaluation
-        return found.metrics | ({} if found.activity is None else {"activity": found.activity})
+        return {} if self.evaluation is None else self.evaluation.numbers
 
     @property
     def total_seconds(self) -> float | None:

@@ -19,17 +19,8 @@ from torch import Tensor, nn
 
 from backbones import read_tensors, tensors_to_bytes, zoo
 from backbones.weights import require_finite
+from detection import files
 from detection.config import Recipe, read_recipe, save_config
-from detection.files import (
-    is_empty,
-    lock_folder,
-    remove_parts,
-    require_no_writer,
-    require_path,
-    require_size,
-    unlock_folder,
-    write_whole,
-)
 from detection.records import EpochLog, Extension, Machine, RunInfo, Weights
 from detection.text import plural, say
 
@@ -67,9 +58,9 @@ class Run:
             FileExistsError: there is something already.
         """
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or not is_empty(folder)):
+        if folder.exists() and (not folder.is_dir() or not files.is_empty(folder)):
             if folder.is_dir():
-                require_no_writer(folder)
+                files.require_no_writer(folder)
             go_on = f", or go on with hoyer-det train --resume {folder}" if (folder / "config.yaml").is_file() else ""
             raise FileExistsError(f"{folder} exists already; name another folder, or remove it first{go_on}")
         return folder
@@ -109,13 +100,13 @@ class Run:
         Raises:
             BlockingIOError: another training is writing into it; says which.
         """
-        if not lock_folder(self.folder):
+        if not files.lock_folder(self.folder):
             say(f"warning: {self.folder}: no locks on this file system; let no other training write there", error=True)
-        remove_parts(self.folder)
+        files.remove_parts(self.folder)
 
     def unlock(self) -> None:
         """Let others write, if this process is the one writer."""
-        unlock_folder(self.folder)
+        files.unlock_folder(self.folder)
 
     @classmethod
     def open(cls, folder: str | Path, data_root: str | Path | None = None) -> Run:
@@ -129,14 +120,14 @@ class Run:
             FileNotFoundError: `folder` is no run folder.
             ValueError: its config.yaml does not fit this version, or there is no such entry of the zoo.
         """
-        require_path("run", folder, "a run folder or zoo:NAME")
+        files.require_path("run", folder, "a run folder or zoo:NAME")
         folder = zoo.locate(folder)
         if not (folder / "config.yaml").is_file():
             more = "it is a file" if folder.is_file() else "it has no config.yaml"
             raise FileNotFoundError(f"{folder} is not a run folder: {more}")
         run = cls(folder, read_recipe(folder / "config.yaml"))
         if data_root is not None:
-            require_path("data_root", data_root)
+            files.require_path("data_root", data_root)
             run.config.data.root = Path(data_root)
         return run
 
@@ -174,20 +165,20 @@ class Run:
 
     def write_info(self, info: RunInfo) -> None:
         """Replace run.json."""
-        write_whole(self.folder / "run.json", (json.dumps(info.to_json(), indent=2) + "\n").encode())
+        files.write_whole(self.folder / "run.json", (json.dumps(info.to_json(), indent=2) + "\n").encode())
 
     def log(self, line: EpochLog) -> None:
         """Append one line to metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
         whole = path.read_bytes() if path.is_file() else b""
-        write_whole(path, whole + (json.dumps(line.to_json()) + "\n").encode())
+        files.write_whole(path, whole + (json.dumps(line.to_json()) + "\n").encode())
 
     def forget_after(self, num_epochs: int) -> None:
         """Take the lines of later epochs out of metrics.jsonl: they were logged after the last saved state."""
         path = self.folder / "metrics.jsonl"
         if path.is_file():
             lines = path.read_bytes().splitlines(keepends=True)
-            write_whole(path, b"".join(lines[:num_epochs]))
+            files.write_whole(path, b"".join(lines[:num_epochs]))
 
     @property
     def finished(self) -> bool:
@@ -222,7 +213,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not self.has_log:
             raise FileNotFoundError(f"{path}: no such log; the run has not finished its first epoch")
-        require_size(path, MAX_LOG)
+        files.require_size(path, MAX_LOG)
         lines = path.read_bytes().splitlines()
         places = [f"{path}, line {number}" for number in range(1, len(lines) + 1)]
         return [EpochLog.parse(_parse(line, place), place) for line, place in zip(lines, places, strict=True)]
@@ -252,7 +243,7 @@ class Run:
 
     def save(self, model: nn.Module, which: Weights) -> None:
         """Write the weights and buffers of `model`; the file is replaced in one step or not at all."""
-        write_whole(self.folder / f"{which}.safetensors", tensors_to_bytes(model.state_dict()))
+        files.write_whole(self.folder / f"{which}.safetensors", tensors_to_bytes(model.state_dict()))
 
     def read(self, which: Weights = "last") -> dict[str, Tensor]:
         """Return saved weights by their names.
@@ -318,7 +309,7 @@ def read_info(path: Path) -> RunInfo:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a run folder has one from its beginning")
-    require_size(path, MAX_INFO)
+    files.require_size(path, MAX_INFO)
     return RunInfo.parse(_parse(path.read_bytes(), str(path)), str(path))
 
 

@@ -44,6 +44,28 @@ class Recorder(detection.Callback):
             raise KeyError("too late")
 
 
+class Evaluator(detection.Callback):
+    """Evaluates a run after each epoch."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.metrics = run, []
+
+    def on_epoch_end(self, run: Run, line) -> None:
+        self.metrics.append(detection.evaluate(self.run).metrics["top1"])
+
+
+@pytest.mark.parametrize("train", [{"precision": "fp16"}, {"precision": "bf16", "deterministic": True}])
+def test_a_callback_may_evaluate_another_run(whole, tmp_path, train):
+    values = recipe(whole, **train).model_dump(mode="json")
+    values["model"] |= {"dropout": 0.0}  # whose random numbers an evaluation may draw
+    values["optimizer"] |= {"clip_norm": 0.01}  # below what it is: in fp16 the scale would be clipped, too
+    detection.train(values, tmp_path / "alone")
+    evaluator = Evaluator(whole / "run")
+    detection.train(values, tmp_path / "beside", callbacks=evaluator)
+    assert len(evaluator.metrics) == 2
+    expect_equal(tmp_path / "beside", tmp_path / "alone")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A training without callbacks."""

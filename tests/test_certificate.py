@@ -130,7 +130,8 @@ def test_layers_that_never_ran_or_are_not_measured_are_named():
             self.line, self.volume, self.table = nn.Conv1d(2, 2, 1), nn.Conv3d(2, 2, 1), nn.Embedding(3, 2)
 
         def forward(self, x):
-            return self.norm(self.up(self.spike(self.stem(x))))
+            lines = self.line(x.expand(-1, 2, -1, -1).flatten(2))
+            return self.norm(self.up(self.spike(self.stem(x)))) + lines.mean()
 
     measured = measure_activity(Odd(), [torch.rand(1, 1, 4, 4)])
     assert measured.unhandled == {
@@ -155,6 +156,10 @@ def test_layers_that_never_ran_or_are_not_measured_are_named():
         (lambda y, weight: y.flatten(2) @ y.flatten(2).transpose(1, 2), "matmul"),
         (lambda y, weight: nn.functional.conv2d(y, weight), "conv2d"),
         (lambda y, weight: torch.einsum("nchw,oc->nohw", y, weight[:, :, 0, 0]), "einsum"),
+        (lambda y, weight: nn.functional.conv_transpose2d(y, weight), "conv_transpose2d"),
+        (lambda y, weight: torch.tensordot(y, weight[:, :, 0, 0], dims=([1], [0])), "tensordot"),
+        (lambda y, weight: torch.inner(y.permute(0, 2, 3, 1), weight[:, :, 0, 0]), "inner"),
+        (lambda y, weight: nn.functional.bilinear(y[0, :, 0], y[0, :, 1], torch.randn(2, 4, 4)), "bilinear"),
     ],
 )
 def test_products_outside_of_the_layers_are_named(multiply, name):

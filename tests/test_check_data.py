@@ -14,10 +14,12 @@ from helpers import ROOT, run_tool
 from PIL import Image
 
 from detection.cli import main
-from detection.config import load_config, read_recipe
+from detection.config import load_config, parse_recipe, read_recipe
 from detection.data import build_datasets
 from detection.data.image_files import examine_image
+from detection.data.records import Annotations, Record
 from detection.data.report import report, shared_images
+from detection.tasks.checks import resized, small_objects
 
 BCCD = ROOT / "configs" / "bccd_retinanet_resnet18.yaml"
 
@@ -34,6 +36,22 @@ def check(monkeypatch, capsys, *arguments) -> tuple[int, list[str]]:
 
 def lines_with(lines: list[str], *parts: str) -> list[str]:
     return [line for line in lines if all(part in line for part in parts)]
+
+
+def test_objects_are_measured_as_the_detector_sees_them():
+    """A detector keeps the ratio of sides of an image of 640x160 pixels, an SSD makes a square of it."""
+    box = np.array([[10, 10, 24, 24]], dtype=np.float32)
+    record = Record(Path("wide.jpg"), 1, 640, 160, box, np.array([1]), np.array([False]), np.array([196.0]))
+    annotations = Annotations((record,), ("thing",), (1,))
+    np.testing.assert_allclose(resized(annotations, 320, 320).boxes, [[5, 5, 12, 12]])
+    square = resized(annotations, 320, 320, square=True)
+    np.testing.assert_allclose(square.boxes, [[5, 20, 12, 48]])
+    assert square.images.tolist() == [[320, 320]]
+    backbone = {"name": "resnet18", "width": 0.125}
+    for detector, number in (("ssd", 0), ("retinanet", 1)):
+        model = {"detector": detector, "backbone": backbone, "min_size": [320], "max_size": 320}
+        config = parse_recipe({"model": model, "data": {"format": "voc", "root": "x", "classes": ["thing"]}}, "recipe")
+        assert len(small_objects(config, annotations)) == number
 
 
 # --- real data ------------------------------------------------------------------------------------------------------

@@ -526,18 +526,13 @@ def test_summary_of_a_run_has_its_classes(capsys):
 # Scripts
 
 
-def test_scripts_are_short_and_run_one_verb(monkeypatch, capsys):
+def test_scripts_run_one_verb(monkeypatch, capsys):
     scripts = sorted((ROOT / "tools").glob("*.py"))
     names = "ablate analyze check_data evaluate export predict report robustness train_cls train_det zoo"
     assert [path.stem for path in scripts] == names.split()
-    for path in scripts:
-        text = path.read_text()
-        assert len(text.splitlines()) <= 10
-        (verb,) = re.findall(r"from detection\.cli\.(\w+) import main", text)
-        assert verb.replace("_", "-") in VERBS and f"`hoyer-det {verb.replace('_', '-')}`" in text
     with pytest.raises(SystemExit) as stop:
         run_tool(monkeypatch, "train_cls", "--help")
-    assert not stop.value.code and capsys.readouterr().out.startswith("usage: train_cls.py RECIPE")
+    assert not stop.value.code and capsys.readouterr().out.startswith("usage: hoyer-det train RECIPE")
 
 
 def test_python_dash_m_detection_is_the_command(tmp_path):

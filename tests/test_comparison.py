@@ -172,6 +172,10 @@ def test_images_lie_in_equal_distances(compared, monkeypatch):
     assert chosen == [[0, 1, 3, 4], [0, 1, 2, 3, 4, 5]]  # of 6
 
 
+def test_cells_of_a_table_keep_their_bars():
+    assert comparison.markdown(["a", "b"], [["x|y", "1"]]) == "| a | b |\n|---|---|\n| x\\|y | 1 |"
+
+
 def test_wrong_arguments_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"--variants steps3: unknown \(allowed: hoyer, .*steps2, steps4, binary, adder"
@@ -181,7 +185,7 @@ def test_wrong_arguments_are_refused(tmp_path):
         compare.main(arguments_of(tmp_path / "x", "hoyer", images=0))
     with pytest.raises(ValueError, match=r"--seeds -1: expected 0 or more"):
         compare.main([*arguments_of(tmp_path / "x", "hoyer"), "--seeds", "0", "-1"])
-    for seeded in (["--train.seed=7"], ["--variants", "x=--train.seed 7"]):
+    for seeded in (["--train.seed=7"], ["--variants", "x=--train.seed 7"], ["--variants", "x=train.seed=7"]):
         with pytest.raises(ValueError, match=r"--variants \w+: --train\.seed: the seeds of all variants are those of"):
             compare.main([*arguments_of(tmp_path / "x", "hoyer"), *seeded])
     trained = ["--model.backbone.weights", "zoo:bccd_retinanet_resnet18"]

@@ -322,12 +322,13 @@ def test_what_the_kernels_do_not_take_is_refused():
         {"spikes": [Comparison(level[:2])]},
         {"spikes": [Comparison(level.float())]},
         {"spikes": [Comparison(level)], "scale": ones, "bias": ones},  # of sums that are real values then
+        {"spikes": [Comparison(level, torch.ones(2, dtype=torch.bool))]},
         {"scale": ones[:2], "bias": ones},
         {"scale": ones, "bias": ones.double()},
     ):
-        with pytest.raises(ValueError, match="levels, scale or bias of other numbers than 4 outputs have"):
+        with pytest.raises(ValueError, match="levels, scale or bias of other numbers than 4 channels have"):
             EventLayer(weight, Window((1, 1)), **options)
-    with pytest.raises(ValueError, match="of other numbers than 4 outputs have"):
+    with pytest.raises(ValueError, match="of other numbers than 4 channels have"):
         EventLayer(weight.int(), Window((1, 1)))
     real = EventLayer(weight, Window((1, 1)), scale=ones, bias=ones, keeps_real=True)
     with pytest.raises(ValueError, match=r"a residual of .* for a map of 1x1, torch\.float64 for float32"):
@@ -433,6 +434,26 @@ def test_a_stem_takes_its_own_images_alone():
             stem(torch.rand(1, 3, 2, 8))
 
 
+def test_a_stem_whose_values_the_kernels_would_not_read_is_refused():
+    ones, weight = torch.ones(4), torch.ones(4, 3, 3, 3, dtype=torch.int16)
+    fine = {"weight": weight, "window": Window((3, 3)), "step": 0.5, "output": Affine(ones, ones)}
+    EventStem(**fine, spikes=[Comparison(ones)], more=Affine(ones, ones), normalise={"std": ones[:3]})
+    for channels, wrong in (
+        (4, {"weight": weight.int()}),
+        (4, {"output": Affine(ones, ones[:2])}),
+        (4, {"more": Affine(ones.double(), ones)}),
+        (4, {"spikes": [Comparison(ones[:2])]}),
+        (4, {"spikes": [Comparison(ones.int())]}),
+        (4, {"spikes": [Comparison(ones, torch.ones(2, dtype=torch.bool))]}),
+        (3, {"normalise": {"mean": ones}}),
+        (3, {"normalise": {"std": ones[:3].double()}}),
+    ):
+        with pytest.raises(ValueError, match=f"of other numbers than {channels} channels have"):
+            EventStem(**fine | wrong)
+    with pytest.raises(ValueError, match=r"9 maps of spikes of one layer \(allowed: up to 8\)"):
+        EventStem(**fine, spikes=[Comparison(ones)] * 9)
+
+
 # --- comparisons and pools --------------------------------------------------------------------------------------------
 
 
@@ -472,6 +493,8 @@ def test_pools_of_bits_are_those_of_torch(data):
     for name in KERNELS:
         with using(name):
             assert equal(max_pool(x, window, ceil=ceil, inverted=mask), expected)
+            with pytest.raises(ValueError, match=r"words a pixel, of which .* are to be inverted"):
+                max_pool(x, window, ceil=ceil, inverted=torch.zeros(99, dtype=torch.int64))
 
 
 # --- bits -------------------------------------------------------------------------------------------------------------

@@ -15,13 +15,13 @@ from test_resume import stop_after
 from torch import nn
 
 from backbones import create, spike_layers, tensors_to_bytes
-from detection.config import read_recipe, schema
+from detection.config import read_recipe, schema, set_values
 from detection.records import Evaluation, RunInfo
 from detection.runs import Run
 from detection.tasks import task_of
 from detection.tasks.classification import ClassificationTask
 from detection.tasks.recipes import ClassificationRecipe, DetectionRecipe
-from detection.tasks.run import load_model
+from detection.tasks.run import load_model, train_run
 from detection.tasks.start import describe, start_from
 from detection.training.optim import build_optimizer
 from detection.training.parts import factors_of, find_parts, freeze
@@ -45,6 +45,17 @@ def classifier(classes=("c", "x", "a"), **model) -> ClassificationRecipe:
 
 def new(config) -> nn.Module:
     return task_of(config).build_model().eval()
+
+
+def test_more_epochs_are_for_a_run_that_goes_on(tmp_path):
+    """Of a new one they say nothing: it begins with the weights that its recipe names."""
+    config = classifier(weights=str(tmp_path / "source"))
+    save(tmp_path / "source", classifier())
+    data = {"size": 32, "num_train": 8, "num_val": 4, "root": str(tmp_path / "data"), "workers": 0}
+    config = set_values(config, {f"data.{key}": value for key, value in data.items()} | {"train.epochs": 1})
+    line = train_run(config, tmp_path / "run", "by hand", extend=2)
+    assert line.epoch == 1
+    assert Run.open(tmp_path / "run").info().start is not None
 
 
 def save(folder: Path, config) -> nn.Module:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import HoyerSpike, extremum, hoyer_penalties, hoyer_penalty, moments, regulariser, spike
+from backbones.multistep import MultiStepSpike
 
 # sum c = 1.75, sum c^2 = 0.25 + 1 + 0.0625 = 1.3125, E = 1.3125 / 1.75 = 3/4, H = 1.75^2 / 1.3125 = 7/3
 C = [0.5, 1.0, 0.0, 0.25]
@@ -554,3 +555,13 @@ def test_an_empty_batch_has_no_penalty(reduction):
     layer = HoyerSpike(4).train()
     layer(torch.randn(0, 4, 3, 3, requires_grad=True))
     assert hoyer_penalty(layer, reduction) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # kernel and torch
+@pytest.mark.parametrize("options", [{}, {"per_channel": True}, {"time_steps": 2}])
+def test_an_empty_batch_leaves_the_running_extremum(options, dtype):
+    layer = (MultiStepSpike if "time_steps" in options else HoyerSpike)(4, **options).to(dtype).train()
+    layer(torch.randn(8, 4, 3, 3, dtype=dtype))
+    before, count = layer.extremum.clone(), layer.num_batches_tracked.item()
+    assert layer(torch.randn(0, 4, 3, 3, dtype=dtype, requires_grad=True)).shape == (0, 4, 3, 3)
+    assert torch.equal(layer.extremum, before) and layer.num_batches_tracked == count == 1

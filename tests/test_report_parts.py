@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from report_pages import C1, CIFAR, SECTIONS, Page
 
+from backbones import HOROWITZ_45NM
 from detection.curves import short_names
 from detection.data import Record
 from detection.evaluation import PrecisionRecall
@@ -17,7 +20,7 @@ from detection.evaluation.matching import match
 from detection.records import Evaluation
 from detection.report import views, words
 from detection.report.page import render
-from detection.report.source import read_source
+from detection.report.source import read_analysis, read_source
 from detection.runs import Run
 from detection.sections import Charts, Examination, Section, Table, Words, score
 from detection.tasks.base import Task
@@ -48,6 +51,22 @@ def test_names_of_runs_are_as_long_as_it_takes():
         "net.b.0": "b.0",
     }
     assert short_names(["net.a.0"]) == {"net.a.0": "0"}
+
+
+def test_settings_are_shown_with_all_their_digits():
+    assert [words.show_value(each) for each in (1e-3, 0.0010000004, 0.1, 3.0, (1e-5, 2.0))] == [
+        "0.001", "0.0010000004", "0.1", "3", "1e-05, 2",
+    ]  # fmt: skip
+
+
+def test_an_analysis_of_other_prices_is_not_the_page_s(tmp_path):
+    prices = asdict(HOROWITZ_45NM)
+    stored = {"networks": {}, "ratios": {}, "layers": [], "certificate": {}, "num_images": 1, "weights": "last"}
+    run = SimpleNamespace(products=tmp_path, folder=tmp_path)
+    (tmp_path / "analysis").mkdir()
+    for costs, found in ((prices, True), (prices | {"mac_pj": 1.0}, False)):
+        (tmp_path / "analysis" / "analysis.json").write_text(json.dumps(stored | {"costs": costs}))
+        assert (read_analysis(run, "last") is not None) is found
 
 
 # Matching and drawing

@@ -13,6 +13,7 @@ from helpers import log_lines, run_tool
 from test_resume import CLASSIFICATION, DETECTION, write_recipe
 from torch import nn
 
+import detection
 from backbones import HoyerSpike, tensors_to_bytes
 from backbones.arithmetic import BinaryConv2d
 from detection.records import Evaluation, RunInfo
@@ -166,6 +167,32 @@ def test_accumulated_batches_have_the_hoyer_term_of_one_batch(tmp_path):
                     assert other[epoch][key] == pytest.approx(lines[0][epoch][key], rel=1e-5)
                 assert other[epoch]["v_th"] == pytest.approx(lines[0][epoch]["v_th"], rel=1e-5)
                 assert other[epoch]["hoyer_per_layer"] == pytest.approx(lines[0][epoch]["hoyer_per_layer"], rel=1e-5)
+
+
+class Refusal(detection.Callback):
+    """Makes passes of a training fail as a BatchNorm does that has a single value per channel."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.numbers, self.passes = numbers, 0
+
+    def on_train_begin(self, run: Run, network: torch.nn.Module) -> None:
+        network.register_forward_pre_hook(self.count)
+
+    def count(self, network: torch.nn.Module, inputs) -> None:
+        self.passes += network.training
+        if network.training and self.passes in self.numbers:
+            raise ValueError("Expected more than 1 value per channel when training, got an odd size")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "network"])
+def test_the_layers_of_a_step_add_up_where_a_batch_was_left_out(tmp_path, reduction):
+    values = {key: CLASSIFICATION[key] for key in ("task", "model", "optimizer")}
+    values["data"] = {"format": "synthetic", "size": 32, "num_train": 16, "num_val": 4, "root": str(tmp_path / "data")}
+    values |= {"hoyer": {"weight": 0.01, "reduction": reduction}}
+    values |= {"train": {"epochs": 1, "batch_size": 4, "accumulate": 2, "precision": "no"}}
+    detection.train(values, tmp_path / "run", callbacks=Refusal(4))
+    (line,) = log_lines(tmp_path / "run")
+    assert line["loss/hoyer"] == pytest.approx(0.01 * sum(line["hoyer_per_layer"].values()), rel=1e-5)
 
 
 def test_precisions_agree(monkeypatch, tmp_path):

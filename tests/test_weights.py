@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 
 import pytest
@@ -107,6 +108,21 @@ def test_weights_of_another_stem_width_extremum_or_activation_do_not_fit():
     ):
         with pytest.raises(ValueError, match=rf"{key}'"):
             create("resnet18", **({"stem": "cifar", "width": WIDTH} | options), weights=spiking)
+
+
+@pytest.mark.parametrize(
+    ("trained", "open_key"),
+    [({"activation": "graded", "levels": 8}, "levels"), ({"time_steps": 4, "reset": "zero"}, "reset")],
+)
+def test_what_no_shape_tells_has_to_be_said(tmp_path, trained, open_key):
+    options = {"name": "vgg9", "width": 0.0625, "stem": "cifar"} | trained
+    expected = create(**options).state_dict()
+    save_file(expected, tmp_path / "last.safetensors")
+    (tmp_path / "run.json").write_text(json.dumps({"backbone": options}))
+    assert_equal_state(create(**options, weights=tmp_path).state_dict(), expected)
+    left = {key: value for key, value in options.items() if key != open_key}
+    with pytest.raises(ValueError, match=f"trained with {open_key} {trained[open_key]!r}, wanted is "):
+        create(**left, weights=tmp_path)
 
 
 def test_weights_file_that_is_not_there(tmp_path):

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """`hoyer-det analyze`."""
 
-from detection.cli.analyze import main
-from detection.cli.common import run_verb
+import detection.cli
 
 if __name__ == "__main__":
-    run_verb(main)
+    detection.cli.main(verb="analyze")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ def certify(measured: Measurement, analogue: Mapping[str, str] | None = None, *,
     analogue = dict(analogue or {})
     names = [*measured.layers, *measured.unhandled]
     for part in analogue:
-        if not any(_is_in(name, part) for name in names):
+        if not any(is_within(name, [part]) for name in names):
             raise ValueError(f"analogue part {part!r}: no convolution or linear layer has a name in it")
     exceptions, violations, stem = [], [], measured.stem
     if not measured.spikes:
@@ -87,7 +87,7 @@ def certify(measured: Measurement, analogue: Mapping[str, str] | None = None, *,
         if name == stem:
             exceptions.append(Finding(name, "stem: sees pixels"))
             continue
-        declared = next((why for part, why in analogue.items() if _is_in(name, part)), None)
+        declared = next((why for part, why in analogue.items() if is_within(name, [part])), None)
         if declared is None or strict:
             violations.append(Finding(name, reason))
         else:
@@ -111,5 +111,6 @@ def _describe(layer: WeightedLayer) -> str:
     return ("its input is -1 and 1" if layer.is_sign else f"its input is not 0/1, {layer.example:.6g} for one") + own
 
 
-def _is_in(name: str, part: str) -> bool:
-    return name == part or name.startswith(f"{part}.")
+def is_within(name: str, parts: Iterable[str]) -> bool:
+    """Return whether a module or parameter is one of the parts, or lies in one."""
+    return any(name == part or name.startswith(f"{part}.") for part in parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,7 +32,8 @@ TRANSPARENT = (
     RepeatSteps,
 )
 PRODUCTS = {"conv1d", "conv2d", "conv3d", "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm"}
-PRODUCTS |= {"baddbmm", "einsum", "scaled_dot_product_attention"}
+PRODUCTS |= {"baddbmm", "einsum", "scaled_dot_product_attention", "multi_head_attention_forward", "tensordot", "inner"}
+PRODUCTS |= {"mv", "addmv", "addbmm", "bilinear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 
 
 class Destination(NamedTuple):
@@ -67,6 +68,7 @@ class Flow(TorchFunctionMode):
     Args:
         layers: names of the layers with weights.
         spike_layers: bits of a spike by the names of the spike layers.
+        named: modules whose products are not told, as their own names are.
 
     Attributes:
         feeds: {spike layer: the first layer with weights that takes its output}.
@@ -74,9 +76,10 @@ class Flow(TorchFunctionMode):
         products: names of functions that multiply outside of the layers, nobody knows what.
     """
 
-    def __init__(self, layers: Collection[str], spike_layers: Mapping[str, int]) -> None:
+    def __init__(self, layers: Collection[str], spike_layers: Mapping[str, int], named: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers, self.spike_layers = layers, spike_layers
+        self.named = {id(each) for module in named for each in module.parameters(recurse=False)}
         self.inside = 0  # of how many followed modules
         self.outputs: dict[str, list[_Output]] = {}
         self.origins = WeakTensorKeyDictionary()  # tensor -> _Output
@@ -90,7 +93,8 @@ class Flow(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if not self.inside and next(_tensors(result), None) is not None:  # x.shape and the like give no tensor
             self.use_elsewhere((args, kwargs))
-            self.products |= {getattr(func, "__name__", "")} & PRODUCTS
+            if self.named.isdisjoint(map(id, _tensors((args, kwargs)))):
+                self.products |= {getattr(func, "__name__", "")} & PRODUCTS
         return result
 
     def use_elsewhere(self, values: Any) -> None:

@@ -300,7 +300,8 @@ class _Recorder:
         self.stop_following()  # of a pass that failed
         if not self.followed:
             bits = {name: each.bits for name, each in self.measured.spikes.items()} | dict.fromkeys(self.signs, 1)
-            self.flow = Flow(self.measured.layers, bits)
+            unhandled = [model.get_submodule(name) for name in self.measured.unhandled]
+            self.flow = Flow(self.measured.layers, bits, unhandled)
             self.flow.__enter__()
 
     def end_pass(self, name: str, model: nn.Module, images: Any, output: Any) -> None:

@@ -30,6 +30,7 @@ from .base import (
 )
 
 __all__ = ["Backbone", "Classifier", "FeatureInfo", "Normalise", "Stem", "create", "names", "register_backbone"]
+USUAL = {"extremum": "layer", "thresholds": 1, "levels": 4, "reset": "subtract"}  # of which no shape tells all
 
 
 def create(
@@ -89,7 +90,7 @@ def create(
     if weights is not None:
         wanted = {"name": name, "width": width, "stem": stem, "activation": activation, "arithmetic": arithmetic}
         if isinstance(weights, (str, Path)):
-            zoo.require_same(weights, {"extremum": "layer", "thresholds": 1} | others | wanted | options)
+            zoo.require_same(weights, USUAL | others | wanted | options)
         load_weights(backbone, weights)
     return backbone
 

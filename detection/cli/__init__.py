@@ -33,13 +33,14 @@ trained on, images that could not be read, a loss that is not finite), 2 the com
 that nobody thought of, with a log file, 128 + N ended by signal N, such as 130 by Ctrl-C"""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, verb: str | None = None) -> None:
     """Run the verb of a command line; bad input ends the process with one sentence, see `common.run_verb`.
 
     Args:
         arguments: the verb and what follows it; None: those of the process.
+        verb: the verb, where the arguments are what follows it alone.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = [*([verb] if verb else []), *(sys.argv[1:] if arguments is None else arguments)]
     debug = ["--debug"] if "--debug" in given else []
     verb, *rest = [argument for argument in given if argument != "--debug"] or [""]
     if verb in ("-h", "--help", "--version"):

@@ -202,8 +202,8 @@ def run_verb(main: Callable[..., None], arguments: Sequence[str] | None = None, 
         sys.exit(status)
 
 
-def explain(error: Exception) -> tuple[int, str]:
-    """Return the exit status of an error, and what to say of it."""
+def explain(error: Exception, write: Callable[[Exception], str] | None = None) -> tuple[int, str]:
+    """Return the exit status of an error, and what to say of it; `write` says where its details are."""
     if isinstance(error, Interrupted):
         return 128 + error.number, str(error)
     expected = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, CallbackError))
@@ -213,7 +213,7 @@ def explain(error: Exception) -> tuple[int, str]:
         status = 1 if isinstance(error, FloatingPointError) else 2
         return status, f"error: {re.sub(r'^[A-Za-z]+Error: ', '', sentence)}"
     try:
-        place = f"its details are in {_write_log(error)}"
+        place = f"its details are in {(write or _write_log)(error)}"
     except OSError:
         place = "--debug shows where it comes from"
     first = (str(error).strip().splitlines() or [""])[0]

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     recipe = read_recipe(path)
     recipes = {}
     for name, overrides in variants.items():  # all of them, before hours are spent on some
-        if any(each.partition("=")[0] == "--train.seed" for each in [*common, *overrides]):
+        if any(each.partition("=")[0].removeprefix("--") == "train.seed" for each in [*common, *overrides]):
             raise ValueError(f"--variants {name}: --train.seed: the seeds of all variants are those of --seeds")
         try:
             recipes[name] = override(recipe, [*common, *overrides])

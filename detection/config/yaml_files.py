@@ -91,8 +91,8 @@ def read_yaml(path: Path, *, names: bool = False, what: str = "a recipe") -> Any
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config file")
     require_size(path, MAX_BYTES)
+    text = read_text(path)
     try:
-        text = read_text(path)
         _require_small(text)
         return yaml.load(text, _NamesLoader if names else _Loader)
     except yaml.MarkedYAMLError as error:

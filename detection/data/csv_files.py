@@ -28,7 +28,7 @@ from detection.data.records import (
     require_file,
     require_folder,
 )
-from detection.files import require_size, require_text
+from detection.files import read_text, require_size
 from detection.text import plural
 
 MAX_BYTES = 2**31
@@ -188,7 +188,7 @@ def read_table(source: Path, dropped: list[str], values: Sequence[str] = ()) -> 
 def rows_of(source: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield number and cells of each line that has any; raises ValueError for what is no CSV file."""
     require_size(source, MAX_BYTES)
-    text = require_text(source)
+    text = read_text(source)
     first = text.partition("\n")[0]
     reader = csv.reader(io.StringIO(text, newline=None), delimiter=max(",;\t", key=first.count), strict=True)
     try:

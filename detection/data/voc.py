@@ -30,7 +30,7 @@ from detection.data.records import (
     require_file,
     require_folder,
 )
-from detection.files import require_text
+from detection.files import read_text
 from detection.text import plural
 
 IMAGES = ("images", "jpegimages", "image", "imgs", "img")
@@ -334,7 +334,7 @@ def _flat(images: Path, sources: Path, dropped: list[str]) -> VocSplit:
 
 
 def _names(listing: Path) -> list[str]:
-    return list(filter(None, map(str.strip, require_text(listing).splitlines())))
+    return list(filter(None, map(str.strip, read_text(listing).splitlines())))
 
 
 def _key(line: str, sources: Path) -> str:

@@ -30,7 +30,7 @@ from detection.data.records import (
     outside_of,
     require_folder,
 )
-from detection.files import read_text, require_size, require_text
+from detection.files import read_text, require_size
 from detection.text import plural
 
 NAME_LISTS = ("classes.txt", "obj.names", "_darknet.labels")  # a name per line, where there is no data.yaml
@@ -137,7 +137,7 @@ def find_set(root: Path, dropped: list[str]) -> YoloSet:
             return _from_yaml(path, content, dropped)
     for path in (root / name for name in NAME_LISTS):
         if path.is_file():
-            lines = [line.strip() for line in require_text(path).splitlines()]
+            lines = [line.strip() for line in read_text(path).splitlines()]
             return YoloSet(path, _names(list(filter(None, lines)), path), root, {})
     raise FileNotFoundError(f"{root}: no data.yaml with names in it; expected it, or one of {', '.join(NAME_LISTS)}")
 
@@ -220,7 +220,7 @@ def _tries(base: Path, name: str) -> list[Path]:
 
 def _listed(place: Path, found: YoloSet, dropped: list[str]) -> list[Path]:
     """The images in a list, one per line, from the base, from the list's folder, or by their whole paths."""
-    lines = list(filter(None, map(str.strip, require_text(place).replace("\0", "").splitlines())))
+    lines = list(filter(None, map(str.strip, read_text(place).replace("\0", "").splitlines())))
     for line, number in Counter(lines).items():
         if number > 1:
             dropped.append(f"{place}: {line} is listed {number} times; used once")

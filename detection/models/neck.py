@@ -96,10 +96,10 @@ class ExtraConvs(ExtraFPNBlock):
             self.blocks.append(nn.Sequential(before, _conv3x3(inputs, channels, stride=2)))
 
     def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        maps, coarsest = list(results), int(names[-1].removeprefix("c"))
+        maps = list(results)
         for block in self.blocks:
             maps.append(block(maps[-1]))
-        return maps, [*names, *(f"p{coarsest + step}" for step in range(1, len(self.blocks) + 1))]
+        return maps, [*names, *names_behind(names, len(self.blocks))]
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -162,13 +162,18 @@ class SpikingMaps(nn.Module):
 
     def forward(self, maps: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
         names, first_extra = list(maps), len(maps)
-        coarsest = int(names[-1].removeprefix("c"))
         leaving = OrderedDict((name, layer(x)) for (name, x), layer in zip(maps.items(), self.leaving, strict=False))
         x = leaving[names[-1]]
-        for step, (block, layer) in enumerate(zip(self.blocks, self.leaving[first_extra:], strict=True), start=1):
-            x = layer(block(x))
-            leaving[f"p{coarsest + step}"] = x
+        extra = names_behind(names, len(self.blocks))
+        for name, block, layer in zip(extra, self.blocks, self.leaving[first_extra:], strict=True):
+            leaving[name] = x = layer(block(x))
         return leaving
+
+
+def names_behind(levels: Sequence[str], number: int) -> list[str]:
+    """Return the names of so many maps behind the coarsest one: p6 and p7 behind c5."""
+    coarsest = int(levels[-1].removeprefix("c"))
+    return [f"p{coarsest + step}" for step in range(1, number + 1)]
 
 
 class BackboneWithNeck(nn.Module):
@@ -199,8 +204,7 @@ class BackboneWithNeck(nn.Module):
     def parts(self) -> dict[str, nn.Module]:
         """Return the body's parts, and "neck c3", ...: what turns the maps that leave for the neck into spikes."""
         leaving = self.neck.laterals if isinstance(self.neck, SpikingFPN) else self.neck.leaving
-        coarsest = int(self.levels[-1].removeprefix("c"))
-        levels = [*self.levels, *(f"p{coarsest + step}" for step in range(1, self.neck.num_extra + 1))]
+        levels = [*self.levels, *names_behind(self.levels, self.neck.num_extra)]
         return self.body.parts() | {f"neck {level}": layer for level, layer in zip(levels, leaving, strict=False)}
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:

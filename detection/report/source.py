@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from backbones import zoo
+from backbones import HOROWITZ_45NM
 from detection.analysis import analyze_run
 from detection.records import EpochLog, RunInfo
 from detection.runs import Run, Weights
@@ -52,8 +52,6 @@ def read_source(folder: str | Path, weights: Weights) -> Source:
         FileNotFoundError: no such run, no finished epoch, or no log of such weights.
         ValueError: a file is damaged; names it, and the line of the log.
     """
-    if not zoo.locate(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such run folder")
     run = Run.open(folder)
     task, log = task_of(run.config), run.history()
     evaluated = any(task.best_by in line.metrics for line in log)
@@ -107,7 +105,8 @@ def read_analysis(run: Run, weights: Weights) -> dict[str, Any] | None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         whole = stored.keys() >= {"networks", "ratios", "layers", "certificate", "costs", "num_images"}
-        return stored if whole and stored["weights"] == weights else None  # else an earlier version's
+        usual = whole and (stored["weights"], stored["costs"]) == (weights, asdict(HOROWITZ_45NM))
+        return stored if usual else None  # else an earlier version's, or of other prices
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error!r}); remove it, and it is computed again") from None
 

@@ -20,7 +20,7 @@ def show_value(value: Any) -> str:
     """Return a setting as a recipe would have it."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(show_value, value)) or "empty"
-    return f"{value:g}" if isinstance(value, float) else str(value) or "empty"
+    return f"{value:.15g}" if isinstance(value, float) else str(value) or "empty"
 
 
 def format_number(value: float | None) -> str:

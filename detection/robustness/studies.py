@@ -222,8 +222,7 @@ class Subject:
             batches = corrupt_batches(batches, kind, severity, seed)
         with potential_noise(self.model, kind, severity, seed) if kind in SPIKE_KINDS else nullcontext():
             found = self.task.evaluate(self.model, batches, self.dataset, self.accelerator)
-        chosen = {key: found.metrics[key] for key in self.task.headline}
-        return chosen | ({} if found.activity is None else {"activity": found.activity})
+        return {key: found.numbers[key] for key in (*self.task.headline, "activity") if key in found.numbers}
 
     def rows(self, kinds: Sequence[str], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Yield a row for the clean network, then one for each kind, severity and seed.

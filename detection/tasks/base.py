@@ -13,18 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from backbones import (
-    ARITHMETICS,
-    Backbone,
-    find_arithmetic,
-    find_neuron,
-    names,
-    neurons,
-    record_activity,
-    record_potentials,
-    spike_activity,
-    sum_activity,
-)
+import backbones
 from backbones.networks.base import find_family
 from detection.config import Recipe
 from detection.data.batches import Batches
@@ -118,7 +107,7 @@ class Task(ABC):
     @property
     def spiking(self) -> bool:
         """Whether the network of the recipe spikes."""
-        return find_neuron(self.config.model.backbone.activation).spiking
+        return backbones.find_neuron(self.config.model.backbone.activation).spiking
 
     @property
     def time_steps(self) -> int:
@@ -130,9 +119,9 @@ class Task(ABC):
         backbone = self.config.model.backbone
         name = re.sub("^(resnet|vgg|mobilenetv)", lambda family: FAMILIES[family[0]], backbone.name)
         width = "" if backbone.width == 1 else f" \N{MULTIPLICATION SIGN}{backbone.width:g}"
-        words = [find_neuron(backbone.activation).words]
+        words = [backbones.find_neuron(backbone.activation).words]
         if backbone.arithmetic != "float":
-            kind = find_arithmetic(backbone.arithmetic)
+            kind = backbones.find_arithmetic(backbone.arithmetic)
             words = [kind.words, *(words if backbone.activation != kind.activation else [])]
         steps = f", {backbone.time_steps} time steps" if self.time_steps > 1 else ""
         bits = f", {backbone.thresholds} thresholds" if self.spiking and backbone.thresholds > 1 else ""
@@ -159,13 +148,13 @@ class Task(ABC):
     def named(self) -> Iterator[tuple[str, str, list[str]]]:
         """Yield (key, name, registered names) for each name in the recipe: the backbone, its neuron, their options."""
         settings = self.config.model.backbone
-        yield "model.backbone.name", settings.name, names()
-        yield "model.backbone.activation", settings.activation, list(neurons())
-        yield "model.backbone.arithmetic", settings.arithmetic, list(ARITHMETICS)
-        if settings.name in names():
+        yield "model.backbone.name", settings.name, backbones.names()
+        yield "model.backbone.activation", settings.activation, list(backbones.neurons())
+        yield "model.backbone.arithmetic", settings.arithmetic, list(backbones.ARITHMETICS)
+        if settings.name in backbones.names():
             options = {
                 *find_family(settings.name)[1],
-                *(each for neuron in neurons().values() for each in neuron.options),
+                *(each for neuron in backbones.neurons().values() for each in neuron.options),
             }
             yield from (("model.backbone.options", option, sorted(options)) for option in settings.options)
 
@@ -330,7 +319,7 @@ class Task(ABC):
         """Height and width of the images that `deployable` takes, by the recipe."""
         raise self.refusal("cannot be exported")
 
-    def backbone_of(self, model: nn.Module) -> Backbone:
+    def backbone_of(self, model: nn.Module) -> backbones.Backbone:
         """Return the backbone in the network."""
         raise self.refusal("cannot be exported")
 
@@ -373,11 +362,11 @@ def record_spikes(model: nn.Module) -> Iterator[Callable[[], dict[str, Any]]]:
     """
 
     def found() -> dict[str, Any]:
-        layers = sum_activity(gather_object([activity]))
+        layers = backbones.sum_activity(gather_object([activity]))
         if not layers:
             return {}
         rates = {name: layer.firing_rate for name, layer in layers.items()}
-        return {"activity": spike_activity(layers), "activity_per_layer": rates, "potentials": potentials}
+        return {"activity": backbones.spike_activity(layers), "activity_per_layer": rates, "potentials": potentials}
 
-    with record_activity(model) as activity, record_potentials(model) as potentials:
+    with backbones.record_activity(model) as activity, backbones.record_potentials(model) as potentials:
         yield found

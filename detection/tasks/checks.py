@@ -38,14 +38,17 @@ class Objects(NamedTuple):
         return np.sqrt(np.prod(self.boxes[:, 2:] - self.boxes[:, :2], axis=1))
 
 
-def resized(annotations: Annotations, min_size: int, max_size: int) -> Objects:
-    """Return the objects that are trained on, of images resized as torchvision's detectors do; at most about `MOST`."""
+def resized(annotations: Annotations, min_size: int, max_size: int, *, square: bool = False) -> Objects:
+    """Return the objects that are trained on, of images resized as torchvision's detectors do; at most about `MOST`.
+
+    A square, as of an SSD, has sides of `max_size`.
+    """
     boxes, images = [np.empty((0, 4))], [np.empty((0, 2), dtype=np.int64)]
     for record in annotations.records:
-        short, long = sorted((record.width, record.height))
-        scale = min(min_size / short, max_size / long)
-        own = record.boxes[~record.ignore].astype(np.float64) * scale
-        padded = [math.ceil(int(side * scale) / PADDED) * PADDED for side in (record.height, record.width)]
+        sides = np.array([record.width, record.height])
+        scale = max_size / sides if square else np.full(2, min(min_size / sides.min(), max_size / sides.max()))
+        own = record.boxes[~record.ignore].astype(np.float64) * np.tile(scale, 2)
+        padded = [math.ceil(int(side) / PADDED) * PADDED for side in (sides * scale)[::-1]]
         boxes.append(own)
         images.append(np.tile(np.maximum(padded, PADDED), (len(own), 1)))
     found = Objects(np.concatenate(boxes), np.concatenate(images))
@@ -100,7 +103,7 @@ def small_objects(config: Recipe, annotations: Annotations) -> list[str]:
     with torch.device("meta"):  # without memory for weights
         stride = build_detector(plain).backbone.strides[0]
     min_size, max_size = config.model.min_size[-1], config.model.max_size
-    sides = resized(annotations, min_size, max_size).sides
+    sides = resized(annotations, min_size, max_size, square=config.model.detector == "ssd").sides
     small = int((sides < stride).sum())
     if not small:
         return []

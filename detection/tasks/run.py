@@ -87,12 +87,12 @@ def train_run(
             (train, val),
             run,
             accelerator,
-            goes_on=extend > 0 or (resume and (run.folder / checkpoint.FILE).is_file()),
+            goes_on=resume and (extend > 0 or (run.folder / checkpoint.FILE).is_file()),
             extension=extension,
             callbacks=[*callbacks, *([loggers.Loggers(accelerator)] if loggers.wanted(config) else [])],
         )
         info = describe_run(task, train, val, command, start)
-        line = fit(trainer, info, resume=resume, extend=bool(extend))
+        line = fit(trainer, info, resume=resume, extend=bool(resume and extend))
         if main:
             finish(task, trainer.network, val, run)
     finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from detection.records import EpochLog, Evaluation
@@ -77,6 +79,8 @@ class Callbacks:
     def tell(self, event: str, *arguments: Any) -> None:
         """Call a method of each callback; after an error no other is called."""
         for callback in self.callbacks if self.active and self.error is None else ():
+            # Of the process: an evaluation of another run sets them as that wants them.
+            kept, exact = dict(AcceleratorState._shared_state), torch.are_deterministic_algorithms_enabled()
             try:
                 getattr(callback, event)(self.run, *arguments)
             except Exception as error:
@@ -84,3 +88,6 @@ class Callbacks:
                 self.error = CallbackError(f"callback {name}: {type(error).__name__}: {error}")
                 self.error.__cause__ = error
                 return
+            finally:
+                AcceleratorState._shared_state.update(kept)
+                torch.use_deterministic_algorithms(exact)

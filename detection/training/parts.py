@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from torch import nn
 
 from backbones import spike_layers
+from backbones.measure.certificate import is_within
 from detection.text import plural
 
 Aliases = Mapping[str, tuple[str, ...]]
@@ -39,11 +40,6 @@ def find_parts(model: nn.Module, names: Iterable[str], aliases: Aliases, key: st
                 f"{key}: the network has no part {name!r}{hint} (allowed: {', '.join(top)}, and what they contain)"
             )
     return found
-
-
-def is_within(name: str, parts: Iterable[str]) -> bool:
-    """Return whether a module or parameter is one of the parts, or lies in one."""
-    return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 def describe_parts(model: nn.Module, factors: Mapping[str, float]) -> list[str]:

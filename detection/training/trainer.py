@@ -230,7 +230,9 @@ class Trainer:
             self.schedule.step()
             return torch.zeros(())
         whole = num_parts / len(parts)  # where batches were left out, the mean is that of the others
-        losses = {name: whole * torch.stack([losses[name] for _, losses in parts]).sum() for name in parts[0][1]}
+        losses = {name: whole * torch.stack([losses[name] for _, losses in parts]).sum(0) for name in parts[0][1]}
+        if (layers := losses.pop("layers", None)) is not None:
+            self.progress.count("layers", layers)
         loss = torch.stack(list(losses.values())).sum()
         self.accelerator.unscale_gradients(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -280,8 +282,8 @@ class Trainer:
             if penalties:
                 each = (num_parts if hoyer.reduction == "sum" else 1) * torch.stack(list(penalties.values()))
                 losses["hoyer"] = self.hoyer_weight() * each.sum()
-                self.progress.count("layers", each / num_parts)
             self.accelerator.backward(torch.stack(list(losses.values())).sum() / num_parts)
+            losses |= {"layers": each} if penalties else {}
         self.progress.num_images += len(batch[0])
         return batch, {name: value.detach() / num_parts for name, value in losses.items()}
 

@@ -20,6 +20,7 @@ from detection.robustness.noise import potential_noise, record_margins, sum_marg
 from detection.robustness.studies import REASONS, why_not
 from detection.runs import Run, Weights
 from detection.spikemaps import SpikeMap, record_spike_maps
+from detection.tasks import task_of
 from detection.tasks.predictions import AnyPrediction
 
 LOWEST = 0.05
@@ -78,13 +79,16 @@ class Network:
         predictor: makes the predictions.
         has_boxes: whether it finds boxes, and not classes of whole images.
         takes_events: whether it takes recordings of events, and not images.
+        window: seconds of a recording that are a picture of its own; None: there is none.
     """
 
     def __init__(self, run: Run, name: str, weights: Weights = "last", device: str | None = None) -> None:
         self.predictor = Predictor(run, weights, device)
         self.name, self.weights = name, weights
         self.has_boxes = "score_threshold" in self.predictor.options
-        self.takes_events = bool(getattr(self.predictor.run.config.data, "are_events", False))
+        data = self.predictor.run.config.data
+        self.takes_events = bool(getattr(data, "are_events", False))
+        self.window = data.events.window if self.takes_events and task_of(self.predictor.run.config).windows else None
         self.options = {"score_threshold": LOWEST} if self.has_boxes else {}
 
     def predict(self, picture: Tensor, noise: Mapping[str, float]) -> Answer:
@@ -96,7 +100,7 @@ class Network:
         """
         allowed, left_out = self._split(noise)
         clean = self.predictor.predict(picture, **self.options) if allowed else None
-        with clock(self.predictor.model) as seconds, self._disturbed(allowed) as images:
+        with self._disturbed(allowed) as images, clock(self.predictor.model) as seconds:
             prediction = self.predictor.predict(picture, **self.options)
         size = prediction.size
         if images:
@@ -114,7 +118,7 @@ class Network:
             return
         answer.activity = (spike_activity(measured.spikes), None)
         if allowed:
-            potentials = [allowed[kind] for kind in SPIKE_KINDS if kind in allowed]
+            potentials = {allowed[kind] for kind in SPIKE_KINDS if kind in allowed}
             with record_activity(model) as activity, record_margins(model, potentials, [SEED]) as margins:
                 self.predictor.predict(picture, **self.options)
             answer.activity = (answer.activity[0], spike_activity(activity))

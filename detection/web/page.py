@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -211,8 +212,8 @@ class Page:
 
     def _others(self, name: str) -> list[str]:
         """Return the networks that take what a network takes."""
-        takes = self.networks[name].takes_events
-        return [NOBODY, *(key for key, each in self.networks.items() if key != name and each.takes_events == takes)]
+        takes = {key: (each.takes_events, each.window) for key, each in self.networks.items()}
+        return [NOBODY, *(key for key in takes if key != name and takes[key] == takes[name])]
 
     def _give_image(self, visit: Visit, values: Values, tell: Tell) -> Updates:
         if values[self.image] is None:
@@ -367,9 +368,14 @@ def forget_copies(request: gr.Request) -> None:
                 table.pop(key, None)
 
 
+def _to_the_owner(error: Exception) -> str:
+    traceback.print_exception(error)
+    return "the server's terminal"
+
+
 def _in_words(error: Exception, source: Source | None) -> str:
     """Return an error as a sentence that names a file as its owner does, and no folder of the server."""
-    text = explain(error)[1].removeprefix("error: ")
+    text = explain(error, _to_the_owner)[1].removeprefix("error: ")
     if source is None:
         return text
     text = text.replace(str(source.path), source.name)

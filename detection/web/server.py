@@ -7,12 +7,12 @@ import os
 import re
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 from detection.records import Weights
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MEGABYTE = 2**20
 MOST_STORED = 2**31  # bytes of files that visitors have left
+BROKEN_OFF = 3600  # seconds in which nothing more came
 # What the page asks for. Gradio has more: routes that fetch other addresses, or that tell of the server.
 OPEN = re.compile(
     r"/(config|theme\.css|favicon\.ico|manifest\.json)?|/(assets|static)/.+|/gradio_api/"
@@ -98,7 +99,7 @@ class Gate:
         return None
 
     def _is_own(self, path: str) -> bool:
-        return Path(unquote(path)).is_absolute() and Path(unquote(path)).resolve().is_relative_to(self.folder)
+        return "\0" not in path and Path(path).is_absolute() and Path(path).resolve().is_relative_to(self.folder)
 
     def _names_own_files(self, body: bytes) -> bool:
         """Return whether every file that a request names is one that was given to this server."""
@@ -114,7 +115,11 @@ class Gate:
         for folder, _, names in os.walk(self.folder):
             for name in names:
                 with suppress(FileNotFoundError):
-                    total += os.stat(os.path.join(folder, name)).st_size
+                    status = os.stat(path := os.path.join(folder, name))
+                    if folder == str(self.folder) and time.time() - status.st_mtime > BROKEN_OFF:
+                        os.unlink(path)  # of an upload that broke off: others have folders
+                    else:
+                        total += status.st_size
         return total
 
 

@@ -185,7 +185,7 @@ class Visit:
         folder = self.folder / str(self._written)
         self._written += 1
         shutil.rmtree(self.folder / str(self._written - KEPT), ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir()  # in that of a visit that has not ended
         return folder / name
 
 

@@ -128,6 +128,16 @@ def threshold(x: Tensor, comparison: Comparison) -> Bits:
     return Bits(words, channels)
 
 
+def check_values(channels: int, spikes: Sequence[Comparison], levels: torch.dtype, *values: tuple[Tensor, Any]) -> None:
+    """Raise ValueError for more comparisons than the kernels take, or values of other lengths or types."""
+    if len(spikes) > library.MAX_OUTPUTS:
+        raise ValueError(f"{len(spikes)} maps of spikes of one layer (allowed: up to {library.MAX_OUTPUTS})")
+    turned = [(each.turned, torch.bool) for each in spikes if each.turned is not None]
+    for value, kind in (*values, *((each.level, levels) for each in spikes), *turned):
+        if (value.shape, value.dtype) != ((channels,), kind):
+            raise ValueError(f"weights, levels, scale or bias of other numbers than {channels} channels have")
+
+
 class Window(NamedTuple):
     """Geometry of a convolution or pool, height before width."""
 
@@ -159,17 +169,23 @@ class Window(NamedTuple):
 
 def max_pool(x: Bits, window: Window, *, ceil: bool = False, inverted: Tensor | None = None) -> Bits:
     """Return, for each window, whether a neuron of it fired; inverted where the bit of `inverted` (words,) is set."""
-    number, height, width, words = x.words.shape
-    out_height, out_width = window.out_size((height, width), ceil=ceil)
+    shape, geometry = pool_call(x, window, ceil, inverted)
     if library.current() == "torch":
         pooled = F.max_pool2d(x.unpack(), window.kernel, window.stride, window.padding, ceil_mode=ceil)
-        out = Bits.pack(pooled).words
-        return Bits(out if inverted is None else out ^ inverted, x.channels)
-    out = torch.empty((number, out_height, out_width, words), dtype=torch.int64)
-    geometry = (number, height, width, words, out_height, out_width, *window.kernel, *window.stride, *window.padding)
-    mask = None if inverted is None else inverted.data_ptr()
-    library.LIBRARY.events_pool(x.words.data_ptr(), *geometry, mask, out.data_ptr())
+        return Bits(Bits.pack(pooled).words ^ (0 if inverted is None else inverted), x.channels)
+    out = torch.empty(shape, dtype=torch.int64)
+    library.LIBRARY.events_pool(x.words.data_ptr(), *geometry, out.data_ptr())
     return Bits(out, x.channels)
+
+
+def pool_call(x: Bits, window: Window, ceil: bool, inverted: Tensor | None) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """Return the shape of a max-pool's words and what its kernel takes between both maps, or raise ValueError."""
+    number, height, width, words = x.words.shape
+    size = window.out_size((height, width), ceil=ceil)
+    if inverted is not None and len(inverted) != words:
+        raise ValueError(f"a map of {words} words a pixel, of which {len(inverted)} are to be inverted")
+    geometry = (number, height, width, words, *size, *window.kernel, *window.stride, *window.padding)
+    return (number, *size, words), (*geometry, None if inverted is None else inverted.data_ptr())
 
 
 def highest(*spikes: Bits) -> Bits:
@@ -214,16 +230,12 @@ class EventLayer:
     _calls: dict[Any, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.spikes) > library.MAX_OUTPUTS:
-            raise ValueError(f"{len(self.spikes)} maps of spikes of one layer (allowed: up to {library.MAX_OUTPUTS})")
         if bool((self.weight == -128).any()):
             raise ValueError("a weight of -128 (allowed: -127 to 127)")
         self.weight = self.weight.contiguous()
         levels = torch.int32 if self.scale is None else torch.float32
-        given = [(self.weight[:, 0, 0, 0], torch.int8), *((each.level, levels) for each in self.spikes)]
-        given += [(each, torch.float32) for each in (self.scale, self.bias) if each is not None]
-        if any((each.shape, each.dtype) != (self.weight.shape[:1], kind) for each, kind in given):
-            raise ValueError(f"weights, levels, scale or bias of other numbers than {len(self.weight)} outputs have")
+        values = [(each, torch.float32) for each in (self.scale, self.bias) if each is not None]
+        check_values(len(self.weight), self.spikes, levels, (self.weight[:, 0, 0, 0], torch.int8), *values)
 
     def __call__(self, x: Bits, residual: Tensor | None = None) -> tuple[Tensor | None, list[Bits]]:
         """Return the real values, float32 (N, C', H', W') in the order N, H, W, C, and the maps of spikes.
@@ -383,16 +395,3 @@ def bind_outputs(call: library.EventConv | library.EventStem, real: Tensor | Non
     call.real = None if real is None else real.data_ptr()
     for index, words in enumerate(spikes):
         call.spikes[index] = words.data_ptr()
-
-
-def layer_options(weight: Tensor, conv: dict[str, Any] | None) -> dict[str, Any]:
-    """Return `weight`, `window` and `groups` of an `EventLayer` for a layer of torch.
-
-    Args:
-        weight: int8 (C', C / groups, kh, kw) or (C', C).
-        conv: stride, padding, dilation and groups; None: a linear layer.
-    """
-    if conv is None:
-        return {"weight": weight[..., None, None], "window": Window((1, 1))}
-    pairs = [(value, value) if isinstance(value, int) else tuple(value) for value in map(conv.get, Window._fields[1:])]
-    return {"weight": weight, "window": Window(tuple(weight.shape[2:]), *pairs), "groups": conv["groups"]}

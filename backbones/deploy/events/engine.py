@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...weights import checksum
 from . import library
-from .bits import Bits, Comparison, EventLayer, Window, highest, layer_options, mask_of, max_pool, threshold
+from .bits import Bits, Comparison, EventLayer, Window, highest, mask_of, max_pool, threshold
 from .plan import FOREVER, Maker, Plan, Run, Step
 from .program import Operation, Program
 from .stem import Affine, EventStem
@@ -112,10 +112,23 @@ def _comparisons(tensors: Mapping[str, Tensor], name: str) -> list[Comparison]:
     return [Comparison(tensors[f"{name}_{index}"], tensors.get(f"turned_{index}")) for index in range(number)]
 
 
+def _layer_options(weight: Tensor, conv: dict[str, Any] | None) -> dict[str, Any]:
+    """Return `weight`, `window` and `groups` of an `EventLayer` for a layer of torch.
+
+    Args:
+        weight: int8 (C', C / groups, kh, kw) or (C', C).
+        conv: stride, padding, dilation and groups; None: a linear layer.
+    """
+    if conv is None:
+        return {"weight": weight[..., None, None], "window": Window((1, 1))}
+    pairs = [(value, value) if isinstance(value, int) else tuple(value) for value in map(conv.get, Window._fields[1:])]
+    return {"weight": weight, "window": Window(tuple(weight.shape[2:]), *pairs), "groups": conv["groups"]}
+
+
 def _layer(attributes: dict[str, Any], tensors: dict[str, Tensor]) -> ByKernels:
     real = "scale" in tensors
     layer = EventLayer(
-        **layer_options(tensors["weight"], attributes["conv"]),
+        **_layer_options(tensors["weight"], attributes["conv"]),
         spikes=_comparisons(tensors, "level" if real else "threshold"),
         scale=tensors.get("scale"),
         bias=tensors.get("bias"),

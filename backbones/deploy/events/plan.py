@@ -258,12 +258,9 @@ class Maker:
 
     def pool(self, window: Window, ceil: bool, inverted: Tensor | None, x: Bits) -> list[Value]:
         """Return a max-pool of spikes."""
-        number, height, width, count = x.words.shape
-        size = window.out_size((height, width), ceil=ceil)
-        words = self.memory.take((number, *size, count), torch.int64)
-        geometry = (number, height, width, count, *size, *window.kernel, *window.stride, *window.padding)
-        mask = None if inverted is None else inverted.data_ptr()
-        self.pending.calls.append(library.EventPool(x.words.data_ptr(), *geometry, mask, words.data_ptr()))
+        shape, geometry = bits.pool_call(x, window, ceil, inverted)
+        words = self.memory.take(shape, torch.int64)
+        self.pending.calls.append(library.EventPool(x.words.data_ptr(), *geometry, words.data_ptr()))
         return [Bits(words, x.channels)]
 
     def highest(self, *spikes: Bits) -> list[Value]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..fixed_point import FIXED_POINT
 from . import library
-from .bits import Bits, Comparison, Window, bind_outputs, padded, words_of
+from .bits import Bits, Comparison, Window, bind_outputs, check_values, padded, words_of
 
 
 class Affine(NamedTuple):
@@ -38,6 +38,9 @@ class EventStem:
         keeps_real: whether real values are wanted.
         normalise: "factor", "mean" and "std" per channel of the input, (C,), each of which may be missing: the stem
             sees (factor * x - mean) / std.
+
+    Raises:
+        ValueError: more outputs than the kernels take, or values of other lengths or types.
     """
 
     weight: Tensor
@@ -51,6 +54,12 @@ class EventStem:
     keeps_real: bool = False
     normalise: Mapping[str, Tensor] = field(default_factory=dict)
     _packed: dict[str, tuple[library.EventStem, list[Tensor]]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        real = [(each, torch.float32) for each in (*self.output, *(self.more or ()))]
+        weight = self.weight[:, 0, 0, 0], torch.int16
+        check_values(len(self.weight), self.spikes, torch.float32, weight, *real)
+        check_values(self.weight.shape[1], (), torch.float32, *((x, torch.float32) for x in self.normalise.values()))
 
     def __call__(self, x: Tensor) -> tuple[Tensor | None, list[Bits]]:
         """Return the real values, float32 (N, C', H', W') in the order N, H, W, C, and the maps of spikes.
