@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# A detector from nothing: draws scenes, trains, evaluates, counts its energy, shows it all. Minutes on two CPU cores.
+# A detector from nothing: draws scenes, trains, evaluates, counts its energy, shows it all. Half an hour on one CPU core.
 demo: install
 	rm -rf runs/demo
 	$(BIN)/hoyer-det train scenes_retinanet_resnet18 --out runs/demo

@@ -103,8 +103,6 @@ def train(
     if wrong := [each for each in callbacks if not isinstance(each, Callback)]:
         raise TypeError(f"callbacks: expected instances of detection.Callback, got {wrong[0]!r}")
     folder = Path("runs") / name if out is None else Path(out)
-    if extend and not Run.open(folder).finished:  # first to its end
-        train_run(config, folder, [command], resume=True, callbacks=callbacks)
     options = {"extend": extend, "lr_factor": extend_lr} if extend else {}
     train_run(config, folder, [command], resume=resume is not None, callbacks=callbacks, **options)
     return Run.open(folder)

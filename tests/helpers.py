@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 import detection.tasks.run
+from detection.config.schema import Data
+from detection.data import DetectionDataset, read_split
 from detection.runs import Run
 from detection.tasks.run import leave_pictures
 
@@ -30,6 +32,15 @@ def run_tool(monkeypatch, name: str, *arguments) -> None:
 def draw_curves(monkeypatch) -> None:
     """Let trainings draw the curves of their log, which conftest.py keeps them from."""
     monkeypatch.setattr("detection.tasks.run.leave_pictures", leave_pictures)
+
+
+def build_datasets(data: Data) -> tuple[DetectionDataset, DetectionDataset]:
+    """Training data, augmented but for what mixes images, and validation data, as stored."""
+    from detection.data.transforms import build_transform
+
+    train = read_split(data, "train")
+    val = read_split(data, "val", train.annotations.categories)
+    return DetectionDataset(train.annotations, build_transform(data.augment)), val
 
 
 def log_lines(folder: Path) -> list[dict]:

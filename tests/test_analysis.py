@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import yaml
 from helpers import run_tool
 
-from backbones import spike_layers
+from backbones import HOROWITZ_45NM, spike_layers
 from detection.analysis import analyze_run
 from detection.config import Recipe
 from detection.records import RunInfo
@@ -171,6 +172,14 @@ def test_own_costs(trained, tmp_path, monkeypatch):
     spiking = result["networks"]["spiking"]
     assert spiking["total_dram_pj"] == spiking["acs"] > 0
     assert result["ratios"]["spiking/twin"]["operations"] is None
+
+
+def test_an_analysis_of_other_prices_or_weights_has_a_folder_of_its_own(trained, tmp_path, monkeypatch):
+    run = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("analysis*"))
+    (tmp_path / "mine.json").write_text(json.dumps(asdict(HOROWITZ_45NM) | {"name": "mine"}))
+    run_tool(monkeypatch, "analyze", run, "--images", 1, "--costs", tmp_path / "mine.json")
+    run_tool(monkeypatch, "analyze", run, "--images", 1, "--weights", "best")
+    assert {path.name for path in run.glob("analysis*1*")} == {"analysis_1_images_mine", "analysis_1_images_best"}
 
 
 def test_the_twin_itself_has_twin_columns_and_fails(tmp_path, monkeypatch, capsys):

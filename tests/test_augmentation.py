@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import build_datasets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from detection.config.schema import Augment, Data
-from detection.data import TrainingBatches, build_datasets, draw_scenes, transforms
+from detection.data import TrainingBatches, draw_scenes, transforms
 from detection.data.transforms import FRAME_COLOR, MIN_VISIBLE, build_mixture, build_transform
 from detection.tasks import task_of
 from detection.tasks.recipes import DetectionRecipe

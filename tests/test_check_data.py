@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import yaml
 from fake_data import coco_content, write_coco, write_image, write_yolo
-from helpers import ROOT, run_tool
+from helpers import ROOT, build_datasets, run_tool
 from PIL import Image
 
 from detection.cli import main
 from detection.config import load_config, parse_recipe, read_recipe
-from detection.data import build_datasets
 from detection.data.image_files import examine_image
 from detection.data.records import Annotations, Record
 from detection.data.report import report, shared_images

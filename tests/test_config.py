@@ -18,7 +18,7 @@ from detection.config import (
     save_config,
     set_values,
 )
-from detection.config.io import upgrade
+from detection.config.io import _value_of, upgrade
 from detection.config.schema import Data, ImageData
 from detection.tasks import task_of
 from detection.tasks.recipes import ClassificationRecipe, DetectionRecipe
@@ -111,6 +111,12 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(tmp_path, values, pa
     assert "\n" not in message
     for part in [str(path), *parts]:
         assert part in message
+
+
+@pytest.mark.parametrize("text", ["false", "False", "FALSE"])
+def test_an_option_of_a_neuron_may_be_a_truth_value(text):
+    values = _value_of(["soft", text, "gain", "3"], dict[str, bool | int | float | str])
+    assert values == {"soft": False, "gain": 3}
 
 
 BACKBONES = ["allowed: ", "resnet18", "vgg16", "mobilenetv1", "mobilenetv2"]

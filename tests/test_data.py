@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fake_data import coco_content, make_record, sentence, voc_object, write_coco, write_image, write_voc
+from helpers import build_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,7 +23,6 @@ from detection.config.schema import Augment, Data
 from detection.data import (
     AspectRatioBatches,
     DetectionDataset,
-    build_datasets,
     build_loader,
     draw_scene,
     draw_scenes,

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import build_datasets
 from pydantic import ValidationError
 from torch import nn
 
 import backbones
 from backbones import HoyerSpike, hoyer_penalty
 from detection.config import load_config, read_recipe
-from detection.data import build_datasets
 from detection.models import BackboneWithNeck, SpikingFPN, build_detector
 from detection.tasks import task_of
 from detection.tasks.recipes import DetectionRecipe

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from backbones import HoyerSpike
 from detection.config import schema
 from detection.data import DetectionDataset, read_coco
-from detection.evaluation import METRICS, CocoEvaluator, Detections
+from detection.evaluation import METRICS, CocoEvaluator, Detections, precision_recall
 from detection.records import Evaluation
 from detection.tasks import base
 from detection.tasks import detection as detection_task
@@ -365,6 +365,8 @@ def test_other_bad_updates() -> None:
 def test_bad_categories() -> None:
     with pytest.raises(ValueError, match=r"ground truth, image id 1: bbox \[1, 2, 3\]: x y w h"):
         CocoEvaluator(ground_truth([{"bbox": [1, 2, 3]}]), [1, 2])
+    with pytest.raises(ValueError, match=r"ground truth, image id 1: bbox .*: x y w h"):
+        precision_recall(ground_truth([{"bbox": [*BOX, 1.0]}]), Detections.none(), [1, 2])
     truth = ground_truth([])
     with pytest.raises(ValueError, match=r"category_ids \[3\]: expected one or more of .* \[1, 2\]"):
         CocoEvaluator(truth, [1, 3])

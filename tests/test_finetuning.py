@@ -14,8 +14,10 @@ from helpers import log_lines, run_tool
 from test_resume import stop_after
 from torch import nn
 
+import detection
 from backbones import create, spike_layers, tensors_to_bytes
 from detection.config import read_recipe, schema, set_values
+from detection.data.synthetic import CATEGORIES
 from detection.records import Evaluation, RunInfo
 from detection.runs import Run
 from detection.tasks import task_of
@@ -49,13 +51,20 @@ def new(config) -> nn.Module:
 
 def test_more_epochs_are_for_a_run_that_goes_on(tmp_path):
     """Of a new one they say nothing: it begins with the weights that its recipe names."""
-    config = classifier(weights=str(tmp_path / "source"))
-    save(tmp_path / "source", classifier())
+    save(tmp_path / "source", classifier(CATEGORIES))
+    config = classifier(CATEGORIES, weights=str(tmp_path / "source"))
     data = {"size": 32, "num_train": 8, "num_val": 4, "root": str(tmp_path / "data"), "workers": 0}
     config = set_values(config, {f"data.{key}": value for key, value in data.items()} | {"train.epochs": 1})
     line = train_run(config, tmp_path / "run", "by hand", extend=2)
     assert line.epoch == 1
     assert Run.open(tmp_path / "run").info().start is not None
+
+
+def test_several_processes_do_not_finish_a_run_and_extend_it_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    save(tmp_path / "run", classifier())  # of which no epoch is done
+    with pytest.raises(ValueError, match="not finished; several processes go on with --resume first, then with"):
+        detection.train(resume=tmp_path / "run", extend=1)
 
 
 def save(folder: Path, config) -> nn.Module:

@@ -91,7 +91,7 @@ def test_kernels_are_the_layer(kernels: str, v_th: float, dtype: torch.dtype, fi
         layer.v_th.data.fill_(v_th)
     generator = torch.Generator().manual_seed(0)
     with using(kernels):
-        for shape in [*SHAPES, (3, 6, 33, 41), (0, 6)]:
+        for shape in [*SHAPES, (3, 6, 33, 41)]:
             u, weights = torch.randn(2, *shape, generator=generator).mul(1.2).to(dtype)
             if len(shape) == 4:
                 u = u.contiguous(memory_format=torch.channels_last)

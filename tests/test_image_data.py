@@ -258,6 +258,9 @@ def test_wrong_layouts(folder, monkeypatch, capsys, tmp_path):
     assert "no class folders" in error(train="train/cat")
     assert "no class folders" in error(train="train/cat", in_memory=False)
     assert "'brid'" in error(classes=["cat", "brid"])
+    assert "data.augment.cutout: of images that are kept in memory" in error(in_memory=False, augment={"cutout": 4})
+    drawn = {"format": "synthetic", "in_memory": False, "size": 32}
+    assert "data.in_memory False: data.format 'synthetic' keeps all images in memory" in error(**drawn)
     (folder / "train" / "bird").mkdir()
     message = error()
     assert str(folder / "train" / "bird") in message and "no images in it" in message

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from fake_data import HEIGHT, WIDTH, coco_content, sentence, voc_object, write_coco, write_image, write_voc
+from helpers import build_datasets
 
 from detection.config.schema import Data
-from detection.data import DetectionDataset, build_datasets, read_coco, read_voc
+from detection.data import DetectionDataset, read_coco, read_voc
 from detection.data.records import Annotations
 from detection.evaluation import CocoEvaluator, precision_recall
 

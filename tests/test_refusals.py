@@ -326,3 +326,8 @@ def test_an_entry_of_a_ground_truth_without_a_key_is_named(part, key, which):
 def test_a_row_of_results_without_a_key_is_named():
     with pytest.raises(ValueError, match="results: the entry at index 0 has no 'score'"):
         Detections.from_rows([{"image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4]}], COCO, [1])
+    fine = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 4], "score": 0.5}
+    assert len(Detections.from_rows([fine], COCO, [1])) == 1
+    for wrong in ({"bbox": [0, 0, 4, 4] * 2}, {"bbox": [0, 0, 4, float("nan")]}, {"score": float("nan")}):
+        with pytest.raises(ValueError, match="results: expected a bbox x y w h and a score, all finite, got"):
+            Detections.from_rows([fine, fine | wrong], COCO, [1])

@@ -411,7 +411,7 @@ def refused(monkeypatch, capsys, *arguments) -> str:
 
 
 def test_bad_runs_are_refused_by_name(monkeypatch, capsys, tmp_path):
-    with pytest.raises(FileNotFoundError, match="none: no such run folder"):
+    with pytest.raises(FileNotFoundError, match="none is not a run folder"):
         write_report([tmp_path / "none"])
     assert f"{tmp_path / 'none'} is not a run folder" in refused(monkeypatch, capsys, tmp_path / "none")
     (tmp_path / "empty").mkdir()

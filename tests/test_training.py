@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 from accelerate.utils import set_seed
-from helpers import ROOT, draw_curves, log_lines, run_together, run_tool, tool
+from helpers import ROOT, build_datasets, draw_curves, log_lines, run_together, run_tool, tool
 from PIL import Image
 
 from backbones import hoyer_penalty
 from detection.config import load_config, schema
-from detection.data import build_datasets, build_loader
+from detection.data import build_loader
 from detection.evaluation import METRICS
 from detection.models import build_detector
 from detection.runs import Run

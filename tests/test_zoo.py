@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, run_tool
+from helpers import ROOT, build_datasets, run_tool
 from PIL import Image
 from safetensors.torch import load_file
 from test_training import TINY_MODEL, tiny_recipe
@@ -23,7 +23,6 @@ from backbones import create, load_weights, read_tensors, zoo
 from backbones.weights import STEP
 from detection.cli import benchmark
 from detection.config import parse_recipe
-from detection.data import build_datasets
 from detection.evaluation import METRICS
 from detection.models import build_detector
 from detection.records import EpochLog, RunInfo

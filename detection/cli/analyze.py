@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--costs", metavar="FILE", help="YAML or JSON, picojoules by operation (default: 45 nm)")
     parser.add_argument("--strict", action="store_true", help="no layer but the first may see real values")
     help = (
-        "for the files (default: RUN/analysis, with --images N RUN/analysis_N_images, with --strict and _strict behind "
-        "that; RUN of zoo:NAME is runs/zoo/NAME)"
+        "for the files (default: RUN/analysis, with --images N RUN/analysis_N_images; --strict, --costs and other "
+        "weights add their names to that; RUN of zoo:NAME is runs/zoo/NAME)"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=help)
     options = parser.parse_args(arguments)
@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
     # Less than the whole analysis does not take its place.
     part = (f"_{options.images}_images" if options.images else "") + "_strict" * options.strict
+    part += (f"_{Path(options.costs).stem}" if options.costs else "") + f"_{options.weights}" * (
+        options.weights != "last"
+    )
     out = options.out or Run.open(options.run).products / f"analysis{part}"
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out}: a file; a folder is needed")

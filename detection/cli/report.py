@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--images", dest="num_images", type=int, default=3, metavar="N", help=help)
     parser.add_argument("--log-only", action="store_true", help="evaluate nothing, leave out what needs it")
     options = parser.parse_args(arguments)
+    if options.num_images < 0:
+        raise ValueError(f"--images {options.num_images}: expected 0 or more")
     for run in options.runs:
         check_run(run)
 

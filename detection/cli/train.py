@@ -6,12 +6,11 @@ The recipe says what is trained: a detector, or a classifier, such as to pretrai
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from detection.cli.common import parse_recipe, recipe_parser
-from detection.text import plural, say
+from detection.text import say
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -52,11 +51,6 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         return
     task = task_of(config)
     task.check_names(options.config)
-    if options.extend and not Run.open(folder).finished:
-        if os.environ.get("WORLD_SIZE", "1") != "1":  # whose connection ends with the first training
-            raise ValueError(f"{folder}: not finished; several processes go on with --resume first, then with --extend")
-        say(f"{folder}: not finished; first to its end, then {plural(options.extend, 'epoch')} more")
-        train_run(config, folder, command_line(), download=options.download, resume=True)
     line = train_run(config, folder, command_line(), download=options.download, resume=bool(options.resume), **extend)
     if not PartialState().is_main_process:  # of several, one tells
         return

@@ -197,7 +197,7 @@ def _number_of(text: str) -> bool | int | float | str:
     for number in (int, float):
         with contextlib.suppress(ValueError):
             return number(text)
-    return {"True": True, "False": False}.get(text, text)
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def print_keys(config: Recipe, prog: str | None = None) -> None:

@@ -3,7 +3,7 @@
 from detection.data.batches import AspectRatioBatches, SeededItems, TrainingBatches, evaluation_batches
 from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset
-from detection.data.formats import build_datasets, read_split, register_format
+from detection.data.formats import read_split, register_format
 from detection.data.image_files import load_image
 from detection.data.loaders import Loader, LoaderError, TrainingLoader, build_loader, loader_options, start_worker
 from detection.data.records import Annotations, RawObject, Record, build_annotations, build_record
@@ -22,7 +22,6 @@ __all__ = [
     "TrainingBatches",
     "TrainingLoader",
     "build_annotations",
-    "build_datasets",
     "build_loader",
     "build_record",
     "draw_scene",

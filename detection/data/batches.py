@@ -29,7 +29,7 @@ class Batches(Protocol):
 
 
 def derive_seed(*numbers: int) -> int:
-    """A seed below 2^63 for one purpose, such as (recipe's seed, epoch, image); other numbers give an unrelated one."""
+    """A seed below 2^63 for one purpose, such as (recipe's seed, epoch, image); zeros at the end change nothing."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -84,6 +84,7 @@ class DetectionDataset(Dataset):
         digest = hashlib.sha256(repr(self.annotations.categories).encode())
         for record in self.annotations.records:
             about = (record.path.name, record.path.stat().st_size, record.width, record.height, record.upright)
+            about += (record.end,) if hasattr(record, "end") else ()  # of an image made of events
             digest.update(repr(about).encode())
             for column in (record.boxes, record.labels, record.ignore):
                 digest.update(np.ascontiguousarray(column).tobytes())

@@ -60,18 +60,6 @@ def read_split(data: Data, split: Split, classes: Sequence[str] | None = None) -
     return DetectionDataset(reader(data, split, wanted))
 
 
-def build_datasets(data: Data) -> tuple[DetectionDataset, DetectionDataset]:
-    """Return training data, augmented, and validation data, as stored; both with the same classes in the same order.
-
-    See `read_split` for the errors.
-    """
-    from detection.data.transforms import build_transform  # half a second that training alone needs
-
-    train = read_split(data, "train")
-    val = read_split(data, "val", train.annotations.categories)
-    return DetectionDataset(train.annotations, build_transform(data.augment)), val
-
-
 @register_format("voc")
 def _voc(data: Data, split: Split, classes: Sequence[str]) -> Annotations:
     return read_voc(data.root, _named(data, split), classes, verify=data.verify)

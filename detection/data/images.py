@@ -120,7 +120,13 @@ def read_image_split(data: ImageData, split: Split, *, download: bool = False) -
         ValueError: no such format, the layout is not root/SPLIT/CLASS/*, a class has no image, a wanted class is not
             in the data, or the data's image size is not `data.size`.
     """
-    return find_reader(READERS, data)(data, split, download)
+    found = find_reader(READERS, data)(data, split, download)
+    if not data.in_memory and isinstance(found, Images):
+        raise ValueError(f"data.in_memory False: data.format {data.format!r} keeps all images in memory")
+    for key in ("cutout", "erase", "randaugment"):
+        if isinstance(found, ImageFiles) and split == "train" and getattr(data.augment, key):
+            raise ValueError(f"data.augment.{key}: of images that are kept in memory alone (data.in_memory True)")
+    return found
 
 
 @register_image_format("folder")
@@ -185,8 +191,6 @@ def _synthetic_events(data: ImageData, split: Split, download: bool) -> Images:
 
 
 def _recordings(data: ImageData, split: Split, folder: str) -> Images:
-    if not data.in_memory:
-        raise ValueError(f"data.in_memory False: data.format {data.format!r} keeps all images in memory")
     if data.augment.randaugment:
         raise ValueError(f"data.augment.randaugment {data.augment.randaugment}: it takes pictures, not events")
     share = data.events.train_share

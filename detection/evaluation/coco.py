@@ -54,7 +54,7 @@ class Detections:
         """Return rows of COCO's result format in columns; those of other categories are left out.
 
         Raises:
-            ValueError: an image id is not in the ground truth, or a row lacks a key.
+            ValueError: an image id is not in the ground truth, or a row lacks a key, or numbers.
         """
         number_of = {image_id: number for number, image_id in enumerate(sorted_ids(ground_truth))}
         label_of = {category_id: label for label, category_id in enumerate(category_ids, start=1)}
@@ -64,6 +64,9 @@ class Detections:
         unknown = {row["image_id"] for row in kept} - number_of.keys()
         if unknown:
             raise ValueError(f"results: image ids {in_order(unknown)[:5]} are not in the ground truth")
+        for row in kept:
+            if len(row["bbox"]) != 4 or not np.isfinite([*row["bbox"], row["score"]]).all():
+                raise ValueError(f"results: expected a bbox x y w h and a score, all finite, got {row}")
         return cls(
             np.array([number_of[row["image_id"]] for row in kept], dtype=np.int64),
             np.array([label_of[row["category_id"]] for row in kept], dtype=np.int64),
@@ -126,8 +129,6 @@ class CocoEvaluator:
         self._number_of = {image_id: number for number, image_id in enumerate(self.image_ids)}
         self._annotations = defaultdict(list)  # by category; those of other images are left out
         for annotation in ground_truth["annotations"]:
-            if len(annotation["bbox"]) != 4:
-                raise ValueError(f"ground truth, image id {annotation['image_id']}: bbox {annotation['bbox']}: x y w h")
             if annotation["image_id"] in self._number_of:
                 self._annotations[annotation["category_id"]].append(annotation)
         self._updated: set[int] = set()
@@ -342,6 +343,9 @@ def category_names(ground_truth: Mapping[str, Any], category_ids: Sequence[int],
         if part not in ground_truth:
             raise ValueError(f"ground truth without {part!r}: COCO instances have {', '.join(parts)}")
         require_keys(ground_truth[part], keys, f"ground truth, {part}")
+    for each in ground_truth["annotations"]:
+        if len(each["bbox"]) != 4:
+            raise ValueError(f"ground truth, image id {each['image_id']}: bbox {each['bbox']}: x y w h")
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     unknown = [category_id for category_id in category_ids if category_id not in names]
     if unknown or not category_ids:

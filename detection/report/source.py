@@ -99,7 +99,8 @@ def read_analysis(run: Run, weights: Weights) -> dict[str, Any] | None:
     Raises:
         ValueError: the file is damaged.
     """
-    path, file = run.products / "analysis" / "analysis.json", run.folder / f"{weights}.safetensors"
+    name = "analysis" if weights == "last" else f"analysis_{weights}"
+    path, file = run.products / name / "analysis.json", run.folder / f"{weights}.safetensors"
     if not path.is_file() or (file.is_file() and file.stat().st_mtime > path.stat().st_mtime):
         return None
     try:

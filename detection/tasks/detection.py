@@ -87,7 +87,7 @@ class DetectionTask(Task):
         return read_split(self.config.data, split)
 
     def training_batches(self, dataset: DetectionDataset, accelerator: Accelerator) -> Any:
-        from detection.data.transforms import build_mixture, build_transform  # see `build_datasets`
+        from detection.data.transforms import build_mixture, build_transform  # half a second that training alone needs
 
         data, train = self.config.data, self.config.train
         mixture = build_mixture(data.augment)

@@ -70,6 +70,11 @@ def train_run(
         ConnectionError: another process of the training has ended, or does not answer.
     """
     check_run(config, folder, resume=resume)
+    if resume and extend and not Run.open(folder).finished:
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # whose connection ends with the first training
+            raise ValueError(f"{folder}: not finished; several processes go on with --resume first, then with --extend")
+        say(f"{folder}: not finished; first to its end, then {plural(extend, 'epoch')} more")
+        train_run(config, folder, command, download=download, resume=True, callbacks=callbacks)
     extension = find_extension(Run.open(folder), extend, lr_factor) if resume else None
     task = task_of(config if extension is None else extended(config, extension))
     accelerator = make_accelerator(config)
@@ -82,15 +87,10 @@ def train_run(
         task, train, val = read_splits(task, accelerator, download=download)
         run.config = task.config
         set_seed(config.train.seed)
-        trainer, start = build_trainer(
-            task,
-            (train, val),
-            run,
-            accelerator,
-            goes_on=resume and (extend > 0 or (run.folder / checkpoint.FILE).is_file()),
-            extension=extension,
-            callbacks=[*callbacks, *([loggers.Loggers(accelerator)] if loggers.wanted(config) else [])],
-        )
+        goes_on = resume and (extend > 0 or (run.folder / checkpoint.FILE).is_file())
+        called = [*callbacks, *([loggers.Loggers(accelerator)] if loggers.wanted(config) else [])]
+        options = {"goes_on": goes_on, "extension": extension, "callbacks": called}
+        trainer, start = build_trainer(task, (train, val), run, accelerator, **options)
         info = describe_run(task, train, val, command, start)
         line = fit(trainer, info, resume=resume, extend=bool(resume and extend))
         if main:
