@@ -89,7 +89,8 @@ def train(
         raise ValueError(f"detection.train: extend {extend} and extend_lr {extend_lr!r}: above 0, with resume=RUN")
     if out is not None:
         require_path("out", out)
-    command = f"detection.train({str(recipe)!r}{', ...' if overrides else ''})"
+    shown = repr(str(recipe)) if isinstance(recipe, (str, Path)) else "..."  # its values are the run's config.yaml
+    command = f"detection.train({shown}{', ...' if overrides else ''})"
     if resume is not None:
         config, out, command = Run.open(resume).config, resume, f"detection.train(resume={str(resume)!r})"
     elif isinstance(recipe, (Recipe, Mapping)):

@@ -25,7 +25,7 @@ class FilmOutput:
     """The drawn frames of one film, written as they come.
 
     Args:
-        path: the file; it is there when all frames are.
+        path: the file; it is there once this is closed, with the frames so far.
         rate: frames per second, as the source has it.
     """
 
