@@ -12,9 +12,10 @@ from detection.runs import Run
 VGG16 = {"Hoyer": "c5_cifar10_vgg16/hoyer_150_epochs", "analogue twin": "c5_cifar10_vgg16/relu_150_epochs"}
 VOC = {
     "analogue": "relu",
+    "the same, pretrained for longer": "relu_imagenette",
     "spikes in the backbone,\npotentials into the pyramid": "membrane",
     "spikes in the backbone": "spikes",
-    "the same, pretrained for longer": "spikes_imagenette",
+    "these, pretrained for longer": "spikes_imagenette",
     "with three thresholds besides": "thresholds3_imagenette",
     "spikes to the last layer,\nwith a teacher": "spiking_taught",
 }
@@ -35,7 +36,7 @@ def main() -> None:
     values = [
         Run.open(folder / "c6_voc_retinanet_resnet18" / run).history()[-1].metrics["AP50"] for run in VOC.values()
     ]
-    bars = right.barh(list(VOC), values, color=["tab:gray", *["tab:blue"] * (len(VOC) - 1)])
+    bars = right.barh(list(VOC), values, color=["tab:gray"] * 2 + ["tab:blue"] * (len(VOC) - 2))
     right.bar_label(bars, [f"{value:.3f}" for value in values], padding=3)
     right.invert_yaxis()
     right.set(xlabel="AP50", xlim=(0, 0.55), title="RetinaNet on ResNet18, VOC07-320")

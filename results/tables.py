@@ -55,6 +55,8 @@ COUNTERPARTS = {
     f"c6_voc_retinanet_resnet18/{name}": "c6_voc_retinanet_resnet18/relu"
     for name in ("spikes", "membrane", "membrane_taught", "spiking_taught")
 }
+for name in ("spikes_imagenette", "thresholds3_imagenette"):
+    COUNTERPARTS[f"c6_voc_retinanet_resnet18/{name}"] = "c6_voc_retinanet_resnet18/relu_imagenette"
 COUNTERPARTS["c7_imagenette_resnet18/hoyer"] = "c7_imagenette_resnet18/relu"
 for name in ("thresholds3", "continued"):
     COUNTERPARTS[f"c6_tinyimagenet_resnet18/widened/{name}"] = "c6_tinyimagenet_resnet18/widened/relu"
