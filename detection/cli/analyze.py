@@ -37,9 +37,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
     # Less than the whole analysis does not take its place.
     part = (f"_{options.images}_images" if options.images else "") + "_strict" * options.strict
-    part += (f"_{Path(options.costs).stem}" if options.costs else "") + f"_{options.weights}" * (
-        options.weights != "last"
-    )
+    others = [Path(options.costs).stem if options.costs else "", options.weights.replace("last", "")]
+    part += "".join(f"_{name}" for name in others if name)
     out = options.out or Run.open(options.run).products / f"analysis{part}"
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out}: a file; a folder is needed")
