@@ -3,9 +3,10 @@
 
     python results/again.py results/compare_cifar10/hoyer_seed0 --keep
 
-With --keep the weights of a run whose log is equal come into its folder, where `hoyer-det evaluate` measures them. Logs
-of another processor, number of threads or version may differ in the last digits, and by a point in the end. The
-status is 1 if one does.
+A row that begins with the weights of another, or learns from it, has that one trained first, if it is not where the
+recipe says. With --keep the weights of a run whose log is equal come into its folder, where `hoyer-det evaluate`
+measures them. Logs of another processor, number of threads or version may differ in the last digits, and by a point in
+the end. The status is 1 if one does.
 """
 
 from __future__ import annotations
@@ -21,8 +22,37 @@ import torch
 
 import detection
 from detection.cli.common import Parser, run_verb
+from detection.config import Recipe, flatten, set_values
 from detection.records import CLOCK
 from detection.runs import Run
+
+HERE = Path(__file__).resolve().parent
+TINY, NETTE, VOC = "c6_tinyimagenet_resnet18", "c7_imagenette_resnet18", "c6_voc_retinanet_resnet18"
+# The rows whose folders, when they were trained, had these names.
+STARTS = {
+    "runs/bccd_relu": "c4_fast/bccd_relu",
+    "runs/bccd_norm_relu": "c4_fast/bccd_norm_relu",
+    "runs/res_relu": "c4_fast/resnet18_relu",
+    "runs/c2_relu": "c4_fast/vgg11_relu",
+    "runs/gpu/vgg16_hoyer": "c5_cifar10_vgg16/hoyer",
+    "runs/gpu/vgg16_relu": "c5_cifar10_vgg16/relu",
+    "runs/gpu/vgg16_teacher": "c5_cifar10_vgg16/relu",
+    "runs/tiny_hoyer": f"{TINY}/hoyer",
+    "runs/gpu/tiny_hoyer": f"{TINY}/hoyer",
+    "runs/gpu/tiny_relu": f"{TINY}/relu",
+    "runs/tiny_relu": f"{TINY}/relu_again",
+    "runs/tiny_one": f"{TINY}/widened/continued",
+    "runs/tiny_t3": f"{TINY}/widened/thresholds3",
+    "runs/tiny_relu_more": f"{TINY}/widened/relu",
+    "runs/imagenette_relu": f"{NETTE}/relu_again",
+    "runs/imagenette_one": f"{NETTE}/widened/continued",
+    "runs/imagenette_t3": f"{NETTE}/widened/thresholds3",
+    "runs/voc_relu": f"{VOC}/relu",
+    "runs/gpu/voc_relu": f"{VOC}/relu",
+    "runs/gpu/voc_all": f"{VOC}/spiking",
+    "runs/trials/res_real_relu_s0": "controlled_cifar10/res_real_relu_s0",
+    "runs/trials/vgg_pooled_relu_s0": "controlled_cifar10/vgg_pooled_relu_s0",
+}
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -40,6 +70,33 @@ def differences(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]])
     return found
 
 
+def starts_of(config: Recipe) -> dict[str, tuple[str, str]]:
+    """Return what a recipe begins with or learns from that is not here, by its key: the row of it, and the file."""
+    found = {}
+    for key in ("model.weights", "model.backbone.weights", "distillation.teacher"):
+        path = Path(str(flatten(config).get(key)))
+        folder = path.parent if path.suffix else path
+        if folder.as_posix() in STARTS and not path.exists():
+            found[key] = STARTS[folder.as_posix()], path.name if path.suffix else ""
+    return found
+
+
+def train_again(row: Path, out: Path) -> Path:
+    """Train a row into a folder of `out`, before it the rows of which it has its weights or its teacher."""
+    before = Run.open(row)
+    inside = row.resolve().is_relative_to(HERE)
+    folder = out / "_".join(row.resolve().relative_to(HERE).parts if inside else row.parts[-2:])
+    if (folder / "config.yaml").is_file():
+        if not Run.open(folder).finished:
+            detection.train(resume=folder)
+        return folder
+    starts = {key: train_again(HERE / source, out) / file for key, (source, file) in starts_of(before.config).items()}
+    if (machine := before.info().machine) is not None:
+        torch.set_num_threads(machine.threads or 1)
+    detection.train(set_values(before.config, {key: str(path) for key, path in starts.items()}), folder)
+    return folder
+
+
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Train the rows of a command line again, and say whether their logs are equal."""
     parser = Parser(__doc__, prog)
@@ -48,13 +105,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--keep", action="store_true", help="put the weights of an equal run into the row's folder")
     options, different = parser.parse_args(arguments), False
     for row in options.rows:
-        before, out = Run.open(row), options.out / "_".join(row.parts[-2:])
-        if (machine := before.info().machine) is not None:
-            torch.set_num_threads(machine.threads or 1)
-        if not (out / "config.yaml").is_file():
-            detection.train(before.config, out)
-        elif not Run.open(out).finished:
-            detection.train(resume=out)
+        out = train_again(row, options.out)
         found = sorted(differences(lines(row), lines(out)))
         told = f"{found[0]} and {len(found) - 1} more differ" if found else "equal in every digit"
         print(f"{row}: {told}", flush=True)

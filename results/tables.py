@@ -28,11 +28,12 @@ spiking neurons that fire per image on the evaluation images; energy is that of 
 the twin's (`hoyer-det analyze`). Where several runs of one recipe stand in a folder, its README compares them; those
 that differ from a base in one thing each are in [controlled_cifar10](controlled_cifar10/README.md) alone.
 
-Every row can be trained again: `python results/again.py FOLDER` does so by the recipe in its folder, and says whether
-the logs are equal in every digit (a command is that of its day; its recipe may have changed since). Those of another
-processor or version are not: spikes near their threshold differ, and the end does by a point or so. Where weights are
-kept, `hoyer-det evaluate WEIGHTS --data.root FOLDER` measures them again: `zoo:NAME` (rounded, see below), or the run's
-own folder; of a file of the event-driven engine, it is `hoyer-det benchmark FILE --data.root FOLDER`.
+Every row can be trained again: `python results/again.py FOLDER` does so by the recipe in its folder, after the rows
+that it has its first weights or its teacher from, and says whether the logs are equal in every digit (a command is that
+of its day; its recipe may have changed since). Those of another processor or version are not: spikes near their
+threshold differ, and the end does by a point or so. Where weights are kept, `hoyer-det evaluate WEIGHTS --data.root
+FOLDER` measures them again: `zoo:NAME` (rounded, see below), or the run's own folder; of a file for the engine,
+it is `hoyer-det benchmark FILE --data.root FOLDER`.
 """
 CONTROLLED = "controlled_"  # begins the names of folders that have a page of their own, see controlled_runs.py
 ZOO = """These networks come with the package: `detection.load("zoo:NAME")`, or `zoo:NAME` wherever a command takes a

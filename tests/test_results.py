@@ -1,5 +1,6 @@
 """The tables of measured numbers are what the logs say, and the planned experiments are commands that work."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -11,7 +12,7 @@ from helpers import ROOT, run_tool
 from test_resume import CLASSIFICATION, write_recipe
 
 from detection.cli import compare
-from detection.config import find_recipe, override, read_recipe
+from detection.config import find_recipe, flatten, override, read_recipe
 from detection.runs import Run
 from detection.tasks import task_of
 
@@ -64,6 +65,50 @@ def test_a_row_is_trained_again_and_compared_in_every_digit(monkeypatch, capsys,
         assert stop.value.code == status and f"{row}: {words}" in capsys.readouterr().out
         assert (row / "last.safetensors").is_file() == (status == 0)
         assert status or (row / "last.safetensors").read_bytes() == weights
+
+
+def test_a_row_has_what_it_begins_with_trained_before_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    again = load_again()
+    values = {**CLASSIFICATION, "train": CLASSIFICATION["train"] | {"epochs": 1}}
+    run_tool(monkeypatch, "train_cls", write_recipe(tmp_path, values), "--out", "runs/first")
+    weights = ["--model.backbone.weights", "runs/first/last.safetensors"]
+    run_tool(monkeypatch, "train_cls", tmp_path / "recipe.yaml", *weights, "--out", "runs/second")
+    Path("runs").rename("results")
+    monkeypatch.setattr(again, "HERE", tmp_path / "results")
+    monkeypatch.setattr(again, "STARTS", {"runs/first": "first"})
+    with pytest.raises(SystemExit) as stop:
+        again.main(["results/second", "--out", "again"])
+    assert stop.value.code == 0 and "results/second: equal in every digit" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("again").iterdir()) == ["first", "second"]
+    assert Run.open("again/second").config.model.backbone.weights == "again/first/last.safetensors"
+
+
+def test_what_a_row_begins_with_is_a_row_a_file_or_of_the_zoo():
+    again, keys = load_again(), ("model.weights", "model.backbone.weights", "distillation.teacher")
+    rows = {
+        path.parent.relative_to(RESULTS).as_posix(): Run.open(path.parent).config
+        for path in RESULTS.glob("**/config.yaml")
+    }
+    for name, config in rows.items():
+        starts = again.starts_of(config)
+        for key in keys:
+            value = flatten(config).get(key)
+            known = value is None or str(value).startswith("zoo:") or (ROOT / str(value)).exists()
+            assert known or key in starts, f"{name}: {key} {value}"
+        behind = [source for source, _ in starts.values()]
+        while behind:  # to its end, or for ever
+            source = behind.pop()
+            assert source != name
+            behind += [source for source, _ in again.starts_of(rows[source]).values()]
+
+
+def load_again():
+    """results/again.py as a module."""
+    spec = importlib.util.spec_from_file_location("again", RESULTS / "again.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_page_of_controlled_runs_says_what_their_logs_say(monkeypatch, capsys, tmp_path):
