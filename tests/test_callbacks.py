@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import log_lines, run_together, start_together
 from test_resume import CLASSIFICATION, expect_equal
 
@@ -48,7 +49,10 @@ class Evaluator(detection.Callback):
     """Evaluates a run after each epoch."""
 
     def __init__(self, run: Path) -> None:
-        self.run, self.metrics = run, []
+        self.run, self.metrics, self.exact = run, [], []
+
+    def on_epoch_begin(self, run: Run, epoch: int) -> None:
+        self.exact.append(torch.are_deterministic_algorithms_enabled())
 
     def on_epoch_end(self, run: Run, line) -> None:
         self.metrics.append(detection.evaluate(self.run).metrics["top1"])
@@ -62,7 +66,7 @@ def test_a_callback_may_evaluate_another_run(whole, tmp_path, train):
     detection.train(values, tmp_path / "alone")
     evaluator = Evaluator(whole / "run")
     detection.train(values, tmp_path / "beside", callbacks=evaluator)
-    assert len(evaluator.metrics) == 2
+    assert len(evaluator.metrics) == 2 and evaluator.exact == [train.get("deterministic", False)] * 2
     expect_equal(tmp_path / "beside", tmp_path / "alone")
 
 
