@@ -173,13 +173,8 @@ def draw_overlay(
     for name, points in runs.items():
         colours = ANALOGUE if name in analogue else SPIKING
         laps, index = divmod(sum(line.style["color"] in colours for line in lines), len(colours))
-        lines.append(
-            figures.Line(
-                name,
-                points,
-                {"color": colours[index], "linestyle": figures.DASHES[(index + laps) % len(figures.DASHES)]},
-            )
-        )
+        dashes = figures.DASHES[(index + laps) % len(figures.DASHES)]
+        lines.append(figures.Line(name, points, {"color": colours[index], "linestyle": dashes}))
     return figures.draw_panel(title, lines, label, **options)
 
 

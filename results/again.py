@@ -28,7 +28,7 @@ from detection.runs import Run
 
 HERE = Path(__file__).resolve().parent
 TINY, NETTE, VOC = "c6_tinyimagenet_resnet18", "c7_imagenette_resnet18", "c6_voc_retinanet_resnet18"
-# The rows whose folders, when they were trained, had these names.
+# Rows by the names that their folders had when they were trained; tiny_relu was another one on each of two machines.
 STARTS = {
     "runs/bccd_relu": "c4_fast/bccd_relu",
     "runs/bccd_norm_relu": "c4_fast/bccd_norm_relu",
@@ -86,14 +86,15 @@ def train_again(row: Path, out: Path) -> Path:
     before = Run.open(row)
     inside = row.resolve().is_relative_to(HERE)
     folder = out / "_".join(row.resolve().relative_to(HERE).parts if inside else row.parts[-2:])
-    if (folder / "config.yaml").is_file():
-        if not Run.open(folder).finished:
-            detection.train(resume=folder)
-        return folder
-    starts = {key: train_again(HERE / source, out) / file for key, (source, file) in starts_of(before.config).items()}
+    begun = (folder / "config.yaml").is_file()
+    starts = {} if begun else starts_of(before.config)
+    values = {key: str(train_again(HERE / source, out) / file) for key, (source, file) in starts.items()}
     if (machine := before.info().machine) is not None:
-        torch.set_num_threads(machine.threads or 1)
-    detection.train(set_values(before.config, {key: str(path) for key, path in starts.items()}), folder)
+        torch.set_num_threads(machine.threads or 1)  # which those before it may have set otherwise
+    if not begun:
+        detection.train(set_values(before.config, values), folder)
+    elif not Run.open(folder).finished:
+        detection.train(resume=folder)
     return folder
 
 

@@ -120,12 +120,12 @@ def read_image_split(data: ImageData, split: Split, *, download: bool = False) -
         ValueError: no such format, the layout is not root/SPLIT/CLASS/*, a class has no image, a wanted class is not
             in the data, or the data's image size is not `data.size`.
     """
+    for key in ("cutout", "erase", "randaugment"):
+        if not data.in_memory and split == "train" and getattr(data.augment, key):
+            raise ValueError(f"data.augment.{key}: of images that are kept in memory alone (data.in_memory True)")
     found = find_reader(READERS, data)(data, split, download)
     if not data.in_memory and isinstance(found, Images):
         raise ValueError(f"data.in_memory False: data.format {data.format!r} keeps all images in memory")
-    for key in ("cutout", "erase", "randaugment"):
-        if isinstance(found, ImageFiles) and split == "train" and getattr(data.augment, key):
-            raise ValueError(f"data.augment.{key}: of images that are kept in memory alone (data.in_memory True)")
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,7 +66,7 @@ class Detections:
         if unknown:
             raise ValueError(f"results: image ids {in_order(unknown)[:5]} are not in the ground truth")
         for row in kept:
-            if len(row["bbox"]) != 4 or not np.isfinite([*row["bbox"], row["score"]]).all():
+            if len(row["bbox"]) != 4 or not all(map(math.isfinite, (*row["bbox"], row["score"]))):
                 raise ValueError(f"results: expected a bbox x y w h and a score, all finite, got {row}")
         return cls(
             np.array([number_of[row["image_id"]] for row in kept], dtype=np.int64),
